@@ -1,0 +1,523 @@
+"""Examples with given labels: from any table to texts, class numbers and row ids.
+
+`labels` are the given, possibly wrong labels; `clean_labels` exist where the truth is known and are
+for metrics and reports alone. Every complaint names the file, the row and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from noiseproof.errors import InputError
+from noiseproof.tables import (
+    Table,
+    load_table,
+    nearest,
+    read_table,
+    read_utf8,
+    shorten,
+    write_table,
+)
+
+if TYPE_CHECKING:
+    from noiseproof.tables import Source
+
+__all__ = [
+    "Examples",
+    "read_examples",
+    "read_label_names",
+    "read_table",
+    "read_texts",
+    "stratified_sample",
+    "stratified_split",
+    "write_table",
+]
+
+Ints = npt.NDArray[np.int64]
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")  # "3", "-1", "3.0"; "007" is a name
+
+_NUMBER = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Texts with their given labels, row by row.
+
+    Attributes:
+        row_ids: N names of the rows, unique.
+        texts: N texts.
+        text_pairs: N second texts, or `None`.
+        labels: (N,) class numbers as given; -1 where a label is in no known class.
+        clean_labels: (N,) true class numbers, or `None` where the truth is not known.
+        label_names: C names; class number c is called `label_names[c]`.
+        dropped: How many rows `drop_label` left out when the table was read.
+
+    >>> train = read_examples({"t": ["a", "b"], "y": ["no", "yes"]}, text="t", label="y")
+    >>> train.labels.tolist(), train.label_names
+    ([0, 1], ('no', 'yes'))
+    """
+
+    row_ids: tuple[str, ...]
+    texts: list[str]
+    text_pairs: list[str] | None
+    labels: Ints
+    clean_labels: Ints | None
+    label_names: tuple[str, ...]
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that all columns have N rows and all labels name a class."""
+        rows, classes = len(self.texts), len(self.label_names)
+        for name, column in (("row_ids", self.row_ids), ("text_pairs", self.text_pairs)):
+            if column is not None and len(column) != rows:
+                raise InputError(f"{name} has {len(column)} rows, there are {rows} texts")
+        object.__setattr__(self, "labels", _class_numbers(self.labels, "labels", rows, classes))
+        if self.clean_labels is not None:
+            clean = _class_numbers(self.clean_labels, "clean_labels", rows, classes)
+            object.__setattr__(self, "clean_labels", clean)
+
+    def __len__(self) -> int:
+        """Count the rows, N."""
+        return len(self.texts)
+
+    def select(self, rows: npt.ArrayLike) -> Examples:
+        """Take the rows at these positions, or where this mask is true, in the order given."""
+        chosen = np.asarray(rows)
+        if chosen.dtype == np.bool_ and chosen.shape == (len(self),):
+            chosen = np.flatnonzero(chosen)
+        places = _whole_numbers(chosen, "rows")
+        if places.size and (places.min() < 0 or places.max() >= len(self)):
+            raise InputError(
+                f"rows must lie in 0 to {len(self) - 1}, got {places.min()} to {places.max()}"
+            )
+        pairs, clean = self.text_pairs, self.clean_labels
+        return replace(
+            self,
+            row_ids=tuple(self.row_ids[row] for row in places),
+            texts=[self.texts[row] for row in places],
+            text_pairs=None if pairs is None else [pairs[row] for row in places],
+            labels=self.labels[places],
+            clean_labels=None if clean is None else clean[places],
+        )
+
+    def with_labels(self, labels: npt.ArrayLike, *, old_are_clean: bool = False) -> Examples:
+        """Replace the given labels; known clean labels stay.
+
+        Args:
+            labels: (N,) class numbers.
+            old_are_clean: Whether the labels replaced are the truth where none is known yet, as
+                when synthetic noise is added to clean data.
+        """
+        clean = self.labels if self.clean_labels is None and old_are_clean else self.clean_labels
+        return replace(self, labels=np.asarray(labels), clean_labels=clean)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over texts, given labels and label names; row ids and the truth do not count."""
+        digest = hashlib.sha256()
+        for part in (self.label_names, self.texts, self.text_pairs):
+            digest.update(b"none" if part is None else b"%d:" % len(part))
+            for text in part or ():
+                data = text.encode("utf-8", "surrogatepass")
+                digest.update(
+                    b"%d:" % len(data) + data
+                )  # lengths keep ("ab", "c") from ("a", "bc")
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def read_examples(
+    source: Source,
+    *,
+    text: str | tuple[str, ...],
+    label: str,
+    clean_label: str | None = None,
+    row_id: str | None = None,
+    label_names: Sequence[str] | None = None,
+    drop_label: str | None = None,
+    split: str = "train",
+    allow_unseen: bool = False,
+    role: str = "training",
+) -> Examples:
+    """Read labelled texts from whatever `read_table` reads.
+
+    Labels may be numbers, booleans or names; spaces around a name do not count. Classes are sorted
+    by number where all labels are whole numbers, else by name.
+
+    Args:
+        source: A path, a hub name, a frame, a data set or a dict of columns.
+        text: One or two text columns; `"premise,hypothesis"` means two.
+        label: The column of given labels.
+        clean_label: The column of true labels, where they are known.
+        row_id: A column of unique ids; without one, ids are positions in the source from "0".
+        label_names: The classes in order. Whole numbers then count as positions in it, unless some
+            class has a number as its name.
+        drop_label: Leave out the rows with this given label; "" stands for no label.
+        split: The split to take where there are several.
+        allow_unseen: Give -1 to labels outside `label_names` instead of raising.
+        role: What messages call the data; "training" data must have two rows and two classes.
+
+    >>> table = {"text": ["a", "b", "c"], "votes": [1, -1, 0]}
+    >>> read_examples(table, text="text", label="votes", drop_label="-1").row_ids
+    ('0', '2')
+    """
+    table = load_table(source, split, f"the {role} table")
+    columns = _text_columns(table, text)
+    for column, purpose in ((label, "label"), (clean_label, "clean label"), (row_id, "row id")):
+        if column is not None:
+            table.require(column, purpose)
+        if column in columns and column != row_id:
+            raise InputError(f"column {column!r} of {table.name} cannot be both text and {purpose}")
+    ids = _row_ids(table, row_id)
+    given = _label_texts(table, label)
+    rows = [row for row, name in enumerate(given) if not _is_label(name, drop_label)]
+    if not rows:
+        raise InputError(f"every row of {table.name} has the label {drop_label!r} to drop")
+    _check_all_labelled(table, label, given, rows)
+    texts, pairs = _texts(table, columns, rows)
+    chosen = label_names if label_names is not None else table.class_names.get(label)
+    if role == "training":
+        _check_trainable(table, label, [given[row] for row in rows], chosen is None)
+    names = _sorted_names({given[row] for row in rows}) if chosen is None else _checked(chosen)
+    classes = _Classes(table, names, by_position=label_names is not None)
+    fate = "is not in label_names" if role == "training" else "was never seen in training"
+    labels = classes.numbers(given, rows, "label", fate, allow_unseen)
+    clean = None
+    if clean_label is not None:
+        truth = _label_texts(table, clean_label)
+        _check_all_labelled(table, clean_label, truth, rows, "clean label")
+        fate = "is not among the classes"
+        clean = classes.numbers(truth, rows, "clean label", fate, allow_unseen)
+    kept = tuple(ids[row] for row in rows)
+    return Examples(kept, texts, pairs, labels, clean, names, dropped=len(given) - len(rows))
+
+
+def read_texts(
+    source: Source, text: str | tuple[str, ...], split: str = "train"
+) -> tuple[list[str], list[str] | None]:
+    """Read texts without labels, and the second texts where two columns are named.
+
+    >>> read_texts({"a": ["x", "y"], "b": ["1", "2"]}, text="a,b")
+    (['x', 'y'], ['1', '2'])
+    """
+    table = load_table(source, split)
+    return _texts(table, _text_columns(table, text), range(len(table.frame)))
+
+
+def read_label_names(path: str | Path) -> tuple[str, ...]:
+    r"""Read class names from a JSON list or from a file with one name per line.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "names.txt").write_text("spam\nham\n")
+    ...     read_label_names(f"{folder}/names.txt")
+    ('spam', 'ham')
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected a file of label names")
+    content = read_utf8(path)
+    if path.suffix.lower() != ".json" and not content.lstrip().startswith("["):
+        return _checked([line.strip() for line in content.splitlines() if line.strip()], str(path))
+    try:
+        names = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); expected a list of names") from error
+    if not isinstance(names, list):
+        raise InputError(f"{path} holds a {type(names).__name__}, expected a list of names")
+    return _checked(names, str(path))
+
+
+def stratified_split(labels: npt.ArrayLike, fraction: float, seed: int) -> tuple[Ints, Ints]:
+    """Split rows so that both sides have every class of two rows or more.
+
+    A class with a single row stays on the first side.
+
+    Args:
+        labels: (N,) class numbers.
+        fraction: Share of the rows on the second side, between 0 and 1.
+        seed: Seed of this split alone.
+
+    Returns:
+        Sorted row numbers of the rest and of the split.
+
+    >>> rest, held_out = stratified_split([0, 0, 0, 0, 1, 1], fraction=0.34, seed=0)
+    >>> len(rest), len(held_out)
+    (4, 2)
+    """
+    classes = _whole_numbers(labels, "labels")
+    if not 0 < fraction < 1:  # NaN fails too
+        raise InputError(f"fraction must lie between 0 and 1, got {fraction}")
+    counts = np.unique(classes, return_counts=True)[1]  # (C,)
+    if not (counts > 1).any():
+        raise InputError(
+            f"cannot split {len(classes)} rows of {len(counts)} classes: no class has two rows"
+        )
+    sizes = _allocate(fraction * counts, np.minimum(1, counts - 1), counts - 1)
+    split = _draw(classes, sizes, seed)
+    return np.setdiff1d(np.arange(len(classes)), split), split
+
+
+def stratified_sample(labels: npt.ArrayLike, size: int, seed: int) -> Ints:
+    """Draw rows that keep the shares of the classes, by largest remainder.
+
+    Every class gets a row where `size` is at least the number of classes.
+
+    Args:
+        labels: (N,) class numbers.
+        size: How many rows to draw, 1 to N.
+        seed: Seed of this sample alone.
+
+    Returns:
+        (size,) sorted row numbers.
+
+    >>> stratified_sample([0, 1, 0, 0, 0, 1], size=3, seed=0).shape
+    (3,)
+    """
+    classes = _whole_numbers(labels, "labels")
+    size = int(_whole_numbers([size], "size")[0])
+    if not 1 <= size <= len(classes):
+        raise InputError(f"size must lie in 1 to {len(classes)} (the rows), got {size}")
+    counts = np.unique(classes, return_counts=True)[1]  # (C,)
+    low = np.ones_like(counts) if size >= len(counts) else np.zeros_like(counts)
+    return _draw(classes, _allocate(size * counts / counts.sum(), low, counts), seed)
+
+
+def _allocate(quota: npt.NDArray[np.floating[Any]], low: Ints, high: Ints) -> Ints:
+    """Round quotas by largest remainder within bounds.  (C,) -> (C,), sum as near as they allow."""
+    total = round(float(quota.sum()))
+    sizes: Ints = np.clip(np.floor(quota).astype(np.int64), low, high)
+    while sizes.sum() < total and (sizes < high).any():
+        sizes[np.where(sizes < high, quota - sizes, -np.inf).argmax()] += 1
+    while sizes.sum() > total and (sizes > low).any():
+        sizes[np.where(sizes > low, quota - sizes, np.inf).argmin()] -= 1
+    return sizes
+
+
+def _draw(labels: Ints, sizes: Ints, seed: int) -> Ints:
+    """Draw so many rows of each class.  (N,), (C,) -> sorted row numbers."""
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed must be a whole number from 0, got {seed!r}")
+    generator = np.random.default_rng(seed)
+    drawn = [
+        generator.permutation(np.flatnonzero(labels == label))[:size]
+        for label, size in zip(np.unique(labels), sizes, strict=True)
+    ]
+    rows: Ints = np.sort(np.concatenate(drawn))
+    return rows
+
+
+def _whole_numbers(values: npt.ArrayLike, what: str) -> Ints:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(
+            f"{what} must be whole numbers in one dimension, got {array.dtype} {array.shape}"
+        )
+    return array.astype(np.int64)
+
+
+def _class_numbers(values: npt.ArrayLike, what: str, rows: int, classes: int) -> Ints:
+    numbers = _whole_numbers(values, what)
+    if len(numbers) != rows:
+        raise InputError(f"{what} has {len(numbers)} rows, there are {rows} texts")
+    if numbers.size and (numbers.min() < -1 or numbers.max() >= classes):
+        raise InputError(
+            f"{what} must lie in 0 to {classes - 1} (-1 for no known class), "
+            f"got {numbers.min()} to {numbers.max()}"
+        )
+    return numbers
+
+
+def _text_columns(table: Table, text: str | tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(text, str):
+        parts = (text,) if text in table.frame.columns else tuple(text.split(","))
+        columns = tuple(part if part in table.frame.columns else part.strip() for part in parts)
+    else:
+        columns = tuple(text)
+    if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
+        raise InputError(f"text must name one column or two different ones, got {text!r}")
+    for column in columns:
+        table.require(column, "text")
+    return columns
+
+
+def _texts(
+    table: Table, columns: tuple[str, ...], rows: Sequence[int]
+) -> tuple[list[str], list[str] | None]:
+    found = [_text_column(table, column, rows) for column in columns]
+    return found[0], found[1] if len(found) == 2 else None
+
+
+def _text_column(table: Table, column: str, rows: Sequence[int]) -> list[str]:
+    cells = table.cells(column)
+    for row in rows:
+        cell = cells[row]
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            empty = sum(1 for other in rows if not str(cells[other] or "").strip())
+            raise InputError(
+                f"{table.place(row)} has no text in column {column!r} "
+                f"({_such_rows(empty)}); "
+                "fill or remove them"
+            )
+        if not isinstance(cell, str):
+            raise InputError(
+                f"{table.place(row)} holds a value of type {type(cell).__name__} in column "
+                f"{column!r}, expected text; name a text column or turn the values into text"
+            )
+        if re.search("[\ud800-\udfff]", cell):
+            raise InputError(
+                f"{table.place(row)} has half a surrogate pair in column {column!r}, which is no "
+                "letter; repair the text"
+            )
+    return [cells[row] for row in rows]
+
+
+def _row_ids(table: Table, column: str | None) -> tuple[str, ...]:
+    if column is None:
+        return tuple(str(row) for row in range(len(table.frame)))
+    cells = table.cells(column)
+    seen: dict[str, int] = {}
+    for row, cell in enumerate(cells):
+        whole = isinstance(cell, float) and cell.is_integer()  # pandas reads ids so beside a gap
+        name = "" if cell is None else str(int(cell) if whole else cell)
+        if not name.strip():
+            raise InputError(f"{table.place(row)} has no row id in column {column!r}; give it one")
+        if (first := seen.setdefault(name, row)) != row:
+            raise InputError(
+                f"row ids in column {column!r} must be unique, but {name!r} stands in row "
+                f"{first + 1} and in {table.place(row)}; leave row_id out to number the rows"
+            )
+    return tuple(seen)
+
+
+def _label_texts(table: Table, column: str) -> list[str]:
+    """Give every label as text, "" where there is none."""
+    return [_label_text(table, column, row, cell) for row, cell in enumerate(table.cells(column))]
+
+
+def _label_text(table: Table, column: str, row: int, cell: Any) -> str:
+    if cell is None:
+        return ""
+    if not isinstance(cell, (str, bool, int, float)):
+        raise InputError(
+            f"{table.place(row)} holds a value of type {type(cell).__name__} in column {column!r}, "
+            "expected a label: text, a whole number or a boolean"
+        )
+    return str(cell).strip()
+
+
+def _whole(name: str) -> str | None:
+    """Give "3" for "3" and "3.0", nothing for what is no whole number."""
+    match = _WHOLE.fullmatch(name)
+    return str(int(match[1])) if match else None
+
+
+def _is_label(name: str, wanted: object) -> bool:
+    if wanted is None:
+        return False
+    text = str(wanted).strip()
+    return name == text or (_whole(name) is not None and _whole(name) == _whole(text))
+
+
+def _check_all_labelled(
+    table: Table, column: str, names: Sequence[str], rows: Sequence[int], purpose: str = "label"
+) -> None:
+    remedy = "fill or remove them"
+    if purpose == "label":
+        remedy = "fill them, or leave such rows out with drop_label=''"
+    without = [row for row in rows if not names[row]]
+    if without:
+        raise InputError(
+            f"{table.place(without[0])} has no {purpose} in column {column!r} "
+            f"({_such_rows(len(without))}); {remedy}"
+        )
+
+
+def _such_rows(count: int) -> str:
+    return "1 such row" if count == 1 else f"{count} such rows"
+
+
+def _check_trainable(table: Table, column: str, names: Sequence[str], guessed: bool) -> None:
+    if len(names) < 2:
+        raise InputError(f"{table.name} has {len(names)} row to train on; expected at least 2")
+    kinds = set(names)
+    if len({_whole(name) or name for name in kinds}) < 2:
+        raise InputError(
+            f"{table.name} has only one class in column {column!r} ({names[0]!r}); "
+            "expected at least 2"
+        )
+    decimals = all(map(_NUMBER.fullmatch, kinds)) and any("." in name for name in kinds)
+    if guessed and decimals and len(kinds) == len(names) and not all(map(_whole, kinds)):
+        raise InputError(
+            f"the {len(names)} labels in column {column!r} of {table.name} are all different "
+            "decimal numbers, which looks like regression; expected classes, so bin the values"
+        )
+
+
+def _sorted_names(names: set[str]) -> tuple[str, ...]:
+    whole = {_whole(name) for name in names}
+    if None in whole:
+        return tuple(sorted(names))
+    return tuple(sorted((name for name in whole if name is not None), key=int))
+
+
+def _checked(names: Sequence[object], where: str = "label_names") -> tuple[str, ...]:
+    if isinstance(names, str) or not names:
+        raise InputError(f"{where} must be a list of names, got {names!r}")
+    for place, name in enumerate(names):
+        if not isinstance(name, (str, int)) or not str(name).strip():
+            raise InputError(f"name {place + 1} of {where} must be text, got {name!r}")
+    stripped = tuple(str(name).strip() for name in names)
+    twice = [name for name, count in Counter(stripped).items() if count > 1]
+    if twice:
+        raise InputError(f"{where} has a name twice: {shorten(twice)}; names must differ")
+    return stripped
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The map from label texts to class numbers; `by_position` lets numbers stand for positions."""
+
+    table: Table
+    names: tuple[str, ...]
+    by_position: bool
+
+    def numbers(
+        self, labels: Sequence[str], rows: Sequence[int], what: str, fate: str, allow_unseen: bool
+    ) -> Ints:
+        """Number the classes of these rows, -1 for an unseen one where that is allowed."""
+        numbers = np.fromiter(self._find([labels[row] for row in rows]), np.int64, len(rows))
+        unseen = np.flatnonzero(numbers < 0)
+        if unseen.size and not allow_unseen:
+            row = rows[unseen[0]]
+            more = f" ({_such_rows(unseen.size)})" if unseen.size > 1 else ""
+            remedy = "correct it, or leave such rows out with drop_label"
+            if what == "clean label":
+                remedy = "correct it, or name all classes in label_names"
+            raise InputError(
+                f"{what} {labels[row]!r} of {self.table.place(row)} {fate}{more}"
+                f"{nearest(labels[row], self.names)}; known: {shorten(self.names)}; {remedy}"
+            )
+        return numbers
+
+    def _find(self, labels: list[str]) -> Iterator[int]:
+        known = {name: number for number, name in enumerate(self.names)}
+        whole = [_whole(name) for name in self.names]
+        if None not in whole:  # "3.0" is class "3" only where all classes are numbers
+            known |= {name: number for number, name in enumerate(whole) if name is not None}
+            return (known.get(_whole(name) or name, known.get(name, -1)) for name in labels)
+        if self.by_position and not any(whole) and all(map(_whole, labels)):
+            places = (int(_whole(name) or -1) for name in labels)
+            return (place if 0 <= place < len(self.names) else -1 for place in places)
+        return (known.get(name, -1) for name in labels)

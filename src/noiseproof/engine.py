@@ -1,0 +1,368 @@
+"""What the loop runs on: device, precision and processes (by accelerate), batches, passes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noiseproof.errors import InputError
+from noiseproof.method import Batch, BeforeBatch, Method, Run, require, require_range
+from noiseproof.models import (
+    HeadOnly,
+    encode_batch,
+    evaluation_mode,
+    feature_position,
+    trains_only_head,
+)
+from noiseproof.precision import PRECISIONS, choose_precision
+from noiseproof.tasks import Encoded, EncodedFeatures
+
+BUCKET_BATCHES = 50  # batches that are sorted by length together; order across them stays random
+PREDICT_ROWS = 128  # rows of a prediction batch at most ...
+PREDICT_COST = 8192  # ... and rows x longest row at most, unless one row is longer
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to run the loop; the same for every method.
+
+    Attributes:
+        epochs: Passes over the training rows, all stages together.
+        batch_size: Rows per optimizer step, over all processes.
+        micro_batch_size: Rows per forward pass; smaller than batch_size accumulates gradients.
+        learning_rate: Peak rate; None takes the method's own.
+        weight_decay: AdamW's decay, on matrices only.
+        schedule: linear, cosine or constant, driven by the share of the stage that is done.
+        warmup_share: Share of a stage in which the rate rises linearly to its peak.
+        max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
+        precision: auto (bf16 where it is faster on this machine), fp32, bf16 or fp16.
+        device: auto or cpu.
+        max_length: Longer texts are cut to this many tokens.
+        seed: Seed of the run; init_seed and order_seed follow it unless they are set.
+        init_seed: Seed of new weights (head, adapters).
+        order_seed: Seed of the batch order and of dropout.
+        evaluate: epoch (test and validation sets after every epoch) or end (last epoch only).
+        select: last, or best (weights of the epoch with the best validation accuracy).
+        tracker: none, or a tracker of accelerate: tensorboard, wandb, mlflow, ...
+    """
+
+    epochs: int = 6
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    warmup_share: float = 0.06
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    device: str = "auto"
+    max_length: int = 256
+    seed: int = 0
+    init_seed: int | None = None
+    order_seed: int | None = None
+    evaluate: str = "epoch"
+    select: str = "last"
+    tracker: str = "none"
+
+    def __post_init__(self) -> None:
+        """Check every setting where it stands.
+
+        Raises:
+            InputError: A setting is out of its range.
+        """
+        for name in ("epochs", "batch_size", "max_length"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name} must be at least 1, got {value}")
+        micro = self.micro_batch_size
+        require(
+            micro is None or 1 <= micro <= self.batch_size,
+            f"train.micro_batch_size must lie in [1, {self.batch_size}], got {micro}",
+        )
+        require(self.epochs <= 10_000, f"train.epochs must be at most 10000, got {self.epochs}")
+        if self.learning_rate is not None:
+            require_range("train", "learning_rate", self.learning_rate, 0, 10, open_low=True)
+        require_range("train", "weight_decay", self.weight_decay, 0, 10)
+        require_range("train", "warmup_share", self.warmup_share, 0, 1, open_high=True)
+        require_range("train", "max_grad_norm", self.max_grad_norm, 0, 1e9)
+        for name in ("seed", "init_seed", "order_seed"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value < 2**32,
+                f"train.{name} must lie in [0, 2^32), got {value}",
+            )
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("device", ("auto", "cpu")),
+            ("evaluate", ("epoch", "end")),
+            ("select", ("last", "best")),
+        ):
+            value = getattr(self, name)
+            require(
+                value in choices, f"train.{name} must be one of {', '.join(choices)}; got {value!r}"
+            )
+
+
+def derive_seed(seed: int, *words: str | int) -> int:
+    """A seed for one purpose: the same words, the same seed; other words, an unrelated one."""
+    numbers = [zlib.crc32(word.encode()) if isinstance(word, str) else word for word in words]
+    state = np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def rate_factor(settings: TrainSettings, progress: float) -> float:
+    """Share of the peak learning rate after ``progress`` in [0, 1] of a stage."""
+    rise = settings.warmup_share
+    if progress < rise:
+        return progress / rise
+    rest = (progress - rise) / (1 - rise)
+    if settings.schedule == "linear":
+        return 1 - rest
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + float(np.cos(np.pi * rest)))
+    return 1.0
+
+
+def training_batches(
+    rows: np.ndarray, lengths: np.ndarray, size: int, seed: int
+) -> list[np.ndarray]:
+    """Shuffle rows and cut them into batches of similar length.
+
+    Rows are shuffled, sorted by length within buckets of `BUCKET_BATCHES` batches, cut, and the
+    batches shuffled: every row once, only the last batch of the last bucket may be short.
+    """
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(rows)
+    batches: list[np.ndarray] = []
+    for start in range(0, len(shuffled), size * BUCKET_BATCHES):
+        bucket = shuffled[start : start + size * BUCKET_BATCHES]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches += [bucket[first : first + size] for first in range(0, len(bucket), size)]
+    return [batches[place] for place in random.permutation(len(batches))]
+
+
+def prediction_batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Cut all rows into batches of similar length and bounded cost, longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        size = max(1, min(PREDICT_ROWS, PREDICT_COST // longest))
+        yield order[start : start + size]
+        start += size
+
+
+class Engine:
+    """Device, processes and precision of one run, and the passes over rows that need them."""
+
+    def __init__(self, settings: TrainSettings, tracking_folder: str | None = None) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState, PartialState
+
+        PartialState(cpu=settings.device == "cpu")
+        device = PartialState().device.type
+        self.precision = choose_precision(settings.precision, device)
+        mixed = "no" if self.precision == "fp32" else self.precision
+        if AcceleratorState._shared_state:  # an earlier run of this process chose its precision
+            AcceleratorState._reset_state(reset_partial_state=False)
+        tracker = None if settings.tracker == "none" else settings.tracker
+        self.accelerator = Accelerator(
+            mixed_precision=mixed,
+            cpu=settings.device == "cpu",
+            log_with=tracker,
+            project_dir=tracking_folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.settings = settings
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.processes: int = self.accelerator.num_processes
+        self.main: bool = self.accelerator.is_main_process
+        self.net: nn.Module = nn.Identity()
+        self._position: str | None = None
+        self._features: dict[int, tuple[Encoded, EncodedFeatures]] = {}
+
+    # --- a stage ---------------------------------------------------------------------------------
+
+    def start_stage(self, model: nn.Module, encoded: Encoded, rate: float) -> torch.optim.Optimizer:
+        """Wrap the model for this stage; a frozen encoder is replaced by its cached output."""
+        self._features.clear()
+        self._position = None
+        self.net = model
+        if trains_only_head(model):
+            some = next(iter(prediction_batches(encoded.lengths)))[:4]
+            self._position = feature_position(model, self._to_device(encoded.inputs(some)))
+            if self._position is not None:
+                self._cache(model, encoded)
+                self.net = HeadOnly(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2]},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=rate,
+            weight_decay=self.settings.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.net, optimizer = self.accelerator.prepare(self.net, optimizer)
+        return optimizer
+
+    def end_stage(self) -> None:
+        """Undo the wrapping of `start_stage`."""
+        self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        self.net = nn.Identity()
+        self._position = None
+        self._features.clear()
+
+    @property
+    def cached(self) -> bool:
+        """Whether this stage trains on cached features."""
+        return self._position is not None
+
+    def view(self, encoded: Encoded) -> Encoded:
+        """The rows as this stage's network takes them: encoded inputs or cached features."""
+        if self._position is None:
+            return encoded
+        if id(encoded) not in self._features:
+            model = self.accelerator.unwrap_model(self.net).inner
+            self._cache(model, encoded)
+        return self._features[id(encoded)][1]
+
+    def _cache(self, model: nn.Module, encoded: Encoded) -> None:
+        position = self._position
+        assert position is not None
+        with evaluation_mode(model):
+            features = self._pass(encoded, lambda inputs: encode_batch(model, inputs, position))
+        self._features[id(encoded)] = (encoded, EncodedFeatures(features))
+
+    # --- passes ----------------------------------------------------------------------------------
+
+    def predict(self, encoded: Encoded, before_batch: BeforeBatch | None = None) -> Tensor:
+        """Logits of all rows in row order, eval mode, fp32 (N, C) on the CPU, in every process."""
+        view = self.view(encoded)
+        with evaluation_mode(self.net):
+            return self._pass(view, lambda inputs: self.net(**inputs).logits, before_batch)
+
+    def _pass(
+        self,
+        encoded: Encoded,
+        compute: Callable[[dict[str, Tensor]], Tensor],
+        before_batch: BeforeBatch | None = None,
+    ) -> Tensor:
+        """Compute a row-wise tensor over all rows; batches are dealt to the processes."""
+        gathered: Tensor | None = None
+        for number, rows in enumerate(prediction_batches(encoded.lengths)):
+            if number % self.processes != self.rank and gathered is not None:
+                continue
+            index = torch.from_numpy(rows.copy())
+            if before_batch is not None:
+                before_batch(index)
+            values = compute(self._to_device(encoded.inputs(rows))).float().cpu()
+            if gathered is None:
+                gathered = torch.zeros(len(encoded), *values.shape[1:])
+            if number % self.processes == self.rank:
+                gathered[index] = values
+        assert gathered is not None
+        return self.sum_over_processes(gathered)
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """Element-wise sum over all processes; the tensor itself when there is one."""
+        if self.processes == 1:
+            return tensor
+        summed: Tensor = self.accelerator.reduce(tensor.to(self.device), reduction="sum")
+        return summed.cpu()
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def backward(self, method: Method, encoded: Encoded, rows: np.ndarray, run: Run) -> float:
+        """Loss and gradients of one optimizer step, in micro-batches and over processes.
+
+        A micro-batch counts by its share of the step's rows, so that the gradient is that of the
+        mean over the rows however they are cut.
+
+        Returns:
+            The mean loss over the step's rows, over all processes.
+        """
+        view = self.view(encoded)
+        own = rows[self.rank :: self.processes]
+        spare = len(own) == 0  # a short last batch: take part in the exchange, with weight zero
+        own = rows[:1] if spare else own
+        size = self.settings.micro_batch_size or self.settings.batch_size
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        total = 0.0
+        for place, part in enumerate(parts):
+            index = torch.from_numpy(part.copy())
+            batch = Batch(
+                inputs=self._to_device(view.inputs(part)),
+                labels=run.labels[index].to(self.device),
+                rows=index,
+                columns=self._to_device({n: column[index] for n, column in run.columns.items()}),
+            )
+            last = place == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.net):
+                loss = method.compute_loss(self.net, batch, run)
+                weight = 0.0 if spare else len(part) * self.processes / len(rows)
+                self.accelerator.backward(loss if weight == 1 else loss * weight)
+            total += float(loss.detach()) * weight / self.processes
+        return float(self.sum_over_processes(torch.tensor(total, dtype=torch.float64)))
+
+    def merge_writes(self, run: Run, names: tuple[str, ...], own_rows: Tensor) -> None:
+        """Give every process the rows that the others wrote since the last merge."""
+        if self.processes == 1:
+            return
+        owners = self.sum_over_processes(own_rows.float())
+        for name in names:
+            column = run.columns.get(name)
+            if column is None:
+                continue
+            shape = (-1, *[1] * (column.ndim - 1))
+            mine = torch.where(own_rows.view(shape), column, torch.zeros_like(column))
+            merged = self.sum_over_processes(mine)
+            column.copy_(torch.where((owners > 0).view(shape), merged, column))
+
+    def any_process(self, flag: int) -> int:
+        """The largest flag of all processes."""
+        if self.processes == 1:
+            return flag
+        gathered: Tensor = self.accelerator.gather(torch.tensor([flag], device=self.device))
+        return int(gathered.max())
+
+    def random_states(self) -> Tensor:
+        """State of the default random generator of every process (P, bytes)."""
+        state: Tensor = torch.get_rng_state()[None]
+        if self.processes > 1:
+            state = self.accelerator.gather(state.to(self.device)).cpu()
+        return state
+
+    def track(self, values: dict[str, Any], step: int) -> None:
+        """Send numbers to the tracker, where there is one."""
+        if self.settings.tracker != "none":
+            self.accelerator.log(values, step=step)
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that is unknown or not installed."""
+    if name == "none":
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
+    if name not in known:
+        raise InputError(f"unknown tracker {name!r}; available: none, {', '.join(known)}")
+    if name not in [str(kind) for kind in get_available_trackers()]:
+        raise InputError(f"tracker {name!r} is not installed: pip install {name}")

@@ -1,0 +1,392 @@
+"""The training loop: one for every method.
+
+    model = method.prepare_model(model)
+    for stage in method.stages(epochs):
+        freeze by stage; fresh optimizer and schedule
+        for epoch in stage:
+            columns |= method.on_epoch_start(run)          # predict -> (N, C) -> (N, ...)
+            for batch in rows where keep:                  # columns joined by row number
+                loss = method.compute_loss(model, batch, run); backward; clip; step
+            measure; one history row; checkpoint
+    model = method.finalize_model(run)
+
+The loop knows no concrete method and no true labels: what is measured is the caller's `measure`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noiseproof.checkpoint import (
+    Interrupted,
+    StopSignals,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    with_prefix,
+)
+from noiseproof.engine import Engine, TrainSettings, derive_seed, rate_factor, training_batches
+from noiseproof.errors import InputError
+from noiseproof.method import BeforeBatch, Columns, Method, Run, Stage
+from noiseproof.models import count_parameters, set_trainable, training_mode
+from noiseproof.tasks import Encoded
+
+DEFAULT_RATE = 5e-5
+HistoryRow = dict[str, Any]
+
+
+class Measure(Protocol):
+    """Numbers for the history row at the end of an epoch; holds what methods must not see."""
+
+    def __call__(self, predict_on: Callable[[Encoded], Tensor], run: Run) -> Mapping[str, Any]:
+        """Return JSON values by name; `predict_on` gives logits of any encoded rows."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is, for a progress display."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    history: HistoryRow | None = None
+
+
+@dataclass
+class Outcome:
+    """What training leaves behind.
+
+    Attributes:
+        model: The model to deploy.
+        run: The run, with its last columns.
+        history: One row per stage and epoch.
+        seconds: ``train_s``, ``score_s``, ``eval_s``.
+        precision: fp32, bf16 or fp16.
+        trainable: Trained parameters over all stages.
+        best_epoch: Number of the history row whose weights were taken, with select=best.
+    """
+
+    model: nn.Module
+    run: Run
+    history: list[HistoryRow]
+    seconds: dict[str, float]
+    precision: str
+    trainable: int
+    best_epoch: int | None = None
+
+
+@dataclass
+class _State:
+    """All that a checkpoint holds besides weights, moments and columns."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    logged: dict[str, float] = field(default_factory=dict)
+    history: list[HistoryRow] = field(default_factory=list)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"train_s": 0.0, "score_s": 0.0, "eval_s": 0.0}
+    )
+    best_score: float = -math.inf
+    best_row: int | None = None
+
+
+def train(
+    method: Method,
+    model: nn.Module,
+    encoded: Encoded,
+    labels: Tensor,
+    num_classes: int,
+    settings: TrainSettings,
+    *,
+    measure: Measure | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    report: Callable[[Progress], None] | None = None,
+    tracking_folder: str | None = None,
+) -> Outcome:
+    """Fine-tune ``model`` with ``method`` on encoded rows and their given labels (N,).
+
+    Raises:
+        InputError: The method refuses these settings.
+        FloatingPointError: A loss is not finite; names method, stage, epoch and step.
+        Interrupted: A SIGINT or SIGTERM came; a checkpoint was written where there is a folder.
+    """
+    loop = _Loop(method, encoded, labels, num_classes, settings, checkpoints, tracking_folder)
+    loop.measure, loop.report = measure, report
+    with torch.random.fork_rng(), StopSignals() as stop:
+        loop.stop = stop
+        return loop.run_all(model, resume)
+
+
+class _Loop:
+    """The loop's working state; `run_all` reads top to bottom like the pseudocode above."""
+
+    measure: Measure | None
+    report: Callable[[Progress], None] | None
+    stop: StopSignals
+    run: Run
+
+    def __init__(
+        self,
+        method: Method,
+        encoded: Encoded,
+        labels: Tensor,
+        num_classes: int,
+        settings: TrainSettings,
+        checkpoints: Path | None,
+        tracking_folder: str | None,
+    ) -> None:
+        self.method, self.encoded, self.settings = method, encoded, settings
+        self.labels, self.num_classes = labels, num_classes
+        self.checkpoints = checkpoints
+        self.engine = Engine(settings, tracking_folder)
+        self.state = _State()
+        self.optimizer: torch.optim.Optimizer
+        self.best: dict[str, Tensor] = {}
+        self.own_rows = torch.zeros(len(labels), dtype=torch.bool)
+        self._predicted: Tensor | None = None
+
+    def run_all(self, model: nn.Module, resume: bool) -> Outcome:
+        stages = self.method.stages(self.settings.epochs)
+        self.total_epochs = sum(stage.epochs for stage in stages)
+        init_seed = self.settings.init_seed
+        torch.manual_seed(derive_seed(_or(init_seed, self.settings.seed), "init"))
+        model = self.method.prepare_model(model).to(self.engine.device)
+        self.run = Run(
+            model, self.labels, self.num_classes, self._predict, torch.Generator(),
+            seed=self.settings.seed,
+        )
+        self.prepared = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name for name, _ in model.named_parameters() if self._any(stages, name)}
+        saved = load_checkpoint(self.checkpoints) if resume and self.checkpoints else None
+        if saved:
+            self._restore(*saved)
+        if self.settings.tracker != "none":
+            self.engine.accelerator.init_trackers("noiseproof")
+        for number in range(self.state.stage, len(stages)):
+            self._run_stage(number, stages[number], saved[0] if saved else {})
+            saved = None
+        if self.settings.tracker != "none":
+            self.engine.accelerator.end_training()
+        return self._finish(model)
+
+    def _run_stage(self, number: int, stage: Stage, saved: dict[str, Tensor]) -> None:
+        run, settings = self.run, self.settings
+        set_trainable(run.model, stage.trains or self.prepared.__contains__)
+        rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
+        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate)
+        if saved:
+            restore_optimizer(_inner(self.optimizer), saved)
+        run.stage, run.epochs = stage.name, stage.epochs
+        self.state.stage = number
+        for epoch in range(self.state.epoch, stage.epochs):
+            run.epoch = epoch
+            self._run_epoch(stage, rate, saved)
+            saved = {}
+        self.engine.end_stage()
+        self.state.epoch = 0
+
+    def _run_epoch(self, stage: Stage, rate: float, saved: dict[str, Tensor]) -> None:
+        run, state, settings = self.run, self.state, self.settings
+        order_seed = _or(settings.order_seed, settings.seed)
+        words = (state.stage, run.epoch)
+        run.generator.manual_seed(derive_seed(settings.seed, "hooks", *words))
+        if state.step == 0:
+            self._score()
+            torch.manual_seed(derive_seed(order_seed, "dropout", *words, self.engine.rank))
+        else:  # resumed inside the epoch: the columns came with the checkpoint
+            torch.set_rng_state(saved["random"][self.engine.rank].to(torch.uint8))
+        rows = self._rows_of_epoch()
+        batches = training_batches(
+            rows, self.engine.view(self.encoded).lengths, settings.batch_size,
+            derive_seed(order_seed, "order", *words),
+        )
+        training_mode(run.model)
+        self._predicted = None
+        started = time.perf_counter()
+        for step in range(state.step, len(batches)):
+            run.step = step
+            progress = (run.epoch + step / len(batches)) / stage.epochs
+            current = rate * rate_factor(settings, progress)
+            loss = self._step(batches[step], current)
+            state.loss_sum += loss * len(batches[step])
+            state.step = step + 1
+            if self.report and self.engine.main:
+                self.report(
+                    Progress(stage.name, run.epoch, stage.epochs, step + 1, len(batches), loss)
+                )
+            signum = self.engine.any_process(self.stop.received)
+            if signum:
+                state.seconds["train_s"] += time.perf_counter() - started
+                self._checkpoint()
+                raise Interrupted(signum)
+        state.seconds["train_s"] += time.perf_counter() - started
+        self._end_epoch(stage, len(rows), current, len(batches))
+
+    def _score(self) -> None:
+        started = time.perf_counter()
+        self.run.logged = {}
+        self.run.columns.pop("keep", None)
+        columns = self.method.on_epoch_start(self.run)
+        self._check(columns)
+        self.run.columns.update(columns)
+        self.state.seconds["score_s"] += time.perf_counter() - started
+
+    def _step(self, rows: np.ndarray, rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.engine.backward(self.method, self.encoded, rows, self.run)
+        if not math.isfinite(loss):
+            run = self.run
+            raise FloatingPointError(
+                f"loss {loss} of {self.method.name} in stage {run.stage!r}, epoch {run.epoch}, "
+                f"step {run.step}; lower the learning rate or use precision fp32"
+            )
+        if self.settings.max_grad_norm:
+            self.engine.accelerator.clip_grad_norm_(
+                [p for p in self.run.model.parameters() if p.grad is not None],
+                self.settings.max_grad_norm,
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.own_rows[rows[self.engine.rank :: self.engine.processes]] = True
+        return loss
+
+    def _end_epoch(self, stage: Stage, rows: int, rate: float, steps: int) -> None:
+        run, state = self.run, self.state
+        self._merge()
+        self._check(run.columns)
+        row: HistoryRow = {
+            "stage": stage.name,
+            "epoch": run.epoch,
+            "steps": steps,
+            "rows": rows,
+            "loss": state.loss_sum / rows,
+            "learning_rate": rate,
+            **run.logged,
+        }
+        started = time.perf_counter()
+        last = len(state.history) + 1 == self.total_epochs
+        if self.measure and (last or self.settings.evaluate == "epoch"):
+            row.update(self.measure(self.engine.predict, run))
+        state.seconds["eval_s"] += time.perf_counter() - started
+        state.history.append(row)
+        self._keep_best(row)
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self.engine.track(numbers, len(state.history))
+        if self.report and self.engine.main:
+            self.report(Progress(stage.name, run.epoch, stage.epochs, steps, steps, row["loss"], row))
+        state.epoch, state.step, state.loss_sum = run.epoch + 1, 0, 0.0
+        self._checkpoint()
+
+    def _finish(self, model: nn.Module) -> Outcome:
+        if self.best:
+            model.load_state_dict(self.best, strict=False)
+        self.engine.net = model
+        deployed = self.method.finalize_model(self.run)
+        return Outcome(
+            deployed, self.run, self.state.history, self.state.seconds, self.engine.precision,
+            count_parameters(p for name, p in model.named_parameters() if name in self.trained),
+            self.state.best_row,
+        )
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _predict(self, before_batch: BeforeBatch | None = None) -> Tensor:
+        """Logits of the training rows; kept until the next step unless the caller sets gates."""
+        if before_batch is not None:
+            return self.engine.predict(self.encoded, before_batch)
+        if self._predicted is None:
+            self._predicted = self.engine.predict(self.encoded)
+        return self._predicted.clone()
+
+    def _rows_of_epoch(self) -> np.ndarray:
+        keep = self.run.columns.get("keep")
+        if keep is None:
+            return np.arange(len(self.labels))
+        rows = np.flatnonzero(keep.numpy())
+        if not len(rows):
+            raise InputError(
+                f"stage {self.run.stage!r} of {self.method.name} kept no row in epoch "
+                f"{self.run.epoch}; loosen its selection or lengthen its warm-up"
+            )
+        return rows
+
+    def _check(self, columns: Columns) -> None:
+        for name, column in columns.items():
+            owner = f"column {name!r} of {self.method.name}"
+            if len(column) != len(self.labels):
+                raise ValueError(
+                    f"{owner} has {len(column)} rows, the training set has {len(self.labels)}"
+                )
+            if column.is_floating_point() and not bool(torch.isfinite(column).all()):
+                raise FloatingPointError(f"{owner} has values that are not finite")
+        if "keep" in columns and columns["keep"].dtype != torch.bool:
+            raise TypeError(f"column 'keep' of {self.method.name} must be bool")
+
+    def _any(self, stages: list[Stage], name: str) -> bool:
+        return any((stage.trains or self.prepared.__contains__)(name) for stage in stages)
+
+    def _merge(self) -> None:
+        self.engine.merge_writes(self.run, self.method.writes, self.own_rows)
+        self.own_rows.zero_()
+
+    def _keep_best(self, row: HistoryRow) -> None:
+        score = row.get("validation_accuracy")
+        if self.settings.select != "best" or score is None or score <= self.state.best_score:
+            return
+        self.state.best_score, self.state.best_row = score, len(self.state.history) - 1
+        self.best = {name: tensor.clone() for name, tensor in self._weights().items()}
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        model = self.run.model
+        weights = {n: p.detach() for n, p in model.named_parameters() if n in self.trained}
+        return weights | dict(model.named_buffers())
+
+    def _checkpoint(self) -> None:
+        if self.checkpoints is None:
+            return
+        self._merge()
+        random = self.engine.random_states()
+        if not self.engine.main:
+            return
+        tensors = {f"model.{name}": tensor for name, tensor in self._weights().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"column.{name}": column for name, column in self.run.columns.items()}
+        tensors |= optimizer_tensors(_inner(self.optimizer)) | {"random": random}
+        self.state.logged = self.run.logged
+        save_checkpoint(self.checkpoints, tensors, vars(self.state))
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.state = _State(**state)
+        self.run.model.load_state_dict(with_prefix("model", tensors), strict=False)
+        self.best = with_prefix("best", tensors)
+        self.run.columns = with_prefix("column", tensors)
+        self.run.logged = self.state.logged
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner

@@ -1,0 +1,232 @@
+"""The contract between a method and the training loop.
+
+A method is a frozen dataclass of hyper-parameters with five hooks. The data flow is
+
+    predict -> (N, C) logits -> on_epoch_start -> (N, ...) columns
+            -> joined by row number -> (B, ...) batch -> compute_loss -> scalar
+
+Letters: N training rows, B batch rows, C classes. ``labels`` are the given labels, possibly wrong.
+True labels are not part of anything a method can reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from noiseproof.errors import InputError
+from noiseproof.losses import cross_entropy
+
+Columns = dict[str, Tensor]
+"""What is known of each training row: name -> (N, ...) tensor."""
+
+BeforeBatch = Callable[[Tensor], None]
+"""Called with the row numbers (B,) just before a batch of a prediction pass."""
+
+M = TypeVar("M", bound="Method")
+
+
+class Predict(Protocol):
+    """Score every training row with the current model, in row order, without gradient."""
+
+    def __call__(self, before_batch: BeforeBatch | None = None) -> Tensor:
+        """Return fp32 logits (N, C) on the CPU; the same in every process."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one training step. It holds no true labels.
+
+    Attributes:
+        inputs: What the model is called with; every tensor starts with dimension B.
+        labels: Given labels (B,).
+        rows: Row numbers (B,) in the training set, on the CPU.
+        columns: The columns of the run, cut to these rows (B, ...).
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    rows: Tensor
+    columns: Columns = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with its own optimizer, schedule and trainable part.
+
+    Attributes:
+        name: ``train``, ``probe``, ``tune``, ``poison`` or ``adapt``.
+        epochs: Epochs of this stage.
+        trains: Parameter name -> whether it is trained; None trains all that
+            ``prepare_model`` left trainable.
+        learning_rate: Rate of this stage; the user's ``train.learning_rate`` goes first.
+    """
+
+    name: str
+    epochs: int
+    trains: Callable[[str], bool] | None = None
+    learning_rate: float | None = None
+
+
+@dataclass
+class Run:
+    """One fine-tuning in progress: the only mutable object.
+
+    Attributes:
+        model: The model that is trained, without wrappers of the trainer.
+        labels: Given labels (N,), on the CPU.
+        num_classes: C.
+        predict: Scores all training rows, see `Predict`.
+        generator: Random source for hooks, fresh for every epoch from the run's seed.
+        seed: Seed of the run, for draws that are keyed by row.
+        stage: Name of the current stage.
+        epoch: Epoch within the stage, from 0.
+        epochs: Epochs of the stage.
+        step: Optimizer steps done in this epoch.
+        columns: Name -> (N, ...) on the CPU, replicated in every process.
+        logged: Numbers that the hooks reported for the history row of this epoch.
+    """
+
+    model: nn.Module
+    labels: Tensor
+    num_classes: int
+    predict: Predict
+    generator: torch.Generator
+    seed: int = 0
+    stage: str = "train"
+    epoch: int = 0
+    epochs: int = 1
+    step: int = 0
+    columns: Columns = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+
+    def log(self, **numbers: float) -> None:
+        """Put numbers into the history row of this epoch."""
+        self.logged.update({name: float(value) for name, value in numbers.items()})
+
+    def write(self, name: str, batch: Batch, values: Tensor) -> None:
+        """Write the rows of ``batch`` of a column that the method declares in ``writes``."""
+        column = self.columns[name]
+        column[batch.rows] = values.detach().to(column.device, column.dtype)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """How to fine-tune on labels that may be wrong. The defaults are plain cross-entropy.
+
+    Attributes:
+        name: The name on the command line; equal to the class name.
+        tasks: Tasks that the method supports.
+        writes: Columns that `compute_loss` updates row by row.
+    """
+
+    name: ClassVar[str] = ""
+    tasks: ClassVar[tuple[str, ...]] = ("text",)
+    writes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """The class name is the name everywhere."""
+        cls.name = cls.__name__
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Add adapters, freeze, wrap; called once, under the initialisation seed."""
+        return model
+
+    def stages(self, epochs: int) -> list[Stage]:
+        """Split the epochs into stages; raise `InputError` when they are too few."""
+        return [Stage("train", epochs)]
+
+    def on_epoch_start(self, run: Run) -> Columns:
+        """Score the rows. The returned columns replace those of the same name.
+
+        The bool column ``keep`` (N,) selects the rows of this epoch; without it all rows train.
+        """
+        return {}
+
+    def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        """Return the scalar loss of one batch, a mean over its rows."""
+        return cross_entropy(logits_of(model, batch), batch.labels).mean()
+
+    def finalize_model(self, run: Run) -> nn.Module:
+        """Return the model to deploy."""
+        return run.model
+
+    def restore_model(self, model: nn.Module) -> nn.Module:
+        """Put back on a loaded model what plain transformers and peft do not save."""
+        return model
+
+    @classmethod
+    def presets(cls: type[M]) -> dict[str, M]:
+        """Named settings of this method; ``default`` always exists."""
+        return {"default": cls()}
+
+    @classmethod
+    def preset(cls: type[M], name: str, **changes: Any) -> M:
+        """Settings by name, with changes on top.
+
+        Raises:
+            InputError: The method has no preset of that name.
+        """
+        presets = cls.presets()
+        if name not in presets:
+            raise InputError(
+                f"unknown preset {name!r} of {cls.__name__}; available: {', '.join(presets)}"
+            )
+        return dataclasses.replace(presets[name], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the record: ``{"name": ..., field: value, ...}``."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {"name": type(self).__name__, **values}
+
+    @classmethod
+    def from_dict(cls: type[M], values: dict[str, Any]) -> M:
+        """The inverse of `to_dict` for this class."""
+        hints = get_type_hints(cls)
+        settings = {}
+        for name, value in values.items():
+            if name == "name":
+                continue
+            hint = hints.get(name)
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                value = hint(**value)
+            elif isinstance(value, list):
+                value = _tuples(value)
+            settings[name] = value
+        return cls(**settings)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Call the model on a batch and return its logits in fp32.  -> (B, C)."""
+    logits: Tensor = model(**batch.inputs).logits
+    return logits.float()
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `InputError` with the message unless ``ok``; NaN comparisons fail as they should."""
+    if not ok:
+        raise InputError(message)
+
+
+def require_range(
+    owner: str, name: str, value: float, low: float, high: float, *, open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raise `InputError` unless ``value`` lies in the range."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below and math.isfinite(value)):
+        left, right = "(["[not open_low], ")]"[not open_high]
+        raise InputError(f"{owner}.{name} must lie in {left}{low:g}, {high:g}{right}, got {value}")

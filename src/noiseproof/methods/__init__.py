@@ -1,0 +1,45 @@
+"""All methods, by name. A new one costs an import and an entry here."""
+
+from __future__ import annotations
+
+from noiseproof.errors import InputError, unknown_name
+from noiseproof.method import Method
+from noiseproof.methods.baselines import (
+    ELR,
+    GCE,
+    SCE,
+    Bootstrapping,
+    CoTeaching,
+    CrossEntropy,
+    ForwardCorrection,
+    LabelSmoothing,
+    SmallLoss,
+)
+from noiseproof.methods.clear import CleaR
+
+METHODS: dict[str, type[Method]] = {
+    method.__name__: method
+    for method in (
+        CleaR,
+        CrossEntropy,
+        LabelSmoothing,
+        GCE,
+        SCE,
+        Bootstrapping,
+        ForwardCorrection,
+        ELR,
+        CoTeaching,
+        SmallLoss,
+    )
+}
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        InputError: Unknown name; gives the nearest and all names.
+    """
+    if name not in METHODS:
+        raise InputError(unknown_name("method", name, METHODS))
+    return METHODS[name]

