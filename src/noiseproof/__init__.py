@@ -1,0 +1,77 @@
+"""noiseproof: fine-tune pre-trained models on labels you cannot trust.
+
+Public names are listed here; importing the package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "fit": "job",
+    "predict": "job",
+    "load": "job",
+    "Job": "job",
+    "FitResult": "job",
+    "Predictor": "job",
+    "TrainSettings": "engine",
+    "RunRecord": "record",
+    "InputError": "errors",
+    "Interrupted": "checkpoint",
+    "Method": "method",
+    "Stage": "method",
+    "Batch": "method",
+    "Run": "method",
+    "Columns": "method",
+    "METHODS": "methods",
+    "LossMixture": "selection",
+    "fit_loss_mixture": "selection",
+    "parse_noise": "noise",
+    "read_examples": "data",
+    "CleaR": "methods",
+    "CrossEntropy": "methods",
+    "LabelSmoothing": "methods",
+    "GCE": "methods",
+    "SCE": "methods",
+    "Bootstrapping": "methods",
+    "ForwardCorrection": "methods",
+    "ELR": "methods",
+    "CoTeaching": "methods",
+    "SmallLoss": "methods",
+}
+
+__all__ = ["__version__", *_PLACES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from noiseproof.checkpoint import Interrupted
+    from noiseproof.data import read_examples
+    from noiseproof.engine import TrainSettings
+    from noiseproof.errors import InputError
+    from noiseproof.job import FitResult, Job, Predictor, fit, load, predict
+    from noiseproof.method import Batch, Columns, Method, Run, Stage
+    from noiseproof.methods import (
+        ELR,
+        GCE,
+        METHODS,
+        SCE,
+        Bootstrapping,
+        CleaR,
+        CoTeaching,
+        CrossEntropy,
+        ForwardCorrection,
+        LabelSmoothing,
+        SmallLoss,
+    )
+    from noiseproof.noise import parse_noise
+    from noiseproof.record import RunRecord
+    from noiseproof.selection import LossMixture, fit_loss_mixture
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'noiseproof' has no attribute {name!r}")
+    return getattr(import_module(f"noiseproof.{_PLACES[name]}"), name)

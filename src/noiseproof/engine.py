@@ -244,7 +244,7 @@ class Engine:
         position = self._position
         assert position is not None
         with evaluation_mode(model):
-            features = self._pass(encoded, lambda inputs: encode_batch(model, inputs, position))
+            features = self.compute(encoded, lambda inputs: encode_batch(model, inputs, position))
         self._features[id(encoded)] = (encoded, EncodedFeatures(features))
 
     # --- passes ----------------------------------------------------------------------------------
@@ -253,9 +253,9 @@ class Engine:
         """Logits of all rows in row order, eval mode, fp32 (N, C) on the CPU, in every process."""
         view = self.view(encoded)
         with evaluation_mode(self.net):
-            return self._pass(view, lambda inputs: self.net(**inputs).logits, before_batch)
+            return self.compute(view, lambda inputs: self.net(**inputs).logits, before_batch)
 
-    def _pass(
+    def compute(
         self,
         encoded: Encoded,
         compute: Callable[[dict[str, Tensor]], Tensor],

@@ -1,0 +1,168 @@
+"""The record of a run: what was asked, what was done, what came out.
+
+`record.json` is written when a run starts and again when it ends; reports read records only. The
+identifier is computed from the specification alone, so it is the same before and after the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from noiseproof.errors import InputError
+
+SCHEMA_VERSION = 1
+PACKAGES = ("noiseproof", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+
+@dataclass
+class RunRecord:
+    """One run. Every field is plain JSON.
+
+    Attributes:
+        spec: All settings that decide the result: data, columns, noise, model, method, training.
+        id: Digest of ``spec``.
+        status: running, done, failed or interrupted.
+        error: One line, when failed.
+        seeds: Seeds of noise, initialisation and order, as they were resolved.
+        data: Rows and classes, fingerprint, label names, split sizes, validation kind.
+        noise: Injected noise: spec, seed, realised rate and matrix; realised rate against the truth
+            where it is known.
+        model: Name, parameters, trained parameters, precision, device, processes.
+        timings: train_s, score_s, eval_s, total_s.
+        peak_memory_mb: Highest resident memory of the process.
+        metrics: Last epoch unless the name says otherwise.
+        per_class: Precision, recall, F1 and support of each class on the test set.
+        versions: Python, packages, platform, git revision.
+        schema_version: Of this file.
+    """
+
+    spec: dict[str, Any]
+    id: str = ""
+    status: str = "running"
+    error: str | None = None
+    seeds: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    noise: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    per_class: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Fill in the identifier."""
+        self.id = self.id or spec_id(self.spec)
+
+    def write(self, folder: Path) -> None:
+        """Write ``record.json`` into the run's folder, atomically."""
+        write_atomic(folder / "record.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Read the record of a run.
+
+        Raises:
+            InputError: There is no record, or it is of another schema.
+        """
+        path = Path(folder) / "record.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{folder} is not a run: record.json is missing; give the folder that "
+                "'noiseproof fit --out' wrote"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{path} has schema version {version}, this noiseproof reads {SCHEMA_VERSION}"
+            )
+        known = {item.name for item in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def spec_id(spec: Mapping[str, Any]) -> str:
+    """Digest of a specification, independent of the order of its keys.
+
+    >>> spec_id({"a": 1, "b": [2]}) == spec_id({"b": [2], "a": 1})
+    True
+    """
+    canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(asked: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings in which two specifications differ, nested names with dots."""
+    names: list[str] = []
+    for name in sorted({*asked, *found}):
+        one, two = asked.get(name), found.get(name)
+        if isinstance(one, dict) and isinstance(two, dict):
+            names += differences(one, two, f"{prefix}{name}.")
+        elif one != two:
+            names.append(f"{prefix}{name} ({two!r} then, {one!r} now)")
+    return names
+
+
+def write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``history.csv``: one row per stage and epoch, the union of all columns."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomic(folder / "history.csv", text.getvalue())
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is whole or absent."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages a result may depend on, and of this code."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if revision.returncode == 0:
+        found["git"] = revision.stdout.strip()
+    return found
+
+
+def peak_memory_mb() -> float | None:
+    """Highest resident memory of this process so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
