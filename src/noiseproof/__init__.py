@@ -14,6 +14,7 @@ _PLACES = {
     "fit": "job",
     "predict": "job",
     "load": "job",
+    "corrupt": "corruption",
     "Job": "job",
     "FitResult": "job",
     "Predictor": "job",
@@ -47,6 +48,7 @@ __all__ = ["__version__", *_PLACES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from noiseproof.checkpoint import Interrupted
+    from noiseproof.corruption import corrupt
     from noiseproof.data import read_examples
     from noiseproof.engine import TrainSettings
     from noiseproof.errors import InputError

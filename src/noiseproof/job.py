@@ -154,6 +154,11 @@ class Job:
             self.noise_seed is None or 0 <= self.noise_seed < 2**32,
             f"noise_seed must lie in [0, 2^32), got {self.noise_seed}",
         )
+        require(
+            not self.merge or getattr(self.method, "eval_gate", "all_on") == "all_on",
+            f"merge would drop the gates that {self.method.name} uses at test; "
+            "use eval_gate=all_on, or no merge",
+        )
         self.method.stages(self.train.epochs)
         check_tracker(self.train.tracker)
 
@@ -276,10 +281,10 @@ def run_job(
         work.conclude(record, outcome, samples, time.perf_counter() - started)
         if folder is not None and main:
             _write_results(folder, record, outcome, samples, predictor, job.merge)
-    except (Interrupted, InputError, FloatingPointError) as error:
+    except Exception as error:
         if folder is not None and main:
             record.status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            record.error = str(error)
+            record.error = " ".join(str(error).split()) or type(error).__name__
             record.write(folder)
         raise
     state.wait_for_everyone()

@@ -63,8 +63,9 @@ def load_text_classifier(
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
+            output_loading_info=True,
             num_labels=len(label_names),
             id2label=dict(enumerate(label_names)),
             label2id={label: index for index, label in enumerate(label_names)},
@@ -76,8 +77,11 @@ def load_text_classifier(
         raise InputError(cannot_load(name, error)) from error
     finally:
         transformers_logging.set_verbosity(level)
-    if model.config.pad_token_id is None and tokenizer.pad_token_id is not None:
+    if tokenizer.pad_token_id is None:  # decoders: the end of text pads, and is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    model.noiseproof_new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     return model, tokenizer
 
 
@@ -126,6 +130,21 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, child in inner.named_children()
         if name != encoder and any(True for _ in child.parameters())
     ]
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """Names of modules of the encoder, outside its layers, that the checkpoint did not hold.
+
+    Such as the pooler of an encoder that was trained without one. They are random, so they must
+    train with the head and be saved with it.
+    """
+    inner = plain_model(model)
+    encoder, _ = encoder_of(model)
+    new = [name for name in getattr(inner, "noiseproof_new", ()) if name.startswith(f"{encoder}.")]
+    if not new:
+        return []
+    inside = {id(module) for block in encoder_layers(model) for module in block.modules()}
+    return [name for name in new if id(inner.get_submodule(name)) not in inside]
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -221,13 +240,21 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 # --- tuning --------------------------------------------------------------------------------------
 
 PLAIN_TUNING = ("full", "head")
+NOT_OFFERED = {
+    "adalora": "its rank budget must be told the number of steps and be updated in each of them",
+    "multitask_prompt_tuning": "it needs a task number per row",
+    "poly": "it needs a task number per row",
+    "trainable_tokens": "it needs a list of token numbers",
+    "xlora": "it mixes adapters that are trained already",
+}
 
 
 def tuning_names() -> tuple[str, ...]:
-    """All values of ``tune``: full, head, and every adapter type that peft knows."""
+    """All values of ``tune``: full, head, and the adapter types of peft that need nothing else."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return (*PLAIN_TUNING, *sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+    kinds = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    return (*PLAIN_TUNING, *sorted(kinds - set(NOT_OFFERED)))
 
 
 def tune_model(
@@ -260,6 +287,8 @@ def tune_model(
     import peft
 
     kinds = {kind.value.lower(): kind for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING}
+    if tune in NOT_OFFERED:
+        raise InputError(f"tune={tune!r} is not offered: {NOT_OFFERED[tune]}; lora is the usual one")
     if tune not in kinds:
         from noiseproof.errors import unknown_name
 
@@ -273,14 +302,15 @@ def tune_model(
         "lora_alpha": 2 * rank if alpha is None else alpha,
         "alpha": 2 * rank if alpha is None else alpha,
         "num_virtual_tokens": 20,
-        "modules_to_save": head_modules(model),
+        "oft_block_size": 0,  # follows from the rank
+        "modules_to_save": head_modules(model) + new_modules(model),
     }
     if target_modules is not None:
         given["target_modules"] = list(target_modules)
     given = {name: value for name, value in given.items() if name in fields} | (settings or {})
     try:
         return peft.get_peft_model(model, config_class(**given))  # type: ignore[no-any-return]
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # peft raises many types for what does not fit the model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"peft cannot apply tune={tune!r} to this model: {reason}") from error
 
@@ -301,10 +331,10 @@ class HeadOnly(nn.Module):
         self.encoder_name, _ = encoder_of(model)
 
     def forward(self, features: Tensor) -> Any:  # (B, D, 2)
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
         stand_in = _StandIn(
-            BaseModelOutputWithPooling(
+            BaseModelOutputWithPoolingAndCrossAttentions(
                 last_hidden_state=features[:, None, :, 0], pooler_output=features[:, :, 1]
             )
         )

@@ -30,19 +30,19 @@ SMALLEST_SPREAD = 1e-6  # losses closer together than this are one and the same 
 class LossMixture:
     """Settings of the two-component mixture on per-row losses.
 
-    Args:
-        scope: one fit over all rows, or one per given class.
-        transform: of the losses before the fit; "log" is log(l + 1e-8), "minmax" per fitted group.
-        max_iter: most EM iterations.
+    Attributes:
+        scope: One fit over all rows (global), or one per given class (per_class).
+        transform: Of the losses before the fit: none, minmax (per fitted group), log(l + 1e-8).
+        max_iter: Most EM iterations.
         tol: EM stops once the mean log-likelihood changes by less.
-        reg_covar: added to both variances.
-        monotone: correct the posterior so that it never rises with the loss.
-        guard: "fallback" leaves rows of a fit that means nothing at their previous value, else 1;
-            "off" takes every fit as it is and raises where there is none.
-        min_samples: guard; fewer rows are not fitted.
-        min_gap: guard; least difference in nats of cross-entropy between the components.
-        min_weight: guard; least weight of either component.
-        groups: largest number of points in EM; more rows are reduced to this many groups of
+        reg_covar: Added to both variances.
+        monotone: Correct the posterior so that it never rises with the loss.
+        guard: fallback leaves rows of a fit that means nothing at their previous value, else 1; off
+            takes every fit as it is and raises where there is none.
+        min_samples: Guard: fewer rows are not fitted.
+        min_gap: Guard: least difference in nats of cross-entropy between the components.
+        min_weight: Guard: least weight of either component.
+        groups: Largest number of points in EM; more rows are reduced to this many groups of
             (almost) equal size.
 
     >>> LossMixture(tol=0.0)

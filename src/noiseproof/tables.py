@@ -130,6 +130,27 @@ def load_table(source: Source, split: str = "train", name: str = "the table") ->
     return table
 
 
+def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse a place that `write_table` could not write to, before any work is done.
+
+    Raises:
+        InputError: Unsupported suffix, a folder, an existing file, or no folder to write in.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in _WRITABLE:
+        raise InputError(
+            f"cannot write {path}: unsupported suffix {path.suffix!r}; "
+            f"supported: {', '.join(_WRITABLE)}"
+        )
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another name or allow to overwrite it")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    return path
+
+
 def write_table(frame: DataFrame, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a frame as CSV, TSV, JSON lines or Parquet, as the suffix says; whole or not at all.
 
@@ -144,18 +165,7 @@ def write_table(frame: DataFrame, path: str | Path, *, overwrite: bool = False) 
     ...     read_table(f"{folder}/t.csv")["text"].tolist()
     ['a, b', 'NA']
     """
-    path = Path(path).expanduser()
-    if path.suffix.lower() not in _WRITABLE:
-        raise InputError(
-            f"cannot write {path}: unsupported suffix {path.suffix!r}; "
-            f"supported: {', '.join(_WRITABLE)}"
-        )
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; choose another name or allow to overwrite it")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    path = check_writable(path, overwrite=overwrite)
     _check_unique([str(column) for column in frame.columns], f"the table for {path}")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

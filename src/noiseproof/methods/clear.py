@@ -72,14 +72,20 @@ class Routing:
     """
 
     def __init__(
-        self, layers: int, gamma: float, eval_gate: str, eval_passes: int, seed: int, free: str
+        self,
+        layers: int,
+        gamma: float = 1.0,
+        eval_gate: str = "all_on",
+        eval_passes: int = 1,
+        free: str = "sample",
+        unit: str = "layer",
     ) -> None:
         self.layers = layers
         self.gamma = gamma
         self.eval_gate = eval_gate
         self.eval_passes = eval_passes
-        self.seed = seed
         self.free = free
+        self.unit = unit
         self.gate: Tensor | None = None  # (B, L); None is all open
         self.pending = False
         self._table: tuple[tuple[int, ...], Tensor] | None = None
@@ -100,7 +106,7 @@ class Routing:
         """Gates of a call that nobody set gates for, by ``eval_gate``.
 
         Sampled gates are keyed by the content of the row, so they do not depend on the order of
-        the rows, on the batch or on the process.
+        the rows, on the batch, on the process, or on whether the model was saved in between.
         """
         if self.eval_gate == "all_on":
             return None
@@ -109,8 +115,10 @@ class Routing:
             return torch.full((len(some), self.layers), self.gamma, device=some.device)
         keys = [0] * len(some) if self.free == "batch" else row_keys(inputs)
         uniform = np.stack(
-            [gate_table(1, self.layers, self.seed, SALT_EVAL, number, key)[0] for key in keys]
+            [gate_table(1, self.layers, SALT_EVAL, number, key)[0] for key in keys]
         )
+        if self.unit == "network":
+            uniform = np.repeat(uniform[:, :1], self.layers, axis=1)
         rate = torch.full((len(some),), self.gamma)
         return open_gates(torch.from_numpy(uniform), rate).to(some.device)
 
@@ -145,9 +153,10 @@ def route(model: nn.Module, routing: Routing) -> None:
     count = 0
     for name, module in model.named_modules():
         projections = getattr(module, "lora_B", None)
-        if not isinstance(projections, nn.ModuleDict) or not len(projections):
+        embeddings = getattr(module, "lora_embedding_B", ())
+        if not isinstance(projections, nn.ModuleDict) or not (len(projections) or len(embeddings)):
             continue
-        if id(module) not in layer_of:
+        if id(module) not in layer_of or len(embeddings):
             raise InputError(f"CleaR cannot gate {name}: it lies outside the numbered layers")
         if getattr(module, "merged", False) or any(getattr(module, "use_dora", {}).values()):
             raise InputError(f"CleaR cannot gate {name}: merged LoRA and DoRA have no exact bypass")
@@ -339,7 +348,10 @@ class CleaR(Method):
         layers = len(encoder_layers(model))
         eval_gate = "all_on" if self.routing == "none" else self.eval_gate
         route(
-            model, Routing(layers, self.gamma, eval_gate, self.eval_passes, 0, self.free_gate)
+            model,
+            Routing(
+                layers, self.gamma, eval_gate, self.eval_passes, self.free_gate, self.gate_unit
+            ),
         )
         return model
 
@@ -354,7 +366,6 @@ class CleaR(Method):
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Columns ``loss``, ``clean_prob`` (N,) and ``target_logits`` (N, C), frozen for the epoch."""
-        routing_of(run).seed = run.seed
         if run.epoch < self.warmup_epochs:
             return self._recorder(run) if run.epoch == 0 else {}
         if self._plain:
@@ -406,7 +417,11 @@ class CleaR(Method):
     @property
     def _plain(self) -> bool:
         """Nothing would read the scores."""
-        return self.routing in ("none", "random") and not self.lambda_consistency
+        return (
+            self.routing in ("none", "random")
+            and not self.lambda_consistency
+            and self.ce_weight == "none"
+        )
 
     @property
     def _records(self) -> bool:
@@ -479,11 +494,11 @@ class CleaR(Method):
             return run.predict()
         routing = routing_of(run)
         device = next(run.model.parameters()).device
-        salt, done = SALT_SCORE + 16 * number, iter(range(len(run.labels)))
+        salt = SALT_SCORE + 16 * number
 
         def before_batch(rows: Tensor) -> None:
             rate = torch.full((len(rows),), self.gamma, device=device)
-            routing.set(self._gates(run, rows, rate, True, salt, run.epoch, next(done)))
+            routing.set(self._gates(run, rows, rate, True, salt, run.epoch, int(rows[0])))
 
         prepared: BeforeBatch = before_batch
         return run.predict(before_batch=prepared)

@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a fresh machine needs Python and make, nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# The lock is for Python 3.11 and newer; 3.10 takes what pyproject.toml allows.
+LOCK = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format docs bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | \
+		while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: $(READY)  ## fine-tune on wrong labels in a few minutes, without network
+	$(BIN)/noiseproof demo
+
+test: $(READY)  ## run the tests; PYTEST_ARGS="-m slow" for the slow ones
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff (rules, format) and mypy; tries all three, fails if one fails
+	@failed=0; \
+	for tool in "ruff check ." "ruff format --check ." "mypy"; do \
+		echo "$(BIN)/$$tool"; \
+		$(BIN)/$$tool || failed=1; \
+	done; \
+	exit $$failed
+
+format: $(READY)  ## sort imports, apply safe fixes, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)  ## build the documentation
+	$(BIN)/python docs/build.py
+
+bench: $(READY)  ## run benchmarks; BENCH_ARGS="..." goes to benchmarks/run.py
+	@if [ -n "$(BENCH_ARGS)" ]; \
+	then $(BIN)/python benchmarks/run.py $(BENCH_ARGS); \
+	else $(BIN)/python benchmarks/run.py --help; \
+	fi
+
+clean:  ## remove what was built, the environment included
+	rm -rf .venv build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that the index's own build of this version (the small CPU build
+# where there is one) is in place before anything that depends on torch is resolved.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0 $(LOCK)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' $(LOCK)
+	@touch $@

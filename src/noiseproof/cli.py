@@ -1,0 +1,468 @@
+"""The command line. The same names as in Python; every error of the user is one line and code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from noiseproof import __version__
+from noiseproof.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from noiseproof.loop import Progress
+    from noiseproof.record import RunRecord
+
+PROGRAM = "noiseproof"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when done; 1 when training failed; 2 for a mistake of the user; 128 + signal when
+        interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise InputError(unknown_name("command", words[0], COMMANDS))
+        COMMANDS[words[0]](words[1:])
+    except InputError as error:
+        return _complain(error, 2)
+    except FloatingPointError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        return _complain(f"{error}; the same command with --resume continues", 128 + error.signum)  # type: ignore[attr-defined]
+    return 0
+
+
+def overview() -> str:
+    """The help of the program: commands and what they do."""
+    lines = [
+        f"{PROGRAM} {__version__}: fine-tune pre-trained models on labels you cannot trust",
+        "",
+        f"usage: {PROGRAM} COMMAND ... ({PROGRAM} COMMAND --help tells more)",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        first = (command.__doc__ or "").splitlines()[0].rstrip(".")
+        lines.append(f"  {name:10s}{first}")
+    return "\n".join(lines)
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def fit(words: list[str]) -> None:
+    """Fine-tune a model on a table with doubtful labels.
+
+    example: noiseproof fit tickets.csv --label intent --method CleaR --out runs/tickets
+    """
+    from noiseproof.cards import field_meanings
+    from noiseproof.engine import TrainSettings
+    from noiseproof.job import Job, run_job
+
+    words, preset = _method_words(_config_words(words))
+    parser = _parser("fit", "DATA --out RUN [options]", fit.__doc__)
+    meanings, hints = field_meanings(Job), get_type_hints(Job)
+    parser.add_argument("data", type=str, help=meanings["data"])
+    flat = [item for item in fields(Job) if item.name not in ("data", "method", "train")]
+    for item in flat:
+        hint = str | None if hints[item.name] is Any else hints[item.name]
+        option = f"--{item.name.replace('_', '-')}"
+        parser.add_argument(option, type=hint, default=item.default, help=meanings[item.name])
+    parser.add_argument("--out", type=str, required=True, help="Folder of the run.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the run in --out from its last checkpoint."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace the run in --out.")
+    parser.add_argument("--config", type=str, help="YAML, TOML or JSON file with these settings.")
+    _add_fields(
+        parser, preset, "method",
+        f"method: --method NAME or NAME:PRESET, such as CleaR:fast; settings of {preset.name}",
+    )
+    _add_fields(parser, TrainSettings(), "train", "the training loop")
+    given = _parse(parser, words)
+    job = Job(
+        data=given.data,
+        method=_made(preset, given.method),
+        train=_made(TrainSettings(), given.train),
+        **{item.name: getattr(given, item.name) for item in flat},
+    )
+    with _Display() as display:
+        result = run_job(
+            job, out=given.out, resume=given.resume, overwrite=given.overwrite, report=display
+        )
+    if _is_main():
+        _print_result(result.record, Path(given.out))
+
+
+def predict(words: list[str]) -> None:
+    """Label new rows with the model of a run.
+
+    example: noiseproof predict runs/tickets new.csv --out predictions.csv
+    """
+    parser = _parser("predict", "RUN DATA --out FILE [options]", predict.__doc__)
+    parser.add_argument("run", type=str, help="Folder that fit wrote.")
+    parser.add_argument("data", type=str, help="Rows with the text columns of the training data.")
+    parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
+    parser.add_argument("--text", type=str | None, help="Text column, if it has another name.")
+    parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
+    given = _parse(parser, words)
+    from noiseproof.job import predict as predict_rows
+    from noiseproof.tables import check_writable, write_table
+
+    check_writable(given.out, overwrite=given.overwrite)
+    table = predict_rows(given.run, given.data, text=given.text, split=given.split)
+    write_table(table, given.out, overwrite=given.overwrite)
+    print(f"{len(table)} rows labelled: {given.out}")
+
+
+def corrupt(words: list[str]) -> None:
+    """Make the labels of a table wrong on purpose.
+
+    example: noiseproof corrupt tickets.csv --label intent --noise pairflip:0.4 --out noisy.csv
+    """
+    parser = _parser("corrupt", "DATA --noise SPEC --out FILE [options]", corrupt.__doc__)
+    parser.add_argument("data", type=str, help="Rows whose labels are right.")
+    parser.add_argument("--noise", type=str, required=True, help="Such as symmetric:0.4.")
+    parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
+    parser.add_argument("--label", type=str, default="label", help="Column of the labels.")
+    parser.add_argument("--clean-label", type=str, default="clean_label",
+                        help="New column that keeps the right labels.")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--text", type=str, default="text", help="Text column or columns.")
+    parser.add_argument("--model", type=str, default="minilm",
+                        help="Encoder for instance-dependent noise.")  # fmt: skip
+    parser.add_argument("--noise-pool", type=str | None, help="Foreign rows for open-set noise.")
+    parser.add_argument("--transition-out", type=str | None,
+                        help="JSON file for the realised transition matrix.")  # fmt: skip
+    parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the output files.")
+    given = _parse(parser, words)
+    from noiseproof.corruption import corrupt as corrupt_table
+    from noiseproof.noise import save_transition
+    from noiseproof.tables import check_writable, write_table
+
+    check_writable(given.out, overwrite=given.overwrite)
+    matrix_file = given.transition_out
+    if matrix_file and Path(matrix_file).exists() and not given.overwrite:
+        raise InputError(f"{matrix_file} exists; choose another --transition-out or --overwrite")
+    names = ("label", "seed", "text", "clean_label", "model", "noise_pool", "split")
+    table, corruption = corrupt_table(
+        given.data, given.noise, **{name: getattr(given, name) for name in names}
+    )
+    write_table(table, given.out, overwrite=given.overwrite)
+    if matrix_file:
+        save_transition(matrix_file, corruption.transition)
+    changed = int(corruption.mask.sum())
+    print(
+        f"{changed} of {len(table)} rows changed (realised rate {corruption.noise_rate:.4f}, "
+        f"asked {corruption.spec}, seed {corruption.seed}): {given.out}"
+    )
+
+
+def methods(words: list[str]) -> None:
+    """List the methods, or show the card and settings of one.
+
+    example: noiseproof methods CleaR
+    """
+    parser = _parser("methods", "[NAME]", methods.__doc__)
+    parser.add_argument("name", type=str | None, nargs="?", help="Method to show.")
+    given = _parse(parser, words)
+    from rich.console import Console
+    from rich.table import Table
+
+    from noiseproof import cards
+    from noiseproof.methods import METHODS, find_method
+
+    console = Console()
+    if given.name is None:
+        table = Table("method", "what it does", "presets", box=None, pad_edge=False)
+        for name, method in METHODS.items():
+            table.add_row(name, cards.summary(method), ", ".join(method.presets()))
+        console.print(table)
+        return
+    chosen = find_method(given.name)
+    console.print(cards.card(chosen), highlight=False, markup=False)
+    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+    for setting in cards.settings(chosen):
+        table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
+    console.print()
+    console.print(table)
+    console.print(f"\npresets: {', '.join(chosen.presets())}", highlight=False)
+
+
+def demo(words: list[str]) -> None:
+    """Plain LoRA against CleaR on customer messages with 40 % wrong labels, in minutes.
+
+    example: noiseproof demo --out runs/demo
+    """
+    parser = _parser("demo", "[--out FOLDER]", demo.__doc__)
+    parser.add_argument("--out", type=str, default="runs/demo", help="Folder for the two runs.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the runs in --out.")
+    given = _parse(parser, words)
+    from rich.console import Console
+    from rich.table import Table
+
+    from noiseproof.demo import COLUMNS, run_demo
+
+    with _Display() as display:
+        rows = run_demo(Path(given.out), overwrite=given.overwrite, report=display)
+    table = Table(*COLUMNS, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"runs: {given.out} (suspicious rows: {given.out}/CleaR/suspects.csv)")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    command.__name__: command for command in (fit, predict, corrupt, methods, demo)
+}
+
+
+# --- parsing -------------------------------------------------------------------------------------
+
+
+def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        usage=f"{PROGRAM} {name} {usage}",
+        description=doc,
+        exit_on_error=False,
+    )
+
+
+def _add_fields(parser: ArgumentParser, settings: Any, prefix: str, title: str) -> None:
+    """Options ``--prefix.field`` for a settings object, nested ones with more dots."""
+    from noiseproof.cards import field_meanings
+
+    group = parser.add_argument_group(title)
+    meanings, hints = field_meanings(type(settings)), get_type_hints(type(settings))
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            _add_fields(parser, value, f"{prefix}.{item.name}", f"{title}: {item.name}")
+            continue
+        group.add_argument(
+            f"--{prefix}.{item.name}",
+            type=hints[item.name],
+            default=value,
+            help=meanings.get(item.name, ""),
+        )
+
+
+def _made(settings: Any, given: Any) -> Any:
+    """A settings object of the same class with the parsed values."""
+    values = {}
+    for item in fields(settings):
+        old, new = getattr(settings, item.name), getattr(given, item.name)
+        values[item.name] = _made(old, new) if is_dataclass(old) else new
+    return type(settings)(**values)
+
+
+def _parse(parser: ArgumentParser, words: list[str]) -> Any:
+    """Parse, and turn what jsonargparse says of a mistake into one line."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(words)
+    except (ArgumentError, TypeError, KeyError) as error:
+        text = " ".join(str(error).split())
+        unknown = re.search(r"[Uu]nrecognized arguments?: (--[^\s=]+)", text)
+        if unknown:
+            options = [o for action in parser._actions for o in action.option_strings]
+            start = unknown[1].split(".")[0] + "."
+            near = [o for o in options if o.startswith(start)]
+            near = near or [o for o in options if "." not in o and "_" not in o and o[:2] == "--"]
+            raise InputError(unknown_name("option", unknown[1], near)) from error
+        text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
+        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        raise InputError(f"{text} (see {parser.prog} --help)") from error
+
+
+def _config_words(words: list[str]) -> list[str]:
+    """Put the settings of ``--config FILE`` before the words, which therefore win."""
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        if not equals and place + 1 == len(words):
+            raise InputError("--config needs a file")
+        path = Path(value if equals else words[place + 1]).expanduser()
+        rest = words[:place] + words[place + (1 if equals else 2) :]
+        return _option_words(_read_config(path)) + rest
+    return words
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A YAML, TOML or JSON file of settings; of a ``record.json`` its specification."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            try:
+                import tomllib
+            except ImportError:  # Python 3.10
+                import tomli as tomllib
+
+            values: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read config {path}: {error}") from error
+    except Exception as error:  # yaml's own errors
+        first = " ".join(str(error).split())
+        raise InputError(f"config {path} is not valid: {first}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} must hold names and values, got {type(values).__name__}")
+    spec: dict[str, Any] = values.get("spec", values)
+    return spec
+
+
+def _option_words(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as command-line words; ``data`` comes as the positional argument."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name == "data" and not prefix:
+            words.append(str(value))
+        elif name == "name" and prefix == "method.":
+            words.insert(0, f"--method={value}")
+        elif isinstance(value, dict):
+            words += _option_words(value, f"{prefix}{name}.")
+        elif name in ("resume", "overwrite") and not prefix:
+            words += [f"--{name}"] if value else []
+        else:
+            dashed = name if prefix else name.replace("_", "-")
+            shown = value if isinstance(value, str) else json.dumps(value)
+            words.append(f"--{prefix}{dashed}={shown}")
+    return words
+
+
+def _method_words(words: list[str]) -> tuple[list[str], Any]:
+    """Take ``--method NAME[:PRESET]`` out of the words; the rest, and the preset's settings."""
+    from noiseproof.methods import CleaR, find_method
+
+    chosen: Any = CleaR()
+    rest = iter(words)
+    kept = []
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--method":
+            kept.append(word)
+            continue
+        given = value if equals else next(rest, "")
+        if not given or given.startswith("-"):
+            raise InputError("--method needs a name; noiseproof methods lists them")
+        method, _, preset = given.partition(":")
+        chosen = find_method(method).preset(preset or "default")
+    return kept, chosen
+
+
+# --- showing -------------------------------------------------------------------------------------
+
+
+def _complain(message: object, code: int) -> int:
+    if _is_main():
+        print(f"{PROGRAM}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Display:
+    """A progress bar and a line per epoch, on standard error."""
+
+    def __enter__(self) -> _Display:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal or not _is_main(),
+        )
+        self.task = self.bar.add_task("", total=None, loss=0.0)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show one step, or one finished epoch."""
+        label = f"{progress.stage} {progress.epoch + 1}/{progress.epochs}"
+        self.bar.update(
+            self.task,
+            description=label,
+            total=progress.steps,
+            completed=progress.step,
+            loss=progress.loss,
+        )
+        if progress.history is not None and _is_main():
+            shown = {
+                name: progress.history[name]
+                for name in ("loss", "test_accuracy", "validation_accuracy", "memorization",
+                             "clean_share")
+                if progress.history.get(name) is not None
+            }  # fmt: skip
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            self.console.print(f"{label}  rows {progress.history['rows']}  {numbers}",
+                               highlight=False)  # fmt: skip
+
+
+def _print_result(record: RunRecord, folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("result", "", box=None, pad_edge=False, show_header=False)
+    for name, value in record.metrics.items():
+        if value is not None:
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    table.add_row("total_s", f"{record.timings['total_s']:.1f}")
+    console = Console()
+    console.print(table)
+    for name, meaning in (
+        ("model", "the model, for transformers and peft"),
+        ("suspects.csv", "rows whose label looks wrong, worst first"),
+        ("samples.parquet", "every training row"),
+        ("record.json", "what was asked, done and found"),
+    ):
+        console.print(f"{folder / name}: {meaning}", highlight=False, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""Make the labels of a table wrong on purpose, and say exactly how wrong they became."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from noiseproof.data import read_examples, read_table, read_texts
+from noiseproof.engine import TrainSettings, derive_seed
+from noiseproof.errors import InputError
+from noiseproof.job import frozen_features
+from noiseproof.models import load_text_classifier
+from noiseproof.noise import Corruption, parse_noise
+from noiseproof.tasks import TextClassification
+
+if TYPE_CHECKING:
+    from noiseproof.tables import Source
+
+
+def corrupt(
+    data: Source,
+    noise: str,
+    *,
+    label: str = "label",
+    seed: int = 0,
+    text: str = "text",
+    clean_label: str = "clean_label",
+    model: str = "minilm",
+    noise_pool: str | None = None,
+    split: str = "train",
+) -> tuple[Any, Corruption]:
+    """Corrupt the labels (or, with open-set noise, the texts) of a table.
+
+    Args:
+        data: Rows, read like training data.
+        noise: Such as ``symmetric:0.4``; see `noiseproof.noise`.
+        label: Column of the labels, taken as true.
+        seed: Seed of the noise.
+        text: Text column or columns; used by instance-dependent and open-set noise.
+        clean_label: New column that keeps the true labels.
+        model: Encoder whose frozen features steer instance-dependent noise.
+        noise_pool: File of foreign rows for open-set noise.
+        split: Split of a hub data set.
+
+    Returns:
+        The table (a DataFrame) and what was done to it.
+
+    Raises:
+        InputError: The noise cannot be parsed, or the table does not fit it.
+    """
+    model_of_noise = parse_noise(noise)
+    if model_of_noise is None:
+        raise InputError("noise is 'none': nothing to do; give for example symmetric:0.4")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must lie in [0, 2^32), got {seed}")
+    if model_of_noise.needs_pool and noise_pool is None:
+        raise InputError(f"noise {noise!r} replaces texts; give noise_pool, a file of foreign rows")
+    table = read_table(data, split)
+    if clean_label in table.columns:
+        raise InputError(
+            f"the data has a column {clean_label!r} already; name another one for the true labels"
+        )
+    examples = read_examples(data, text=text, label=label, split=split)
+    features = None
+    if model_of_noise.needs_features:
+        features = _features(examples.texts, examples.text_pairs, examples.label_names, model)
+    pool = read_texts(noise_pool, text) if noise_pool is not None else None
+    corruption = model_of_noise.apply(
+        examples.labels,
+        len(examples.label_names),
+        seed,
+        features=features,
+        pool_size=None if pool is None else len(pool[0]),
+    )
+    names = np.asarray(examples.label_names, dtype=object)
+    table = table.assign(**{clean_label: table[label], label: names[corruption.labels]})
+    if pool is not None:
+        _replace(table, [name.strip() for name in text.split(",")], corruption, pool)
+    return table, corruption
+
+
+def _features(
+    texts: list[str], pairs: list[str] | None, names: tuple[str, ...], model: str
+) -> np.ndarray:
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(0, "head"))
+        encoder, tokenizer = load_text_classifier(model, names)
+    task = TextClassification(tokenizer)
+    return frozen_features(encoder, task.encode(texts, pairs), TrainSettings())
+
+
+def _replace(
+    table: Any, columns: list[str], corruption: Corruption, pool: tuple[list[str], list[str] | None]
+) -> None:
+    replacement = corruption.extras["replacement"]
+    rows = np.flatnonzero(replacement >= 0)
+    for column, texts in zip(columns, pool, strict=False):
+        if texts is not None:
+            place = table.columns.get_loc(column)
+            for row in rows:
+                table.iat[int(row), place] = texts[replacement[row]]
