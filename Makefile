@@ -14,7 +14,7 @@ help:  ## list the targets
 		while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
 demo: $(READY)  ## fine-tune on wrong labels in a few minutes, without network
-	$(BIN)/noiseproof demo
+	$(BIN)/noiseproof demo --overwrite
 
 test: $(READY)  ## run the tests; PYTEST_ARGS="-m slow" for the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -45,7 +46,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer BERT with its tokenizer, for ``model=<folder>``."""
-    return build_model(tmp_path_factory.mktemp("tiny") / "bert")
+    folder = build_model(tmp_path_factory.mktemp("tiny") / "bert")
+    gc.freeze()  # accelerate collects garbage after every stage: spare it the imported libraries
+    return folder
 
 
 @pytest.fixture(scope="session")

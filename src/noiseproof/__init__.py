@@ -44,7 +44,7 @@ _PLACES = {
     "SmallLoss": "methods",
 }
 
-__all__ = ["__version__", *_PLACES]  # noqa: PLE0604
+__all__ = ["__version__", *_PLACES]
 
 if TYPE_CHECKING:
     from noiseproof.checkpoint import Interrupted

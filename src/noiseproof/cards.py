@@ -44,8 +44,9 @@ def settings(kind: type[Any], prefix: str = "") -> list[Setting]:
     meanings = field_meanings(kind)
     for item in dataclasses.fields(kind):
         default: Any = item.default
-        if default is _MISSING and item.default_factory is not _MISSING:
-            default = item.default_factory()
+        factory: Any = item.default_factory
+        if default is _MISSING and factory is not _MISSING:
+            default = factory()
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             found += settings(type(default), f"{prefix}{item.name}.")
             continue

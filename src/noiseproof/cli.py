@@ -97,7 +97,9 @@ def fit(words: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the run in --out.")
     parser.add_argument("--config", type=str, help="YAML, TOML or JSON file with these settings.")
     _add_fields(
-        parser, preset, "method",
+        parser,
+        preset,
+        "method",
         f"method: --method NAME or NAME:PRESET, such as CleaR:fast; settings of {preset.name}",
     )
     _add_fields(parser, TrainSettings(), "train", "the training loop")
@@ -323,11 +325,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
-            try:
+            if sys.version_info >= (3, 11):
                 import tomllib
-            except ImportError:  # Python 3.10
+            else:
                 import tomli as tomllib
-
             values: Any = tomllib.loads(text)
         elif path.suffix == ".json":
             values = json.loads(text)

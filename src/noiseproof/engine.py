@@ -205,7 +205,7 @@ class Engine:
                 self._cache(model, encoded)
                 self.net = HeadOnly(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2]},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
@@ -215,8 +215,10 @@ class Engine:
             weight_decay=self.settings.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.net, optimizer = self.accelerator.prepare(self.net, optimizer)
-        return optimizer
+        prepared: tuple[nn.Module, torch.optim.Optimizer]
+        prepared = self.accelerator.prepare(self.net, optimizer)
+        self.net = prepared[0]
+        return prepared[1]
 
     def end_stage(self) -> None:
         """Undo the wrapping of `start_stage`."""

@@ -1,7 +1,7 @@
 """The main job: from a table with doubtful labels to a model, a list of suspects and a record.
 
-    read -> (noise) -> split -> encode -> train -> predict the training rows
-         -> model/, samples.parquet, suspects.csv, history.csv, record.json
+read -> (noise) -> split -> encode -> train -> predict the training rows
+-> model/, samples.parquet, suspects.csv, history.csv, record.json
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ class Job:
         clean_label: Column of the true labels where they are known; used for metrics alone. A test
             file that has the column is measured against it.
         row_id: Column that names the rows; without it rows are numbered from 0.
-        label_names: File with the class names (JSON list or one a line), for labels that are numbers.
+        label_names: File with the class names (JSON list or one a line); labels may then be numbers.
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
         sample: Train on this many rows only, drawn so that class shares stay the same.
         split: Split of a hub data set or of a saved dataset dictionary.
         task: Kind of row: text.
         model: Pre-trained model: local folder, hub name, or minilm.
-        noise: Noise to inject into the training labels, such as symmetric:0.4; none injects nothing.
+        noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
         noise_seed: Seed of the injected noise; None follows train.seed.
         noise_pool: File of foreign rows for open-set noise, with the same text columns.
         method: How to fine-tune.
@@ -361,7 +361,9 @@ class _Work:
         )
         seed = job.train.seed
         if job.sample is not None:
-            data = data.select(stratified_sample(data.labels, job.sample, derive_seed(seed, "rows")))
+            data = data.select(
+                stratified_sample(data.labels, job.sample, derive_seed(seed, "rows"))
+            )
         init_seed = seed if job.train.init_seed is None else job.train.init_seed
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(init_seed, "head"))
@@ -392,7 +394,7 @@ class _Work:
         self.last_logits: dict[str, Tensor] = {}
 
     def _read_other(self, source: Any, role: str, names: Sequence[str]) -> Examples:
-        """Rows of another file; test rows are measured against the true label where there is one."""
+        """Rows of another file; test rows count by the true label where there is one."""
         job, label = self.job, self.job.label
         clean = role == "test" or job.validation_labels == "clean"
         if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
@@ -447,7 +449,7 @@ class _Work:
         )
 
     def measure(self, predict_on: Callable[[Encoded], Tensor], run: Run) -> Mapping[str, Any]:
-        """Numbers of one history row; the training rows are predicted only if the truth is known."""
+        """Numbers of one history row; training rows are predicted only if the truth is known."""
         row: dict[str, Any] = {}
         for name, (encoded, labels) in self.sets.items():
             logits = self.last_logits[name] = predict_on(encoded)
@@ -526,9 +528,7 @@ class _Work:
             record.noise["noise_rate"] = float((data.labels != data.clean_labels).mean())
         record.versions = versions()
 
-    def conclude(
-        self, record: RunRecord, outcome: Outcome, samples: Any, seconds: float
-    ) -> None:
+    def conclude(self, record: RunRecord, outcome: Outcome, samples: Any, seconds: float) -> None:
         """What came out."""
         engine_device = next(outcome.model.parameters()).device
         record.model = {
@@ -562,7 +562,8 @@ class _Work:
     def _test_metrics(self, record: RunRecord, outcome: Outcome) -> dict[str, Any]:
         encoded, labels = self.sets["test"]
         logits = self.last_logits.get("test")
-        if logits is None or outcome.best_epoch is not None:  # resumed at the end, or other weights
+        other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
+        if logits is None or other:  # resumed at the end, other weights or another network
             logits = predict_logits(outcome.model, encoded, self.job.train)
         classes = len(self.data.label_names)
         measured = metrics.classification_metrics(logits, labels, classes)
@@ -595,7 +596,9 @@ def replace_texts(
     return dataclasses.replace(data, texts=new_texts, text_pairs=new_pairs)
 
 
-def frozen_features(model: torch.nn.Module, encoded: Encoded, settings: TrainSettings) -> np.ndarray:
+def frozen_features(
+    model: torch.nn.Module, encoded: Encoded, settings: TrainSettings
+) -> np.ndarray:
     """Mean-pooled features of the pre-trained encoder (N, D)."""
     engine = Engine(settings)
     model.to(engine.device).eval()
@@ -695,9 +698,7 @@ def method_from_dict(values: dict[str, Any]) -> Method:
     return METHODS[values["name"]].from_dict(values)
 
 
-def predict(
-    run: str | Path, data: Source, *, text: str | None = None, split: str = "train"
-) -> Any:
+def predict(run: str | Path, data: Source, *, text: str | None = None, split: str = "train") -> Any:
     """Label new rows with the model of a run.
 
     Args:

@@ -38,7 +38,7 @@ from noiseproof.checkpoint import (
 from noiseproof.engine import Engine, TrainSettings, derive_seed, rate_factor, training_batches
 from noiseproof.errors import InputError
 from noiseproof.method import BeforeBatch, Columns, Method, Run, Stage
-from noiseproof.models import count_parameters, set_trainable, training_mode
+from noiseproof.models import count_parameters, fast_dropout, set_trainable, training_mode
 from noiseproof.tasks import Encoded
 
 DEFAULT_RATE = 5e-5
@@ -168,7 +168,11 @@ class _Loop:
         torch.manual_seed(derive_seed(_or(init_seed, self.settings.seed), "init"))
         model = self.method.prepare_model(model).to(self.engine.device)
         self.run = Run(
-            model, self.labels, self.num_classes, self._predict, torch.Generator(),
+            model,
+            self.labels,
+            self.num_classes,
+            self._predict,
+            torch.Generator(),
             seed=self.settings.seed,
         )
         self.prepared = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -194,10 +198,13 @@ class _Loop:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs
         self.state.stage = number
-        for epoch in range(self.state.epoch, stage.epochs):
-            run.epoch = epoch
-            self._run_epoch(stage, rate, saved)
-            saved = {}
+        with fast_dropout(run.model):
+            for epoch in range(self.state.epoch, stage.epochs):
+                run.epoch = epoch
+                self._run_epoch(stage, rate, saved)
+                saved = {}
+        if self.engine.cached:  # the whole network answers from here, not the head alone
+            self._predicted = None
         self.engine.end_stage()
         self.state.epoch = 0
 
@@ -211,9 +218,12 @@ class _Loop:
             torch.manual_seed(derive_seed(order_seed, "dropout", *words, self.engine.rank))
         else:  # resumed inside the epoch: the columns came with the checkpoint
             torch.set_rng_state(saved["random"][self.engine.rank].to(torch.uint8))
+            run.generator.set_state(saved["generator"])
         rows = self._rows_of_epoch()
         batches = training_batches(
-            rows, self.engine.view(self.encoded).lengths, settings.batch_size,
+            rows,
+            self.engine.view(self.encoded).lengths,
+            settings.batch_size,
             derive_seed(order_seed, "order", *words),
         )
         training_mode(run.model)
@@ -221,9 +231,7 @@ class _Loop:
         started = time.perf_counter()
         for step in range(state.step, len(batches)):
             run.step = step
-            progress = (run.epoch + step / len(batches)) / stage.epochs
-            current = rate * rate_factor(settings, progress)
-            loss = self._step(batches[step], current)
+            loss = self._step(batches[step], self._rate(stage, rate, step, len(batches)))
             state.loss_sum += loss * len(batches[step])
             state.step = step + 1
             if self.report and self.engine.main:
@@ -236,7 +244,8 @@ class _Loop:
                 self._checkpoint()
                 raise Interrupted(signum)
         state.seconds["train_s"] += time.perf_counter() - started
-        self._end_epoch(stage, len(rows), current, len(batches))
+        last = self._rate(stage, rate, len(batches) - 1, len(batches))
+        self._end_epoch(stage, len(rows), last, len(batches))
 
     def _score(self) -> None:
         started = time.perf_counter()
@@ -246,6 +255,11 @@ class _Loop:
         self._check(columns)
         self.run.columns.update(columns)
         self.state.seconds["score_s"] += time.perf_counter() - started
+
+    def _rate(self, stage: Stage, peak: float, step: int, steps: int) -> float:
+        """The learning rate of a step, by the share of the stage that is done before it."""
+        progress = (self.run.epoch + step / steps) / stage.epochs
+        return peak * rate_factor(self.settings, progress)
 
     def _step(self, rows: np.ndarray, rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -290,17 +304,24 @@ class _Loop:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.engine.track(numbers, len(state.history))
         if self.report and self.engine.main:
-            self.report(Progress(stage.name, run.epoch, stage.epochs, steps, steps, row["loss"], row))
+            self.report(
+                Progress(stage.name, run.epoch, stage.epochs, steps, steps, row["loss"], row)
+            )
         state.epoch, state.step, state.loss_sum = run.epoch + 1, 0, 0.0
         self._checkpoint()
 
     def _finish(self, model: nn.Module) -> Outcome:
         if self.best:
             model.load_state_dict(self.best, strict=False)
+            self._predicted = None
         self.engine.net = model
         deployed = self.method.finalize_model(self.run)
         return Outcome(
-            deployed, self.run, self.state.history, self.state.seconds, self.engine.precision,
+            deployed,
+            self.run,
+            self.state.history,
+            self.state.seconds,
+            self.engine.precision,
             count_parameters(p for name, p in model.named_parameters() if name in self.trained),
             self.state.best_row,
         )
@@ -370,7 +391,8 @@ class _Loop:
         tensors = {f"model.{name}": tensor for name, tensor in self._weights().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"column.{name}": column for name, column in self.run.columns.items()}
-        tensors |= optimizer_tensors(_inner(self.optimizer)) | {"random": random}
+        tensors |= optimizer_tensors(_inner(self.optimizer))
+        tensors |= {"random": random, "generator": self.run.generator.get_state()}
         self.state.logged = self.run.logged
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 

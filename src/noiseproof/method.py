@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
@@ -119,7 +118,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """How to fine-tune on labels that may be wrong. The defaults are plain cross-entropy.
 
     Attributes:
@@ -221,7 +220,13 @@ def require(ok: bool, message: str) -> None:
 
 
 def require_range(
-    owner: str, name: str, value: float, low: float, high: float, *, open_low: bool = False,
+    owner: str,
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
     open_high: bool = False,
 ) -> None:
     """Raise `InputError` unless ``value`` lies in the range."""

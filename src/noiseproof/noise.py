@@ -145,6 +145,7 @@ class Symmetric(NoiseModel):
 
     @property
     def spec(self) -> str:
+        """Canonical text."""
         return f"symmetric{'-redraw' if self.redraw else ''}:{_text(self.rate)}"
 
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
@@ -226,6 +227,7 @@ class Transition(NoiseModel):
 
     @property
     def spec(self) -> str:
+        """Canonical text."""
         return f"transition:{self.source or json.dumps(self.matrix, separators=(',', ':'))}"
 
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
@@ -409,6 +411,7 @@ class Mixture(NoiseModel):
 
     @property
     def spec(self) -> str:
+        """Canonical text."""
         return "+".join(part.spec for part in self.parts)
 
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:

@@ -138,9 +138,7 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "noiseproof"
 
 
-def _key(
-    texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, limit: int
-) -> str:
+def _key(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, limit: int) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())

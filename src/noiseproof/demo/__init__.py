@@ -51,7 +51,7 @@ def run_demo(
     plain = CrossEntropy(
         tune="lora", rank=clear.rank, learning_rate=clear.learning_rate, dropout=clear.dropout
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, method in (("plain LoRA", plain), ("CleaR", clear)):
         folder = out / name.replace(" ", "-")
         result = run_job(

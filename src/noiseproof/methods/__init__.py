@@ -17,6 +17,21 @@ from noiseproof.methods.baselines import (
 )
 from noiseproof.methods.clear import CleaR
 
+__all__ = [
+    "METHODS",
+    "ELR",
+    "GCE",
+    "SCE",
+    "Bootstrapping",
+    "CleaR",
+    "CoTeaching",
+    "CrossEntropy",
+    "ForwardCorrection",
+    "LabelSmoothing",
+    "SmallLoss",
+    "find_method",
+]
+
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
     for method in (

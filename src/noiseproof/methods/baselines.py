@@ -115,7 +115,7 @@ class CrossEntropy(Tuned):
 class LabelSmoothing(Tuned):
     """Cross-entropy against labels mixed with the uniform distribution.
 
-    Paper: Szegedy et al., CVPR 2016; under label noise: Lukasik et al., ICML 2020, arXiv:2003.02819.
+    Paper: Szegedy et al., CVPR 2016; with noise: Lukasik et al., ICML 2020, arXiv:2003.02819.
     Idea: never ask for certainty, so wrong labels pull less.
     Settings: smoothing = 0.1 (both papers).
     Cost: no extra pass.
@@ -188,7 +188,11 @@ class SCE(Tuned):
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """SCE."""
         loss = symmetric_cross_entropy(
-            logits_of(model, batch), batch.labels, self.ce_weight, self.reverse_weight, self.log_zero
+            logits_of(model, batch),
+            batch.labels,
+            self.ce_weight,
+            self.reverse_weight,
+            self.log_zero,
         )
         return loss.mean()
 
@@ -412,7 +416,7 @@ class CoTeaching(Tuned):
     """Two networks; each trains on the rows that the other finds easy.
 
     Paper: Han et al., NeurIPS 2018, arXiv:1804.06872.
-    Idea: two differently initialised networks make different mistakes, so each filters for the other.
+    Idea: differently initialised networks make different mistakes, so each filters for the other.
     Steps: per step: (1) both score the batch; (2) each picks its lowest losses, fewer as the epochs
     go on; (3) each trains on the other's choice. The first network is deployed.
     Deviations: without ``noise_rate`` the rate is estimated once, by a mixture on the losses at the

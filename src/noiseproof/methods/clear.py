@@ -114,9 +114,7 @@ class Routing:
         if self.eval_gate == "expected":
             return torch.full((len(some), self.layers), self.gamma, device=some.device)
         keys = [0] * len(some) if self.free == "batch" else row_keys(inputs)
-        uniform = np.stack(
-            [gate_table(1, self.layers, SALT_EVAL, number, key)[0] for key in keys]
-        )
+        uniform = np.stack([gate_table(1, self.layers, SALT_EVAL, number, key)[0] for key in keys])
         if self.unit == "network":
             uniform = np.repeat(uniform[:, :1], self.layers, axis=1)
         rate = torch.full((len(some),), self.gamma)
@@ -191,9 +189,7 @@ def _gate_hook(routing: Routing, layer: int) -> Callable[..., Tensor | None]:
     return hook
 
 
-def _routed(
-    forward: Callable[..., Any], model: nn.Module, routing: Routing
-) -> Callable[..., Any]:
+def _routed(forward: Callable[..., Any], model: nn.Module, routing: Routing) -> Callable[..., Any]:
     def routed_forward(**inputs: Any) -> Any:
         if routing.pending:
             routing.pending = False
@@ -201,11 +197,13 @@ def _routed(
         if model.training:
             raise RuntimeError("CleaR: no gates were set for this training step")
         passes = routing.eval_passes if routing.eval_gate == "mean" else 1
-        for number in range(passes):
+        routing.gate = routing.eval_gates(inputs, 0)
+        output = forward(**inputs)
+        for number in range(1, passes):
             routing.gate = routing.eval_gates(inputs, number)
-            output = forward(**inputs)
-            mean = output.logits / passes if number == 0 else mean + output.logits / passes
-        output.logits = mean
+            output.logits = output.logits + forward(**inputs).logits
+        if passes > 1:
+            output.logits = output.logits / passes
         return output
 
     return routed_forward
@@ -224,7 +222,7 @@ class CleaR(Method):
         threshold: Cut of routing=hard, and of the logged selection.
         gate_unit: A gate per layer, or one for the whole network.
         free_gate: Draws that ignore the label: one per sample, or one per batch.
-        scoring: passes (extra forward passes), or reuse (logits of the last epoch's training steps).
+        scoring: passes (extra forward passes), or reuse (logits of the last epoch's steps).
         scoring_passes: Gated passes whose logits are averaged.
         loss_ema: Weight of the last epoch's smoothed loss.
         mixture: How the losses are split.
@@ -365,7 +363,7 @@ class CleaR(Method):
         return [Stage("train", epochs, learning_rate=self.learning_rate)]
 
     def on_epoch_start(self, run: Run) -> Columns:
-        """Columns ``loss``, ``clean_prob`` (N,) and ``target_logits`` (N, C), frozen for the epoch."""
+        """Columns ``loss``, ``clean_prob`` (N,), ``target_logits`` (N, C); fixed for the epoch."""
         if run.epoch < self.warmup_epochs:
             return self._recorder(run) if run.epoch == 0 else {}
         if self._plain:

@@ -1,0 +1,116 @@
+"""Robust for free: the whole job of CleaR against the plain recipe, A B A B in fresh processes.
+
+    python benchmarks/speed.py --data DATA.csv --test TEST.csv --pairs 4 --out docs/results/speed.json
+
+Each pair runs the plain recipe (``plain_recipe.py``) and then ``noiseproof fit`` with the same
+model, rows, epochs, batch size, rank, learning rate and evaluation, each in a process of its own,
+start-up and imports included. Ratios are taken within a pair, because the machine's speed drifts.
+DATA and TEST have the columns text and label; the labels of DATA are corrupted here first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+VARIANTS = {
+    "reuse": ["--method", "CleaR:fast"],
+    "one pass": ["--method", "CleaR", "--method.scoring_passes", "1"],
+}
+
+
+def run(words: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Seconds and peak memory (MB) of one process and its children."""
+    started = time.perf_counter()
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(words)}")
+    return {"seconds": time.perf_counter() - started, "memory_mb": usage.ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--noise", default="symmetric:0.4")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--variant", choices=list(VARIANTS), default="reuse")
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+
+    from noiseproof import corrupt
+    from noiseproof.data import read_examples, stratified_sample
+    from noiseproof.models import resolve_model
+    from noiseproof.tables import write_table
+
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        table, corruption = corrupt(args.data, args.noise)
+        rows = stratified_sample(read_examples(table, text="text", label="label").labels,
+                                 args.rows, 0)  # fmt: skip
+        train = place / "train.csv"
+        write_table(table.iloc[rows][["text", "label"]], train)
+        common = {
+            "epochs": args.epochs,
+            "rank": args.rank,
+            "learning_rate": args.learning_rate,
+            "batch_size": args.batch_size,
+        }
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        for number in range(args.pairs):
+            fresh = {
+                **environment,
+                "NOISEPROOF_CACHE": str(place / f"cache{number}"),
+                "HF_DATASETS_CACHE": str(place / f"datasets{number}"),
+            }
+            plain = [sys.executable, str(HERE / "plain_recipe.py"), str(train), args.test]
+            plain += ["--model", resolve_model("minilm"), "--out", str(place / f"plain{number}")]
+            for name, value in common.items():
+                plain += [f"--{name.replace('_', '-')}", str(value)]
+            ours = [sys.executable, "-m", "noiseproof", "fit", str(train), "--test", args.test]
+            ours += ["--out", str(place / f"ours{number}"), *VARIANTS[args.variant]]
+            ours += ["--method.rank", str(args.rank), "--train.epochs", str(args.epochs)]
+            ours += ["--train.batch_size", str(args.batch_size)]
+            ours += ["--method.learning_rate", str(args.learning_rate)]
+            pair = {"plain": run(plain, fresh), "clear": run(ours, fresh)}
+            result = json.loads((place / f"plain{number}" / "result.json").read_text())
+            record = json.loads((place / f"ours{number}" / "record.json").read_text())
+            pair["plain"]["test_accuracy"] = result["test_accuracy"]
+            pair["clear"]["test_accuracy"] = record["metrics"]["test_accuracy"]
+            pair["clear"] |= record["timings"]
+            pair["time_ratio"] = pair["clear"]["seconds"] / pair["plain"]["seconds"]
+            pair["memory_ratio"] = pair["clear"]["memory_mb"] / pair["plain"]["memory_mb"]
+            pairs.append(pair)
+            print(json.dumps(pair), flush=True)
+    ratios = [pair["time_ratio"] for pair in pairs]
+    summary = {
+        "command": "python benchmarks/speed.py " + " ".join(sys.argv[1:]),
+        "variant": args.variant,
+        "noise_rate": corruption.noise_rate,
+        "time_ratio_median": statistics.median(ratios),
+        "time_ratio_range": [min(ratios), max(ratios)],
+        "memory_ratio_median": statistics.median(pair["memory_ratio"] for pair in pairs),
+        "pairs": pairs,
+    }
+    Path(args.out).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(f"time ratio {summary['time_ratio_median']:.2f} (range {min(ratios):.2f} to "
+          f"{max(ratios):.2f}), memory ratio {summary['memory_ratio_median']:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,949 @@
+"""CleaR: the bypass is exact, gates follow their rates, every term equals a slow version of itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from families import CLASSES, ENCODERS, classifier
+from tiny import (
+    LABELS,
+    Answers,
+    Tiny,
+    numbers,
+    same_weights,
+    table,
+    tiny,
+    train_settings,
+    weights,
+)
+from torch import Tensor, nn
+
+import noiseproof
+from noiseproof.engine import Engine
+from noiseproof.errors import InputError
+from noiseproof.method import Batch, Run, Stage
+from noiseproof.methods.baselines import CrossEntropy
+from noiseproof.methods.clear import (
+    SALT_EVAL,
+    SALT_SCORE,
+    SALT_TRAIN,
+    CleaR,
+    Routing,
+    gate_table,
+    open_gates,
+    route,
+)
+from noiseproof.models import count_parameters, encoder_layers, plain_model, tune_model
+from noiseproof.selection import LossMixture
+
+LAYERS = 2  # of the tiny BERT
+
+
+def with_updates(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Give every LoRA update a size: B starts at zero, and then gates change nothing."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
+def routed(tiny_run: Tiny, **settings: Any) -> nn.Module:
+    """The tiny BERT in eval mode, with gated LoRA whose updates are not zero."""
+    model = CleaR(**settings).prepare_model(copy.deepcopy(tiny_run.model))
+    return with_updates(model).eval()
+
+
+def gated(model: nn.Module, inputs: dict[str, Tensor], gate: Tensor | None) -> Tensor:
+    """Logits of one call with these gates."""
+    model.noiseproof_routing.set(gate)  # type: ignore[union-attr, operator]
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def trimmed(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row without its padding, as a batch."""
+    real = inputs["attention_mask"][row].bool()
+    return {name: values[row : row + 1, real] for name, values in inputs.items()}
+
+
+def lora_gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and "lora_" in name
+    }
+
+
+def run_of(model: nn.Module, rows: int, epoch: int = 0, seed: int = 0, **columns: Tensor) -> Run:
+    """A run that stands at the start of an epoch; nothing can be predicted."""
+    labels = torch.arange(rows) % CLASSES
+
+    def predict(before_batch: Any = None) -> Tensor:
+        raise AssertionError("this test predicts nothing")
+
+    run = Run(model, labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch)
+    run.columns = dict(columns)
+    return run
+
+
+def bare(layers: int, **settings: Any) -> nn.Module:
+    """A model that is nothing but its gates."""
+    model = nn.Identity()
+    model.noiseproof_routing = Routing(layers, **settings)  # type: ignore[assignment]
+    return model
+
+
+def batch_of(run: Run, rows: Tensor) -> Batch:
+    columns = {name: column[rows] for name, column in run.columns.items()}
+    return Batch({}, run.labels[rows], rows, columns)
+
+
+def train_gates(method: CleaR, run: Run, rows: Tensor, routed: bool = True) -> Tensor:
+    gate = method._train_gates(batch_of(run, rows), run, routed)
+    assert gate is not None
+    return gate
+
+
+def at_epoch(tiny_run: Tiny, model: nn.Module, epoch: int, seed: int = 0) -> Run:
+    """A run on the tiny rows whose `predict` is the engine's."""
+    engine = Engine(train_settings())
+    engine.net = model
+
+    def predict(before_batch: Any = None) -> Tensor:
+        return engine.predict(tiny_run.encoded, before_batch)
+
+    return Run(model, tiny_run.labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch)
+
+
+# --- the bypass ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "llama", "vit"])
+def test_closed_gates_are_the_frozen_encoder_bit_for_bit(name: str) -> None:
+    """Else rows judged wrong would still write into, or read from, the adapters."""
+    model, inputs = classifier(name)
+    wanted = model(**inputs).logits
+    adapted = with_updates(CleaR(rank=2).prepare_model(model)).eval()
+    assert torch.equal(gated(adapted, inputs, torch.zeros(4, LAYERS)), wanted)
+    assert not torch.allclose(gated(adapted, inputs, None), wanted)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_closed_gates_close_under_every_attention_back_end(attention: str) -> None:
+    """A fused attention that skips submodule hooks would ignore the gates without a word."""
+    model, inputs = classifier("bert", attention)
+    wanted = model(**inputs).logits
+    adapted = with_updates(CleaR(rank=2).prepare_model(model)).eval()
+    assert torch.equal(gated(adapted, inputs, torch.zeros(4, LAYERS)), wanted)
+
+
+def test_open_gates_are_the_ordinary_peft_forward(tiny_run: Tiny) -> None:
+    """Else the saved adapter would not be the model that was trained."""
+    model = routed(tiny_run, rank=4)
+    plain = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=4).eval()
+    plain.load_state_dict(model.state_dict())
+    inputs = tiny_run.encoded.inputs(np.arange(8))
+    wanted = plain(**inputs).logits
+    assert torch.equal(gated(model, inputs, torch.ones(8, LAYERS)), wanted)
+    assert torch.equal(gated(model, inputs, None), wanted)
+
+
+def test_gates_are_neither_parameters_nor_buffers(tiny_run: Tiny) -> None:
+    """A gate among the parameters would get gradients, optimizer state and a fixed batch size."""
+    plain = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=8)
+    assert routed(tiny_run).state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_closed_layer_gets_exactly_no_gradient_and_an_open_one_gets_some(tiny_run: Tiny) -> None:
+    """Else wrong labels would leak into the adapters that the gate is to protect."""
+    model = routed(tiny_run)
+    inputs = tiny_run.encoded.inputs(np.arange(6))
+    for closed in range(LAYERS):
+        gate = torch.ones(6, LAYERS)
+        gate[:, closed] = 0
+        model.zero_grad()
+        F.cross_entropy(gated(model, inputs, gate), tiny_run.labels[:6]).backward()
+        gradients = lora_gradients(model)
+        assert len(gradients) == LAYERS * 2 * 2  # query and value, A and B
+        for name, gradient in gradients.items():
+            if f"layer.{closed}." in name:
+                assert torch.count_nonzero(gradient) == 0, name
+            else:
+                assert torch.count_nonzero(gradient) > 0, name
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_mixed_batch_equals_its_rows_one_by_one(name: str) -> None:
+    """Gates must follow their own row, whatever the padding (BERT right, Llama left)."""
+    model, inputs = classifier(name)
+    adapted = with_updates(CleaR(rank=2).prepare_model(model)).eval()
+    gate = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    together = gated(adapted, inputs, gate)
+    for row in range(4):
+        alone = gated(adapted, trimmed(inputs, row), gate[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, gated(adapted, inputs, gate.flip(0)), atol=1e-4)
+
+
+def test_the_gradient_of_a_mixed_batch_is_the_sum_over_its_rows(tiny_run: Tiny) -> None:
+    """A gate that is broadcast over the wrong dimension shows here and not in the logits."""
+    model = routed(tiny_run)
+    inputs = tiny_run.encoded.inputs(np.arange(4))
+    labels, gate = tiny_run.labels[:4], torch.tensor([[0.0, 1], [1, 0], [1, 1], [0, 0]])
+    F.cross_entropy(gated(model, inputs, gate), labels, reduction="sum").backward()
+    together = lora_gradients(model)
+    model.zero_grad()
+    for row in range(4):
+        logits = gated(model, trimmed(inputs, row), gate[row : row + 1])
+        F.cross_entropy(logits, labels[row : row + 1]).backward()  # gradients add up
+    alone = lora_gradients(model)
+    for name in together:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gates_hold_inside_gradient_checkpointing(tiny_run: Tiny) -> None:
+    """Layers run a second time in the backward pass; a gate cleared by then would be open."""
+    gate = torch.tensor([[0.0, 1], [1, 0], [1, 1], [0, 0]])
+    inputs = tiny_run.encoded.inputs(np.arange(4))
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = routed(tiny_run, dropout=0.0).train()
+        if checkpointing:
+            inner = plain_model(model)
+            newer = getattr(inner, "activation_checkpointing_enable", None)
+            (newer or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+        calls: list[int] = []
+        projection = encoder_layers(model)[0].attention.self.query.lora_B["default"]
+        projection.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        F.cross_entropy(gated(model, inputs, gate), tiny_run.labels[:4]).backward()
+        assert len(calls) == 1 + checkpointing
+        found.append(lora_gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_a_training_step_without_gates_is_an_error(tiny_run: Tiny) -> None:
+    """Else a forgotten `set` would train with the gates of the batch before."""
+    model = routed(tiny_run).train()
+    with pytest.raises(RuntimeError, match="no gates were set"):
+        model(**tiny_run.encoded.inputs(np.arange(2)))
+    model.eval()
+    gated(model, tiny_run.encoded.inputs(np.arange(2)), torch.zeros(2, LAYERS))
+    model(**tiny_run.encoded.inputs(np.arange(3)))  # the old gate of two rows is not used again
+
+
+# --- gates -----------------------------------------------------------------------------------------
+
+
+def test_gates_open_at_the_rate_gamma_times_clean_probability() -> None:
+    """Four standard errors over 24,000 gates a group; a wrong rate is a wrong method."""
+    method, groups, each, layers = CleaR(gamma=0.8), [0.0, 0.1, 0.5, 0.9, 1.0], 4000, 6
+    clean = torch.tensor(groups).repeat_interleave(each)
+    run = run_of(bare(layers), len(clean), epoch=3, clean_prob=clean)
+    gate = train_gates(method, run, torch.arange(len(clean)))
+    assert set(gate.unique().tolist()) == {0.0, 1.0}
+    for place, probability in enumerate(groups):
+        rate = 0.8 * probability
+        error = (rate * (1 - rate) / (each * layers)) ** 0.5
+        mean = gate[place * each : (place + 1) * each].mean().item()
+        assert abs(mean - rate) <= 4 * error
+    warm = train_gates(method, run, torch.arange(len(clean)), routed=False)
+    assert abs(warm.mean().item() - 0.8) <= 4 * (0.16 / warm.numel()) ** 0.5
+
+
+def test_rate_one_is_always_open_and_rate_zero_never() -> None:
+    """One gate in 2^24 on the wrong side breaks the neutral settings."""
+    smallest, largest = torch.tensor([[0.0]]), torch.tensor([[1 - 2**-24]])
+    for uniform in (smallest, largest):
+        assert open_gates(uniform, torch.tensor([1.0])).item() == 1
+        assert open_gates(uniform, torch.tensor([0.0])).item() == 0
+    uniforms = torch.from_numpy(gate_table(50_000, 4, 1, 2, 3))
+    assert uniforms.min() >= 0 and uniforms.max() < 1
+
+
+def test_gates_of_different_layers_are_uncorrelated() -> None:
+    """One draw for all layers is another method (gate_unit=network)."""
+    rows = 20_000
+    run = run_of(bare(5), rows, epoch=3, clean_prob=torch.full((rows,), 0.6))
+    gate = train_gates(CleaR(), run, torch.arange(rows)).numpy()
+    correlation = np.corrcoef(gate.T) - np.eye(5)
+    assert np.abs(correlation).max() < 4 / rows**0.5
+
+
+def test_both_modules_of_a_layer_get_the_same_gate(tiny_run: Tiny) -> None:
+    """Query and value of a row must open together, else no row ever runs the whole adapter."""
+    model = routed(tiny_run)
+    seen: dict[tuple[int, str], Tensor] = {}
+    for number, block in enumerate(encoder_layers(model)):
+        for part in ("query", "value"):
+            projection = getattr(block.attention.self, part).lora_B["default"]
+
+            def hook(_: Any, __: Any, output: Tensor, key: Any = (number, part)) -> None:
+                seen[key] = output.detach().flatten(1).abs().sum(dim=1) > 0
+
+            projection.register_forward_hook(hook)  # runs after the gate's hook
+    gate = torch.tensor([[0.0, 1], [1, 0], [1, 1], [0, 0]])
+    gated(model, tiny_run.encoded.inputs(np.arange(4)), gate)
+    for number in range(LAYERS):
+        for part in ("query", "value"):
+            assert torch.equal(seen[number, part], gate[:, number].bool())
+
+
+def test_gates_depend_on_seed_epoch_and_row_alone() -> None:
+    """Another batch order or worker count must not change a run; another epoch or seed must."""
+    method, rows = CleaR(), 64
+    clean = torch.rand(rows)
+
+    def draw(order: Tensor, epoch: int = 3, seed: int = 5) -> Tensor:
+        run = run_of(bare(4), rows, epoch=epoch, seed=seed, clean_prob=clean)
+        return train_gates(method, run, order)
+
+    order = torch.randperm(rows)
+    straight = draw(torch.arange(rows))
+    assert torch.equal(draw(order), straight[order])
+    assert torch.equal(torch.cat([draw(order[:10]), draw(order[10:])]), straight[order])
+    assert not torch.equal(draw(torch.arange(rows), epoch=4), straight)
+    assert not torch.equal(draw(torch.arange(rows), seed=6), straight)
+    scoring = gate_table(rows, 4, 5, SALT_SCORE, 3)
+    assert not np.array_equal(scoring, gate_table(rows, 4, 5, SALT_TRAIN, 3))
+
+
+def test_gates_leave_the_global_random_states_alone(tiny_run: Tiny) -> None:
+    """Else switching CleaR on would change the dropout of the same run."""
+    model = routed(tiny_run, eval_gate="mean")
+    run = at_epoch(tiny_run, model, epoch=3)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    run.columns = CleaR().on_epoch_start(run)
+    train_gates(CleaR(), run, torch.arange(len(run.labels)))
+    run.predict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+
+
+def test_the_share_of_rows_that_meet_no_module_follows_the_formula() -> None:
+    """(1 - gamma p)^L: the number by which the paper's protection is reckoned."""
+    gamma, layers, rows = 0.7, 3, 40_000
+    for probability in (0.1, 0.5, 1.0):
+        run = run_of(bare(layers), rows, epoch=3, clean_prob=torch.full((rows,), probability))
+        gate = train_gates(CleaR(gamma=gamma), run, torch.arange(rows))
+        expected = (1 - gamma * probability) ** layers
+        found = (gate.sum(dim=1) == 0).float().mean().item()
+        assert abs(found - expected) <= 4 * (expected * (1 - expected) / rows) ** 0.5
+
+
+def test_hard_routing_opens_exactly_the_rows_above_the_threshold() -> None:
+    """An ablation that quietly stays random compares nothing."""
+    clean = torch.tensor([0.2, 0.7, 0.71, 0.9])
+    run = run_of(bare(3), 4, epoch=3, clean_prob=clean)
+    gate = train_gates(CleaR(routing="hard", threshold=0.7), run, torch.arange(4))
+    assert torch.equal(gate, (clean > 0.7).float()[:, None].expand(-1, 3))
+    warm = train_gates(CleaR(routing="hard"), run, torch.arange(4), routed=False)
+    assert torch.equal(warm, train_gates(CleaR(), run, torch.arange(4), routed=False))
+
+
+def test_soft_routing_scales_by_gamma_times_clean_probability() -> None:
+    """Soft gates are numbers, not draws."""
+    clean = torch.tensor([0.0, 0.25, 1.0])
+    run = run_of(bare(2), 3, epoch=3, clean_prob=clean)
+    method = CleaR(routing="soft", gamma=0.8)
+    wanted = (0.8 * clean)[:, None].expand(-1, 2)
+    torch.testing.assert_close(train_gates(method, run, torch.arange(3)), wanted)
+    warm = train_gates(method, run, torch.arange(3), routed=False)
+    torch.testing.assert_close(warm, torch.full((3, 2), 0.8))
+
+
+def test_random_routing_ignores_the_clean_probability() -> None:
+    """The control of the routing ablation must not see what it is the control for."""
+    rows = torch.arange(200)
+    gates = [
+        train_gates(CleaR(routing="random"), run_of(bare(4), 200, epoch=3, clean_prob=clean), rows)
+        for clean in (torch.zeros(200), torch.rand(200), torch.ones(200))
+    ]
+    assert torch.equal(gates[0], gates[1]) and torch.equal(gates[0], gates[2])
+    assert abs(gates[0].mean().item() - 0.8) < 0.06
+
+
+def test_a_gate_for_the_whole_network_is_one_for_all_layers(tiny_run: Tiny) -> None:
+    """gate_unit=network: a row passes all adapters or none, in training, scoring and test."""
+    run = run_of(bare(6), 500, epoch=3, clean_prob=torch.full((500,), 0.6))
+    gate = train_gates(CleaR(gate_unit="network"), run, torch.arange(500))
+    assert (gate == gate[:, :1]).all() and 0.3 < gate.mean() < 0.7
+    model = routed(tiny_run, gate_unit="network", eval_gate="sample", gamma=0.5)
+    model(**tiny_run.encoded.inputs(np.arange(25)))
+    at_test = model.noiseproof_routing.gate  # type: ignore[union-attr]
+    assert (at_test == at_test[:, :1]).all() and 0 < at_test.mean() < 1
+
+
+def test_a_free_gate_per_batch_is_shared_by_the_rows_and_new_in_every_step() -> None:
+    """free_gate=batch belongs to draws that ignore the label, never to routed ones."""
+    method = CleaR(free_gate="batch", gamma=0.5)
+    run = run_of(bare(12), 40, epoch=0, clean_prob=torch.full((40,), 0.5))
+    first = train_gates(method, run, torch.arange(10), routed=False)
+    assert (first == first[0]).all() and 0 < first.mean() < 1
+    run.step = 1
+    assert not torch.equal(train_gates(method, run, torch.arange(10), routed=False), first)
+    run.epoch = 3
+    follows = train_gates(method, run, torch.arange(40))
+    assert not (follows == follows[0]).all()
+
+
+# --- gates at test -----------------------------------------------------------------------------------
+
+
+def predictions(tiny_run: Tiny, model: nn.Module) -> Tensor:
+    return at_epoch(tiny_run, model, epoch=0).predict()
+
+
+@pytest.mark.parametrize("mode", ["all_on", "expected", "sample", "mean"])
+def test_two_evaluations_of_the_same_rows_agree(tiny_run: Tiny, mode: str) -> None:
+    """Test accuracy must not depend on when it is measured, or on the rows beside a row."""
+    model = routed(tiny_run, eval_gate=mode, gamma=0.5)
+    first = predictions(tiny_run, model)
+    gated(model, tiny_run.encoded.inputs(np.arange(5)), torch.zeros(5, LAYERS))
+    assert torch.equal(predictions(tiny_run, model), first)
+    for row in (0, 7, 24):
+        alone = model(**tiny_run.encoded.inputs(np.array([row]))).logits
+        torch.testing.assert_close(alone[0], first[row], rtol=1e-4, atol=1e-4)
+    is_open = torch.allclose(first, predictions(tiny_run, routed_twin(tiny_run, model)), atol=1e-4)
+    assert is_open == (mode == "all_on")
+
+
+def routed_twin(tiny_run: Tiny, model: nn.Module) -> nn.Module:
+    """The same weights as an ordinary peft model, without gates."""
+    plain = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=8).eval()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def test_expected_gates_scale_every_update_by_gamma(tiny_run: Tiny) -> None:
+    """Closed form: LoRA with gamma times the scaling."""
+    model = routed(tiny_run, eval_gate="expected", gamma=0.3)
+    plain = routed_twin(tiny_run, model)
+    for module in plain.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 0.3
+    inputs = tiny_run.encoded.inputs(np.arange(6))
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_mean_gates_average_the_logits_of_their_samples(tiny_run: Tiny) -> None:
+    """eval_passes forward passes, each with its own gates per row, averaged as logits."""
+    model = routed(tiny_run, eval_gate="mean", eval_passes=3, gamma=0.5)
+    inputs = tiny_run.encoded.inputs(np.arange(6))
+    found = model(**inputs).logits
+    gates = [model.noiseproof_routing.eval_gates(inputs, number) for number in range(3)]
+    assert not torch.equal(gates[0], gates[1])
+    wanted = torch.stack([gated(model, inputs, gate) for gate in gates]).mean(dim=0)
+    torch.testing.assert_close(found, wanted)
+    sample = routed(tiny_run, eval_gate="sample", gamma=0.5)
+    sample.load_state_dict(model.state_dict())
+    torch.testing.assert_close(sample(**inputs).logits, gated(model, inputs, gates[0]))
+
+
+def test_sampled_gates_at_test_open_at_rate_gamma() -> None:
+    """Keys that collide, or a rate that is not gamma, would skew every accuracy."""
+    routing = Routing(4, gamma=0.7, eval_gate="sample")
+    ids = torch.randint(1, 10_000, (3000, 6))
+    gate = routing.eval_gates({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 0)
+    assert gate is not None
+    assert abs(gate.mean().item() - 0.7) <= 4 * (0.21 / gate.numel()) ** 0.5
+    pixels = routing.eval_gates({"pixel_values": torch.randn(500, 3, 2, 2)}, 0)
+    assert pixels is not None and 0.6 < pixels.mean() < 0.8
+    assert SALT_EVAL not in (SALT_TRAIN, SALT_SCORE)
+
+
+# --- scoring ---------------------------------------------------------------------------------------
+
+
+def test_scoring_averages_gated_passes_in_row_order(tiny_run: Tiny) -> None:
+    """Scores that belong to other rows look plausible and select noise."""
+    model = routed(tiny_run)
+    method, seed, epoch = CleaR(scoring_passes=3), 4, 5
+    run = at_epoch(tiny_run, model, epoch, seed)
+    columns = method.on_epoch_start(run)
+    rows = len(run.labels)
+    wanted = torch.zeros(rows, CLASSES)
+    for number in range(3):
+        uniform = gate_table(rows, LAYERS, seed, SALT_SCORE + 16 * number, epoch)
+        gate = open_gates(torch.from_numpy(uniform), torch.full((rows,), 0.8))
+        for row in range(rows):
+            inputs = tiny_run.encoded.inputs(np.array([row]))
+            with torch.no_grad():
+                wanted[row] += gated(model, inputs, gate[row : row + 1])[0] / 3
+    torch.testing.assert_close(columns["target_logits"], wanted, rtol=1e-4, atol=1e-4)
+    losses = F.cross_entropy(wanted, run.labels, reduction="none")
+    torch.testing.assert_close(columns["loss"], losses, rtol=1e-4, atol=1e-4)
+    assert set(columns) == {"loss", "clean_prob", "target_logits"}
+
+
+def test_scoring_restores_every_training_flag(tiny_run: Tiny) -> None:
+    """The released code scores in eval mode and never goes back: training without dropout."""
+    model = routed(tiny_run).train()
+    encoder_layers(model)[1].eval()  # flags that no single call would restore
+    flags = [module.training for module in model.modules()]
+    CleaR().on_epoch_start(at_epoch(tiny_run, model, epoch=3))
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_the_warm_up_scores_nothing(tiny_run: Tiny) -> None:
+    """A scoring pass in the warm-up costs time and is thrown away."""
+    model = routed(tiny_run)
+    for epoch in range(3):
+        assert CleaR().on_epoch_start(run_of(model, 25, epoch)) == {}
+    plain = CleaR.preset("plain")
+    assert plain.on_epoch_start(run_of(model, 25, epoch=4)) == {}
+
+
+def test_without_consistency_no_teacher_is_kept(tiny_run: Tiny) -> None:
+    """N x C numbers that nobody reads."""
+    run = at_epoch(tiny_run, routed(tiny_run), epoch=3)
+    columns = CleaR(lambda_consistency=0).on_epoch_start(run)
+    assert set(columns) == {"loss", "clean_prob"}
+
+
+def test_a_weight_by_clean_probability_is_scored_for_without_routing(tiny_run: Tiny) -> None:
+    """routing=none with ce_weight=clean_prob once trained without any weight, in silence."""
+    method = CleaR(routing="none", lambda_consistency=0, ce_weight="clean_prob")
+    run = at_epoch(tiny_run, routed(tiny_run), epoch=3)
+    assert "clean_prob" in method.on_epoch_start(run)
+
+
+def test_the_smoothed_loss_follows_its_recursion() -> None:
+    """l <- (1 - a) new + a old, the first one unsmoothed; written out as a sum."""
+    method = CleaR(loss_ema=0.7, routing="none", warmup_epochs=1)
+    model, rows = bare(2), 30
+    run = run_of(model, rows)
+    raw = []
+    for epoch in range(1, 5):
+        logits = torch.randn(rows, CLASSES)
+        raw.append(F.cross_entropy(logits, run.labels, reduction="none"))
+        run.predict = lambda before_batch=None, logits=logits: logits
+        run.epoch = epoch
+        run.columns |= method.on_epoch_start(run)
+    wanted = 0.7**3 * raw[0] + 0.3 * (0.7**2 * raw[1] + 0.7 * raw[2] + raw[3])
+    torch.testing.assert_close(run.columns["loss"], wanted)
+
+
+def test_reuse_scores_the_rows_that_no_step_recorded(tiny_run: Tiny) -> None:
+    """Rows without logits would otherwise count as all-zero logits: loss log C, half clean."""
+    model, method = routed(tiny_run), CleaR(scoring="reuse")
+    run = at_epoch(tiny_run, model, epoch=0)
+    run.columns = method.on_epoch_start(run)
+    assert not run.columns["recorded"].any()
+    seen = torch.arange(0, 25, 2)
+    recorded = torch.randn(len(seen), CLASSES)
+    run.write("train_logits", batch_of(run, seen), recorded)
+    run.write("recorded", batch_of(run, seen), torch.ones(len(seen)))
+    run.epoch = 3
+    scored = method.on_epoch_start(run)["target_logits"]
+    assert torch.equal(scored[seen], recorded)
+    missed = torch.arange(1, 25, 2)
+    one_pass = CleaR(scoring_passes=1).on_epoch_start(at_epoch(tiny_run, model, epoch=3))
+    torch.testing.assert_close(scored[missed], one_pass["target_logits"][missed])
+
+
+def test_reuse_reads_the_logits_of_the_last_training_epoch(tiny_run: Tiny) -> None:
+    """No extra pass: all rows were trained on, so none is predicted for the scores."""
+    passes: list[int] = []
+    original = Engine.predict
+
+    def counted(self: Engine, encoded: Any, before_batch: Any = None) -> Tensor:
+        passes.append(before_batch is not None)
+        return original(self, encoded, before_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "predict", counted)
+        outcome = tiny_run.fit(CleaR(scoring="reuse", warmup_epochs=1), epochs=3)
+        assert not passes
+        tiny_run.fit(CleaR(scoring_passes=2, warmup_epochs=1), epochs=3)
+        assert sum(passes) == 2 * 2
+    assert outcome.run.columns["recorded"].all()
+    assert outcome.run.columns["train_logits"].abs().sum(dim=1).min() > 0
+
+
+# --- the objective -----------------------------------------------------------------------------------
+
+
+def slow_loss(method: CleaR, logits: Tensor, batch: Batch, ramp: float) -> float:
+    """The objective of one batch with Python numbers, row by row."""
+    total = 0.0
+    for row, label in enumerate(batch.labels.tolist()):
+        scores = logits[row].double()
+        clean = float(batch.columns["clean_prob"][row])
+        loss = -float(scores.log_softmax(0)[label])
+        if method.ce_weight == "clean_prob":
+            loss *= clean
+        heat = method.temperature
+        teacher = (batch.columns["target_logits"][row].double() / heat).softmax(0)
+        agreement = -float((teacher * (scores / heat).log_softmax(0)).sum())
+        if method.temperature_squared:
+            agreement *= heat**2
+        if method.consistency_weight == "noisy_prob":
+            agreement *= 1 - clean
+        total += loss + method.lambda_consistency * ramp * agreement
+    return total / len(batch.labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epoch", "ramp"),
+    [
+        ({}, 3, 1.0),
+        ({"lambda_consistency": 0.3}, 5, 1.0),
+        ({"temperature": 0.5, "temperature_squared": False}, 3, 1.0),
+        ({"temperature": 0.5}, 3, 1.0),
+        ({"ce_weight": "clean_prob"}, 3, 1.0),
+        ({"consistency_weight": "noisy_prob"}, 3, 1.0),
+        ({"ce_weight": "clean_prob", "consistency_weight": "noisy_prob"}, 4, 1.0),
+        ({"consistency_ramp": 4}, 3, 0.25),
+        ({"consistency_ramp": 4}, 5, 0.75),
+        ({"consistency_ramp": 4}, 9, 1.0),
+    ],
+)
+def test_the_loss_equals_a_slow_version_of_itself(
+    settings: dict[str, Any], epoch: int, ramp: float
+) -> None:
+    """Weights, temperature and ramp, each alone and together; none of them is renormalised."""
+    method, rows = CleaR(**settings), 7
+    model = Answers(torch.randn(rows, CLASSES) * 2)
+    model.noiseproof_routing = Routing(2)  # type: ignore[assignment]
+    run = run_of(
+        model, rows, epoch, clean_prob=torch.rand(rows), target_logits=torch.randn(rows, CLASSES)
+    )
+    batch = batch_of(run, torch.arange(rows))
+    found = method.compute_loss(model, batch, run)
+    assert found.item() == pytest.approx(
+        slow_loss(method, model.logits.detach(), batch, ramp), rel=1e-5
+    )
+
+
+def test_the_warm_up_loss_is_plain_cross_entropy() -> None:
+    """Columns of an earlier life must not reach the warm-up."""
+    model = Answers(torch.randn(5, CLASSES))
+    model.noiseproof_routing = Routing(2)  # type: ignore[assignment]
+    run = run_of(model, 5, 2, clean_prob=torch.rand(5), target_logits=torch.randn(5, CLASSES))
+    found = CleaR(ce_weight="clean_prob").compute_loss(model, batch_of(run, torch.arange(5)), run)
+    torch.testing.assert_close(found, F.cross_entropy(model.logits, run.labels))
+
+
+def test_the_consistency_gradient_stops_at_the_teacher() -> None:
+    """(softmax(z) - target) per row, and nothing where student and teacher agree."""
+    teacher = torch.randn(4, CLASSES)
+    model = Answers(teacher + 3.0)  # a constant changes no probability
+    model.noiseproof_routing = Routing(2)  # type: ignore[assignment]
+    run = run_of(model, 4, 3, clean_prob=torch.zeros(4), target_logits=teacher)
+    method = CleaR(ce_weight="clean_prob")  # cross-entropy has weight zero
+    method.compute_loss(model, batch_of(run, torch.arange(4)), run).backward()
+    assert model.logits.grad is not None
+    assert model.logits.grad.abs().max() < 1e-6
+
+
+def test_targets_stay_frozen_during_an_epoch(tiny_run: Tiny) -> None:
+    """A teacher that follows the student within the epoch teaches nothing."""
+    seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    class Watching(CleaR):
+        def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+            if "clean_prob" in batch.columns:
+                columns = batch.columns
+                seen.append(
+                    (run.epoch, batch.rows, columns["clean_prob"], columns["target_logits"])
+                )
+            return super().compute_loss(model, batch, run)
+
+        def on_epoch_start(self, run: Run) -> dict[str, Tensor]:
+            columns = super().on_epoch_start(run)
+            if columns:
+                started[run.epoch] = {name: value.clone() for name, value in columns.items()}
+            return columns
+
+    started: dict[int, dict[str, Tensor]] = {}
+    tiny_run.fit(Watching(warmup_epochs=1, scoring_passes=1), epochs=3)
+    assert set(started) == {1, 2} and len(seen) == 8
+    for epoch, rows, clean, target in seen:
+        assert torch.equal(clean, started[epoch]["clean_prob"][rows])
+        assert torch.equal(target, started[epoch]["target_logits"][rows])
+    assert not torch.equal(started[1]["target_logits"], started[2]["target_logits"])
+
+
+# --- neutral settings --------------------------------------------------------------------------------
+
+
+def test_without_routing_and_consistency_clear_is_plain_lora_step_for_step(tiny_run: Tiny) -> None:
+    """The baseline of every table must be the same code, the same draws, the same weights."""
+    plain = tiny_run.fit(CrossEntropy(tune="lora", rank=4), epochs=3)
+    clear = tiny_run.fit(CleaR.preset("plain", rank=4, warmup_epochs=1), epochs=3)
+    assert [row["loss"] for row in clear.history] == [row["loss"] for row in plain.history]
+    assert same_weights(clear.model, plain.model)
+
+
+def test_the_warm_up_of_open_gates_is_plain_lora(tiny_run: Tiny) -> None:
+    """gamma = 1: all gates open until routing begins, and something else afterwards."""
+    plain = tiny_run.fit(CrossEntropy(tune="lora"), epochs=3)
+    clear = tiny_run.fit(CleaR(gamma=1.0, warmup_epochs=2), epochs=3)
+    losses = [[row["loss"] for row in outcome.history] for outcome in (plain, clear)]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2] != losses[1][2]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_dropout_after_the_warm_up_can_be_turned_off(tiny_run: Tiny, keeps: bool) -> None:
+    """preset code reproduces the released code's leak, all others keep dropout on."""
+    flags: dict[int, set[bool]] = {}
+
+    class Watching(CleaR):
+        def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+            loss = super().compute_loss(model, batch, run)
+            flags.setdefault(run.epoch, set()).add(run.model.training)
+            return loss
+
+    method = Watching(dropout_after_warmup=keeps, warmup_epochs=1, scoring_passes=1)
+    tiny_run.fit(method, epochs=3)
+    assert flags == {0: {True}, 1: {keeps}, 2: {keeps}}
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+def test_a_bert_base_gets_147456_lora_parameters() -> None:
+    """12 layers x 2 modules x (4 x 768 + 768 x 4); more means that more than q and v adapt."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    with torch.device("meta"):
+        adapted = CleaR(rank=4).prepare_model(BertForSequenceClassification(BertConfig()))
+    lora = [p for name, p in adapted.named_parameters() if "lora_" in name and p.requires_grad]
+    assert count_parameters(lora) == 147_456
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
+    }
+
+
+def test_presets_keep_the_values_of_the_specification() -> None:
+    """Origin of every number: specs/clear.md, section 5."""
+    published = LossMixture(monotone=False, guard="off")
+    assert CleaR() == CleaR.preset("default")
+    assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, 3, 5)
+    assert (CleaR().temperature, CleaR().temperature_squared) == (1.0, True)
+    assert (CleaR().lambda_consistency, CleaR().loss_ema, CleaR().eval_gate) == (1.0, 0, "all_on")
+    assert (CleaR().routing, CleaR().free_gate, CleaR().learning_rate) == (
+        "bernoulli",
+        "sample",
+        5e-4,
+    )
+    assert CleaR.presets() == {
+        "default": CleaR(),
+        "plain": CleaR(routing="none", lambda_consistency=0.0),
+        "paper": CleaR(scoring_passes=5, mixture=published),
+        "fast": CleaR(scoring="reuse", loss_ema=0.5),
+        "code": CleaR(
+            gamma=0.85,
+            scoring_passes=2,
+            free_gate="batch",
+            rank=4,
+            alpha=1.0,
+            mixture=published,
+            dropout_after_warmup=False,
+            eval_gate="sample",
+        ),
+    }
+    for method in CleaR.presets().values():
+        assert CleaR.from_dict(method.to_dict()) == method
+
+
+@pytest.mark.parametrize("preset", ["default", "plain", "paper", "fast", "code"])
+def test_every_preset_runs(tiny_run: Tiny, preset: str) -> None:
+    """A preset that names settings which do not work together is worse than none."""
+    outcome = tiny_run.fit(CleaR.preset(preset, warmup_epochs=1), epochs=2)
+    assert np.isfinite([row["loss"] for row in outcome.history]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("peft", "adapter"),
+        ("gamma", 0.0),
+        ("gamma", 1.1),
+        ("gamma", float("nan")),
+        ("warmup_epochs", 0),
+        ("routing", "bernouli"),
+        ("threshold", 0.0),
+        ("threshold", 1.0),
+        ("gate_unit", "head"),
+        ("free_gate", "epoch"),
+        ("scoring", "pass"),
+        ("scoring_passes", 0),
+        ("loss_ema", 1.0),
+        ("loss_ema", -0.1),
+        ("lambda_consistency", -1.0),
+        ("temperature", 0.0),
+        ("consistency_ramp", -1),
+        ("ce_weight", "p"),
+        ("consistency_weight", "p"),
+        ("eval_gate", "on"),
+        ("eval_passes", 0),
+        ("learning_rate", 0.0),
+        ("rank", 0),
+        ("alpha", 0.0),
+        ("lora_dropout", 1.0),
+        ("dropout", 1.0),
+    ],
+)
+def test_a_bad_setting_names_itself(name: str, value: Any) -> None:
+    """A setting out of range must not wait for a NaN to be noticed."""
+    with pytest.raises(InputError, match=rf"CleaR\.{name} "):
+        CleaR(**{name: value})
+
+
+def test_a_run_that_ends_in_the_warm_up_is_refused() -> None:
+    """Routing would never start, and the result would be called CleaR."""
+    for epochs in (1, 3):
+        with pytest.raises(InputError, match=rf"train\.epochs={epochs} .*warmup_epochs=3"):
+            CleaR().stages(epochs)
+    assert CleaR().stages(4) == [Stage("train", 4, learning_rate=5e-4)]
+
+
+def test_lora_that_no_gate_can_reach_is_refused(tiny_run: Tiny) -> None:
+    """An adapter outside the numbered layers would train on every row."""
+    for modules in (["query", "pooler.dense"], ["query", "word_embeddings"]):
+        with pytest.raises(InputError, match="outside the numbered layers"):
+            CleaR(target_modules=tuple(modules)).prepare_model(copy.deepcopy(tiny_run.model))
+    with pytest.raises(InputError, match="found no LoRA module"):
+        route(copy.deepcopy(tiny_run.model), Routing(LAYERS))
+    with pytest.raises(InputError, match="tune='lora'.*target_modules"):
+        CleaR(target_modules=("nothing_like_it",)).prepare_model(copy.deepcopy(tiny_run.model))
+
+
+def test_merged_lora_and_dora_are_refused(tiny_run: Tiny) -> None:
+    """A merged layer never calls the projection whose output the gate multiplies."""
+    merged = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=2)
+    merged.merge_adapter()  # type: ignore[operator]
+    with pytest.raises(InputError, match="no exact bypass"):
+        route(merged, Routing(LAYERS))
+    dora = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=2, settings={"use_dora": True})
+    with pytest.raises(InputError, match="no exact bypass"):
+        route(dora, Routing(LAYERS))
+
+
+# --- whole runs --------------------------------------------------------------------------------------
+
+
+def noisy_rows(rows: int = 90, rate: float = 0.4) -> pd.DataFrame:
+    """Learnable rows with symmetric noise."""
+    frame = table(rows, seed=2)
+    clean = numbers(frame["clean_label"]).numpy()
+    noise = noiseproof.parse_noise(f"symmetric:{rate}")
+    assert noise is not None
+    given = noise.apply(clean, CLASSES, seed=1).labels
+    return frame.assign(label=[LABELS[label] for label in given])
+
+
+@pytest.fixture(scope="module")
+def noisy(tiny_model: Path) -> Tiny:
+    """An encoder that knows the words, as pre-trained ones do, and rows with wrong labels."""
+    school = tiny(tiny_model, table(120, seed=9))
+    taught = school.fit(CrossEntropy(dropout=0.0), epochs=4, learning_rate=3e-3).model
+    taught.classifier.reset_parameters()  # type: ignore[union-attr, operator]
+    return dataclasses.replace(tiny(tiny_model, noisy_rows()), model=taught)
+
+
+@pytest.mark.parametrize("scoring", ["passes", "reuse"])
+def test_the_clean_probability_finds_the_wrong_labels(noisy: Tiny, scoring: str) -> None:
+    """The point of it all: two warm-up and two routed epochs, 40 % symmetric noise."""
+    method = CleaR(warmup_epochs=2, scoring=scoring, scoring_passes=3)
+    outcome = noisy.fit(method, epochs=4, learning_rate=5e-3)
+    wrong = (noisy.labels != noisy.clean_labels).numpy()
+    assert 0.3 < wrong.mean() < 0.5
+    columns = outcome.run.columns
+    assert roc_auc_score(wrong, columns["loss"].numpy()) > 0.8
+    assert roc_auc_score(~wrong, columns["clean_prob"].numpy()) > 0.8
+    row = outcome.history[-1]
+    assert (
+        0.4 < row["selected"] < 0.8
+        and row["selected"] == (columns["clean_prob"] > 0.5).float().mean()
+    )
+
+
+def test_the_deployed_model_is_an_ordinary_peft_model(tiny_run: Tiny, tmp_path: Path) -> None:
+    """No hook, no patched forward, nothing of ours: plain peft saves and loads it."""
+    outcome = tiny_run.fit(CleaR(warmup_epochs=1, scoring_passes=1), epochs=2)
+    model = outcome.model
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
+    assert "forward" not in vars(model) and not hasattr(model, "noiseproof_routing")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(tiny_run.model), str(tmp_path)).eval()
+    inputs = tiny_run.encoded.inputs(np.arange(5))
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("mode", ["expected", "sample", "mean"])
+def test_gates_at_test_survive_saving_and_loading(
+    tiny_model: Path, tmp_path: Path, mode: str
+) -> None:
+    """A loaded model that forgot its gates is another model than the one that was measured."""
+    rows = table(24, wrong=0.2)
+    result = noiseproof.fit(
+        rows,
+        model=str(tiny_model),
+        method=CleaR(warmup_epochs=1, scoring_passes=1, eval_gate=mode, gamma=0.5),
+        train=train_settings(epochs=2, seed=3, learning_rate=2e-2),
+        out=tmp_path / "run",
+    )
+    texts = rows["text"].tolist()
+    wanted = result.predictor.predict_proba(texts)
+    loaded = noiseproof.load(tmp_path / "run")
+    assert np.array_equal(loaded.predict_proba(texts), wanted)
+    loaded.model.noiseproof_routing.eval_gate = "all_on"  # type: ignore[union-attr]
+    assert not np.allclose(loaded.predict_proba(texts), wanted, atol=1e-4)
+
+
+def test_only_adapters_and_head_train_and_the_rest_stays(tiny_run: Tiny) -> None:
+    """A backbone that moves takes the bypass away: closed gates would lead into a changed encoder."""
+    before = weights(tiny_run.model)
+    outcome = tiny_run.fit(CleaR(warmup_epochs=1, scoring_passes=1), epochs=2)
+    inner = outcome.model.get_base_model()  # type: ignore[operator]
+    frozen = {name: value for name, value in weights(inner).items() if "lora_" not in name}
+    for name, value in frozen.items():
+        plain = name.replace(".base_layer", "").replace(".original_module", "")
+        if "modules_to_save" not in name:
+            assert torch.equal(value, before[plain]), name
+    moved = [name for name in frozen if "modules_to_save" in name]
+    assert any(not torch.equal(frozen[n], before["classifier." + n.split(".")[-1]]) for n in moved)
+
+
+def test_gates_work_in_bf16_as_well(tiny_run: Tiny) -> None:
+    """Mixed precision wraps the forward; the wrapper must not lose the gates."""
+    try:
+        outcome = tiny_run.fit(CleaR(warmup_epochs=1, scoring_passes=1), epochs=2, precision="bf16")
+    except InputError as error:
+        pytest.skip(str(error))
+    assert "forward" not in vars(outcome.model)
+    assert np.isfinite([row["loss"] for row in outcome.history]).all()
+
+
+def test_settings_are_frozen() -> None:
+    """A method that changes itself makes the record a lie."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CleaR().gamma = 0.5  # type: ignore[misc]
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_accelerator() -> Iterator[None]:
+    """Engines of one test must not decide the precision of the next."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=False)
