@@ -97,7 +97,7 @@ def table(out: Path, grid: dict[str, Any]) -> str:
             "| detection AUROC | minutes |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        own = [cell for cell in cells({**grid, "tables": [wanted]})]
+        own = cells({**grid, "tables": [wanted]})
         for noise in wanted["noise"]:
             for method in wanted["methods"]:
                 chosen = [c for c in own if c["noise"] == noise and c["method"] == method]

@@ -1,6 +1,6 @@
 """Robust for free: the whole job of CleaR against the plain recipe, A B A B in fresh processes.
 
-    python benchmarks/speed.py --data DATA.csv --test TEST.csv --pairs 4 --out docs/results/speed.json
+    python benchmarks/speed.py --data DATA.csv --test TEST.csv --pairs 4 --out speed.json
 
 Each pair runs the plain recipe (``plain_recipe.py``) and then ``noiseproof fit`` with the same
 model, rows, epochs, batch size, rank, learning rate and evaluation, each in a process of its own,

@@ -364,16 +364,23 @@ def tune_model(
     given = {name: value for name, value in given.items() if name in fields} | (settings or {})
     try:
         try:
-            return peft.get_peft_model(model, config_class(**given))  # type: ignore[no-any-return]
+            return _adapted(model, config_class(**given))
         except ValueError as error:
             if "target_modules" in given or "specify `target_modules`" not in str(error):
                 raise
         kind = nn.LayerNorm if tune == "ln_tuning" else nn.Linear
         given["target_modules"] = layer_modules(model, kind)
-        return peft.get_peft_model(model, config_class(**given))  # type: ignore[no-any-return]
+        return _adapted(model, config_class(**given))
     except Exception as error:  # peft raises many types for what does not fit the model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"peft cannot apply tune={tune!r} to this model: {reason}") from error
+
+
+def _adapted(model: nn.Module, config: Any) -> nn.Module:
+    import peft
+
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 # --- cached features -----------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from noiseproof.methods.baselines import (
 from noiseproof.methods.clear import CleaR
 
 __all__ = [
-    "METHODS",
     "ELR",
     "GCE",
+    "METHODS",
     "SCE",
     "Bootstrapping",
     "CleaR",

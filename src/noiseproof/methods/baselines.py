@@ -37,7 +37,7 @@ from noiseproof.models import PLAIN_TUNING, set_dropout, tune_model
 from noiseproof.noise import load_transition
 from noiseproof.selection import LossMixture, estimate_transition, fit_loss_mixture, lowest
 
-LEARNING_RATES = {"full": 5e-5, "head": 5e-3, "adapter": 5e-4}  # ours: docs/results/foundation.md
+LEARNING_RATES = {"full": 5e-5, "head": 5e-3, "adapter": 2e-3}  # ours: docs/results/foundation.md
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tuned(Method):
         alpha: Scaling numerator of LoRA-like adapters; None is twice the rank.
         target_modules: Module names that get adapters; None takes peft's choice.
         dropout: Dropout of the encoder; None keeps the model's own.
-        learning_rate: None is 5e-5 (full), 5e-3 (head) or 5e-4 (adapters).
+        learning_rate: None is 5e-5 (full), 5e-3 (head) or 2e-3 (adapters).
     """
 
     tune: str = "full"
