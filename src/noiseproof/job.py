@@ -82,7 +82,7 @@ class Job:
         clean_label: Column of the true labels where they are known; used for metrics alone. A test
             file that has the column is measured against it.
         row_id: Column that names the rows; without it rows are numbered from 0.
-        X
+        label_names: File of class names (JSON list or one a line), for labels that are numbers.
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
         sample: Train on this many rows only, drawn so that class shares stay the same.
         split: Split of a hub data set or of a saved dataset dictionary.

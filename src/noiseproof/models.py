@@ -183,15 +183,19 @@ def layer_modules(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 
 
 def is_head(model: nn.Module) -> Callable[[str], bool]:
-    """A predicate over the parameter names of ``model``: does it lie outside the encoder?"""
+    """A predicate over the parameter names of ``model``: does it lie in the task head?
+
+    Prompts that peft puts before an encoder are no part of the head.
+    """
     _, encoder = encoder_of(model)
-    inside = {id(parameter) for parameter in encoder.parameters()}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    head = {id(parameter) for parameter in plain_model(model).parameters()}
+    head -= {id(parameter) for parameter in encoder.parameters()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
     return names.__contains__
 
 
 def trains_only_head(model: nn.Module) -> bool:
-    """Whether every trainable parameter lies outside the encoder (False without an encoder)."""
+    """Whether every trainable parameter lies in the head (False without an encoder)."""
     try:
         head = is_head(model)
     except InputError:
