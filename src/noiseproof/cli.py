@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+import types
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from noiseproof import __version__
 from noiseproof.errors import InputError, unknown_name
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else 2
@@ -39,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise InputError(unknown_name("command", words[0], COMMANDS))
-        COMMANDS[words[0]](words[1:])
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # what one library tells the programmers of another
+                warnings.simplefilter("ignore", FutureWarning)
+            COMMANDS[words[0]](words[1:])
+    except SystemExit as error:  # argparse, after --help
+        return int(error.code or 0)
     except InputError as error:
         return _complain(error, 2)
     except FloatingPointError as error:
@@ -51,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ != "Interrupted":
             raise
-        return _complain(f"{error}; the same command with --resume continues", 128 + error.signum)  # type: ignore[attr-defined]
+        again = "--resume continues" if words[0] == "fit" else "--overwrite starts anew"
+        code = 128 + error.signum  # type: ignore[attr-defined]
+        return _complain(f"{error}; the same command with {again}", code)
     return 0
 
 
@@ -81,15 +92,26 @@ def fit(words: list[str]) -> None:
     from noiseproof.engine import TrainSettings
     from noiseproof.job import Job, run_job
 
-    words, preset = _method_words(_config_words(words))
+    words, configs = _take_configs(words)
+    words, preset = _method_words([word for word, _ in configs] + words)
+    data = next((word[7:] for word in reversed(words) if word.startswith("--data=")), None)
+    words = [word for word in words if not word.startswith("--data=")]
     parser = _parser("fit", "DATA --out RUN [options]", fit.__doc__)
     meanings, hints = field_meanings(Job), get_type_hints(Job)
-    parser.add_argument("data", type=str, help=meanings["data"])
+    parser.add_argument(
+        "data", type=str | None, nargs="?", default=data, metavar="DATA", help=meanings["data"]
+    )
     flat = [item for item in fields(Job) if item.name not in ("data", "method", "train")]
     for item in flat:
         hint = str | None if hints[item.name] is Any else hints[item.name]
-        option = f"--{item.name.replace('_', '-')}"
-        parser.add_argument(option, type=hint, default=item.default, help=meanings[item.name])
+        flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=hint,
+            default=item.default,
+            help=meanings[item.name],
+            **flag,
+        )
     parser.add_argument("--out", type=str, required=True, help="Folder of the run.")
     parser.add_argument(
         "--resume", action="store_true", help="Continue the run in --out from its last checkpoint."
@@ -97,13 +119,17 @@ def fit(words: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the run in --out.")
     parser.add_argument("--config", type=str, help="YAML, TOML or JSON file with these settings.")
     _add_fields(
-        parser,
-        preset,
-        "method",
-        f"method: --method NAME or NAME:PRESET, such as CleaR:fast; settings of {preset.name}",
-    )
+        parser, preset, "method", "method",
+        f"--method NAME or NAME:PRESET, such as CleaR:fast, and its settings --method.NAME; "
+        f"'{PROGRAM} methods {preset.name}' lists them.",
+    )  # fmt: skip
     _add_fields(parser, TrainSettings(), "train", "the training loop")
+    _check_configs(parser, configs)
     given = _parse(parser, words)
+    if given.data is None:
+        raise InputError(f"DATA is missing; usage: {parser.usage}")
+    if given.resume and given.overwrite:
+        raise InputError("--resume continues a run, --overwrite replaces it; give one of them")
     job = Job(
         data=given.data,
         method=_made(preset, given.method),
@@ -124,8 +150,9 @@ def predict(words: list[str]) -> None:
     example: noiseproof predict runs/tickets new.csv --out predictions.csv
     """
     parser = _parser("predict", "RUN DATA --out FILE [options]", predict.__doc__)
-    parser.add_argument("run", type=str, help="Folder that fit wrote.")
-    parser.add_argument("data", type=str, help="Rows with the text columns of the training data.")
+    parser.add_argument("run", type=str, metavar="RUN", help="Folder that fit wrote.")
+    parser.add_argument("data", type=str, metavar="DATA",
+                        help="Rows with the text columns of the training data.")  # fmt: skip
     parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
     parser.add_argument("--text", type=str | None, help="Text column, if it has another name.")
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
@@ -146,7 +173,7 @@ def corrupt(words: list[str]) -> None:
     example: noiseproof corrupt tickets.csv --label intent --noise pairflip:0.4 --out noisy.csv
     """
     parser = _parser("corrupt", "DATA --noise SPEC --out FILE [options]", corrupt.__doc__)
-    parser.add_argument("data", type=str, help="Rows whose labels are right.")
+    parser.add_argument("data", type=str, metavar="DATA", help="Rows whose labels are right.")
     parser.add_argument("--noise", type=str, required=True, help="Such as symmetric:0.4.")
     parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
     parser.add_argument("--label", type=str, default="label", help="Column of the labels.")
@@ -168,15 +195,15 @@ def corrupt(words: list[str]) -> None:
 
     check_writable(given.out, overwrite=given.overwrite)
     matrix_file = given.transition_out
-    if matrix_file and Path(matrix_file).exists() and not given.overwrite:
-        raise InputError(f"{matrix_file} exists; choose another --transition-out or --overwrite")
+    if matrix_file is not None:
+        _check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
     names = ("label", "seed", "text", "clean_label", "model", "noise_pool", "split")
     table, corruption = corrupt_table(
         given.data, given.noise, **{name: getattr(given, name) for name in names}
     )
     write_table(table, given.out, overwrite=given.overwrite)
-    if matrix_file:
-        save_transition(matrix_file, corruption.transition)
+    if matrix_file is not None:
+        save_transition(Path(matrix_file).expanduser(), corruption.transition)
     changed = int(corruption.mask.sum())
     print(
         f"{changed} of {len(table)} rows changed (realised rate {corruption.noise_rate:.4f}, "
@@ -190,7 +217,7 @@ def methods(words: list[str]) -> None:
     example: noiseproof methods CleaR
     """
     parser = _parser("methods", "[NAME]", methods.__doc__)
-    parser.add_argument("name", type=str | None, nargs="?", help="Method to show.")
+    parser.add_argument("name", type=str | None, nargs="?", metavar="NAME", help="Method to show.")
     given = _parse(parser, words)
     from rich.console import Console
     from rich.table import Table
@@ -206,7 +233,7 @@ def methods(words: list[str]) -> None:
         console.print(table)
         return
     chosen = find_method(given.name)
-    console.print(cards.card(chosen), highlight=False, markup=False)
+    console.print(cards.card(chosen), highlight=False, markup=False, soft_wrap=True)
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for setting in cards.settings(chosen):
         table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
@@ -236,7 +263,8 @@ def demo(words: list[str]) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    console.print(f"runs: {given.out} (suspicious rows: {given.out}/CleaR/suspects.csv)")
+    suspects = Path(given.out) / "CleaR" / "suspects.csv"
+    console.print(f"runs: {given.out} (suspicious rows: {suspects})", markup=False, soft_wrap=True)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -248,33 +276,54 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
+    from inspect import cleandoc
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
+        """Options with their meaning and default, without Python's types."""
+
+        def _get_help_string(self, action: Any) -> str:
+            text = str(action.help or "")
+            told = action.default not in (None, False) and action.option_strings
+            return f"{text} ({action.default})" if told and action.dest != "help" else text
 
     return ArgumentParser(
         prog=f"{PROGRAM} {name}",
         usage=f"{PROGRAM} {name} {usage}",
-        description=doc,
+        description=cleandoc(doc or ""),
+        formatter_class=Help,
         exit_on_error=False,
+        allow_abbrev=False,
     )
 
 
-def _add_fields(parser: ArgumentParser, settings: Any, prefix: str, title: str) -> None:
-    """Options ``--prefix.field`` for a settings object, nested ones with more dots."""
+def _add_fields(
+    parser: ArgumentParser, settings: Any, prefix: str, title: str, instead: str | None = None
+) -> None:
+    """Options ``--prefix.field`` for a settings object, nested ones with more dots.
+
+    Args:
+        parser: Gets the options.
+        settings: An object whose values are the defaults.
+        prefix: First part of the names.
+        title: Of the group in the help.
+        instead: What the help says in place of the options.
+    """
+    from jsonargparse import SUPPRESS
+
     from noiseproof.cards import field_meanings
 
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group(title, instead)
     meanings, hints = field_meanings(type(settings)), get_type_hints(type(settings))
     for item in fields(settings):
-        value = getattr(settings, item.name)
+        value, name = getattr(settings, item.name), f"{prefix}.{item.name}"
         if is_dataclass(value):
-            _add_fields(parser, value, f"{prefix}.{item.name}", f"{title}: {item.name}")
+            _add_fields(parser, value, name, f"{title}: {item.name}", instead)
             continue
-        group.add_argument(
-            f"--{prefix}.{item.name}",
-            type=hints[item.name],
-            default=value,
-            help=meanings.get(item.name, ""),
-        )
+        meaning = SUPPRESS if instead else meanings.get(item.name, "")
+        group.add_argument(f"--{name}", type=hints[item.name], default=value, help=meaning)
 
 
 def _made(settings: Any, given: Any) -> Any:
@@ -287,37 +336,120 @@ def _made(settings: Any, given: Any) -> Any:
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Any:
-    """Parse, and turn what jsonargparse says of a mistake into one line."""
+    """Parse, and turn what jsonargparse says of a mistake into one plain line."""
     from jsonargparse import ArgumentError
 
     try:
         return parser.parse_args(words)
     except (ArgumentError, TypeError, KeyError) as error:
-        text = " ".join(str(error).split())
-        unknown = re.search(r"[Uu]nrecognized arguments?: (--[^\s=]+)", text)
-        if unknown:
-            options = [o for action in parser._actions for o in action.option_strings]
-            start = unknown[1].split(".")[0] + "."
-            near = [o for o in options if o.startswith(start)]
-            near = near or [o for o in options if "." not in o and "_" not in o and o[:2] == "--"]
-            raise InputError(unknown_name("option", unknown[1], near)) from error
-        text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
-        text = re.sub(r"<class '(\w+)'>", r"\1", text)
-        raise InputError(f"{text} (see {parser.prog} --help)") from error
+        raise InputError(_plain(parser, words, " ".join(str(error).split()))) from error
 
 
-def _config_words(words: list[str]) -> list[str]:
-    """Put the settings of ``--config FILE`` before the words, which therefore win."""
-    for place, word in enumerate(words):
+def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
+    """What a message of jsonargparse means: expected, got, what to do."""
+    usage = f"usage: {parser.usage}"
+    if found := re.search(r"nrecognized arguments?: (\S+)", text):
+        word = found[1].partition("=")[0]
+        if not word.startswith("--"):
+            return f"unexpected argument {found[1]!r}; {usage}"
+        return unknown_name("option", word, _options_like(parser, word))
+    if found := re.search(r"arguments are required: (.+)", text):
+        names = [name.strip() for name in found[1].split(",")]
+        shown = {action.dest: _shown(action) for action in parser._actions}
+        missing = " and ".join(shown.get(name, name) for name in names)
+        return f"{missing} {'is' if len(names) == 1 else 'are'} missing; {usage}"
+    name = re.match(r'Parser key "([^"]+)"|argument (\S+): ', text)
+    for action in parser._actions if name else ():
+        if (name[1] or name[2]) not in (action.dest, *action.option_strings):
+            continue
+        expected = _expected(getattr(action, "_typehint", None) or action.type or str)
+        if "expected one argument" in text:
+            return f"{_shown(action)} needs a value: {expected}"
+        return f"{_shown(action)}: expected {expected}, got {_given(action, words)!r}"
+    return f"{text} (see {parser.prog} --help)"
+
+
+def _expected(hint: Any) -> str:
+    """A type in plain words.
+
+    >>> _expected(int | None), _expected(Literal["a", "b"])
+    ('a whole number or null', 'one of a, b')
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_expected(part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, "null" if hint is types.NoneType else "a JSON list")
+
+
+def _shown(action: Any) -> str:
+    """An option or argument as the user writes it."""
+    return str(action.option_strings[-1] if action.option_strings else action.metavar)
+
+
+def _given(action: Any, words: Sequence[str]) -> str:
+    """The value that the words give an option; the last one counts."""
+    found = ""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in action.option_strings:
+            found = value if equals else following
+    return found
+
+
+def _options_like(parser: ArgumentParser, word: str) -> list[str]:
+    """The options of the group that a name belongs to: ``--method.``, ``--train.`` or neither."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    start = word.split(".")[0] + "."
+    near = [option for option in options if option.startswith(start)]
+    return near or [o for o in options if o[:2] == "--" and "." not in o and "_" not in o]
+
+
+def _check_matrix_file(path: Path, overwrite: bool) -> None:
+    """Refuse a place for the transition matrix that cannot be written or read again."""
+    if path.suffix.lower() != ".json":
+        raise InputError(f"--transition-out: expected the name of a .json file, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another --transition-out or give --overwrite")
+
+
+# --- config files --------------------------------------------------------------------------------
+
+
+def _take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
+    """Take every ``--config FILE`` out of the words: the rest, and each setting with its file.
+
+    The settings go before the words, which therefore win.
+    """
+    rest: list[str] = []
+    settings: list[tuple[str, Path]] = []
+    following = iter(words)
+    for word in following:
         name, equals, value = word.partition("=")
         if name != "--config":
+            rest.append(word)
             continue
-        if not equals and place + 1 == len(words):
-            raise InputError("--config needs a file")
-        path = Path(value if equals else words[place + 1]).expanduser()
-        rest = words[:place] + words[place + (1 if equals else 2) :]
-        return _option_words(_read_config(path)) + rest
-    return words
+        given = value if equals else next(following, "")
+        if not given or given.startswith("-"):
+            raise InputError("--config needs a file: YAML, TOML or JSON")
+        path = Path(given).expanduser()
+        settings += [(setting, path) for setting in _option_words(_read_config(path))]
+    return rest, settings
+
+
+def _check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) -> None:
+    """Name the file of a setting that does not exist."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    for word, path in settings:
+        option = word.partition("=")[0]
+        if option not in options - {"--help", "--config"} and option not in ("--data", "--method"):
+            known = [name[2:] for name in _options_like(parser, option)]
+            raise InputError(f"config {path}: {unknown_name('setting', option[2:], known)}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -336,34 +468,38 @@ def _read_config(path: Path) -> dict[str, Any]:
             import yaml
 
             values = yaml.safe_load(text)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read config {path}: {error}") from error
-    except Exception as error:  # yaml's own errors
-        first = " ".join(str(error).split())
-        raise InputError(f"config {path} is not valid: {first}") from error
+    except OSError as error:
+        raise InputError(f"cannot read config {path}: {error.strerror or error}") from error
+    except Exception as error:  # each format has its own, and YAML's values raise more
+        kind = {".toml": "TOML", ".json": "JSON"}.get(path.suffix, "YAML")
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        reason = f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
+        raise InputError(f"config {path} is not valid {kind}: {reason}") from error
+    values = values.get("spec", values) if isinstance(values, dict) else values
     if not isinstance(values, dict):
-        raise InputError(f"config {path} must hold names and values, got {type(values).__name__}")
-    spec: dict[str, Any] = values.get("spec", values)
-    return spec
+        raise InputError(
+            f"config {path} must hold names and values such as 'label: intent', "
+            f"got {type(values).__name__}"
+        )
+    return values
 
 
-def _option_words(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Nested settings as command-line words; ``data`` comes as the positional argument."""
+def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:
+    """Nested settings as command-line words ``--name=value``."""
     words: list[str] = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name == "data" and not prefix:
-            words.append(str(value))
-        elif name == "name" and prefix == "method.":
+    for key, value in values.items():
+        name = str(key)
+        if name == "name" and prefix == "method.":
             words.insert(0, f"--method={value}")
         elif isinstance(value, dict):
             words += _option_words(value, f"{prefix}{name}.")
         elif name in ("resume", "overwrite") and not prefix:
             words += [f"--{name}"] if value else []
-        else:
-            dashed = name if prefix else name.replace("_", "-")
-            shown = value if isinstance(value, str) else json.dumps(value)
+        elif name == "text" and isinstance(value, list) and not prefix:
+            words.append(f"--text={','.join(map(str, value))}")
+        elif value is not None or prefix:  # outside the groups null is every default
+            dashed = name if prefix or "." in name else name.replace("_", "-")
+            shown = value if isinstance(value, str) else json.dumps(value, default=str)
             words.append(f"--{prefix}{dashed}={shown}")
     return words
 
@@ -466,4 +602,4 @@ def _print_result(record: RunRecord, folder: Path) -> None:
         ("samples.parquet", "every training row"),
         ("record.json", "what was asked, done and found"),
     ):
-        console.print(f"{folder / name}: {meaning}", highlight=False, soft_wrap=True)
+        console.print(f"{folder / name}: {meaning}", highlight=False, markup=False, soft_wrap=True)
