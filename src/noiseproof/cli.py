@@ -281,7 +281,7 @@ def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
+    class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Options with their meaning and default, without Python's types."""
 
         def _get_help_string(self, action: Any) -> str:
@@ -358,9 +358,10 @@ def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
         shown = {action.dest: _shown(action) for action in parser._actions}
         missing = " and ".join(shown.get(name, name) for name in names)
         return f"{missing} {'is' if len(names) == 1 else 'are'} missing; {usage}"
-    name = re.match(r'Parser key "([^"]+)"|argument (\S+): ', text)
-    for action in parser._actions if name else ():
-        if (name[1] or name[2]) not in (action.dest, *action.option_strings):
+    found = re.match(r'Parser key "([^"]+)"|argument (\S+): ', text)
+    name = (found[1] or found[2]) if found else None
+    for action in parser._actions:
+        if name not in (action.dest, *action.option_strings):
             continue
         expected = _expected(getattr(action, "_typehint", None) or action.type or str)
         if "expected one argument" in text:

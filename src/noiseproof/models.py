@@ -8,6 +8,7 @@ equal blocks inside it.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,8 @@ def load_text_classifier(
         raise InputError(cannot_load(name, error)) from error
     finally:
         transformers_logging.set_verbosity(level)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up
+        raise InputError(cannot_load(name, ValueError("its tokenizer has no vocabulary")))
     if tokenizer.pad_token_id is None:  # decoders: the end of text pads, and is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -383,7 +386,9 @@ def tune_model(
 def _adapted(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft sets it right itself: GPT-2 has transposed weights
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 

@@ -15,7 +15,8 @@ is made monotone and degenerate mixtures keep every row; evaluation is determini
 on after the warm-up; gates depend on (seed, epoch, row) alone. ``scoring=reuse`` is ours.
 Settings: gamma = 0.8 (swept in the paper), warmup_epochs = 3 (released CLI),
 lambda_consistency = 1, temperature = 1, scoring_passes = 1 (released code; 5 in the paper); rank,
-alpha, dropout and learning_rate are ours, see docs/results/foundation.md. Presets: default, plain, paper, fast, code.
+alpha, dropout and learning_rate are ours, see docs/results/foundation.md. Presets: default, plain,
+paper, fast, code.
 Needs: no noise rate, no clean rows; an encoder with numbered layers.
 Cost: scoring_passes forward passes per epoch after the warm-up; none with scoring=reuse.
 """
