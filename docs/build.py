@@ -129,7 +129,7 @@ def settings_table(settings: list[cards.Setting]) -> list[str]:
     """Name, type, default and meaning of settings."""
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for item in settings:
-        kind = cell(item.type.replace("Literal", "one of "))
+        kind = cell(re.sub(r"Literal\[(.*)\]", r"\1", item.type).replace("'", ""))
         lines.append(
             f"| `{item.name}` | {kind} | `{item.default}` | {cell(marked(item.meaning))} |"
         )
@@ -176,8 +176,9 @@ def noise_table() -> str:
     lines = ["| noise | such as | what it does |", "|---|---|---|"]
     for name, kind in noise_models():
         first = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
-        _, _, meaning = first.partition(": ")
-        lines.append(f"| {name} | `{kind.example}` | {cell(marked(meaning or first))} |")
+        meaning = first.partition(": ")[2] or first
+        meaning = meaning[0].upper() + meaning[1:]
+        lines.append(f"| {name} | `{kind.example}` | {cell(marked(meaning))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -233,34 +234,35 @@ def cli_page() -> str:
         example = example.strip().removeprefix("example: ")
         lines += [f"## {name}", "", description, "", "```text", f"usage: {parser.usage}"]
         lines += [f"example: {example}", "```", ""]
-        for group in parser._action_groups:
-            lines += options(group)
+        actions = [action for action in parser._actions if action.dest != "help"]
+        training = [action for action in actions if action.dest.startswith("train.")]
+        lines += options([a for a in actions if not a.dest.startswith(("train.", "method."))])
+        if training:
+            lines += [
+                "`--method NAME` or `--method NAME:PRESET` chooses the method, CleaR without it. Its",
+                "settings are `--method.NAME VALUE`; [methods](methods.md) lists them.",
+                "",
+                inspect.cleandoc(TrainSettings.__doc__ or "").splitlines()[0],
+                "",
+                *options(training),
+            ]
     return "\n".join(lines)
 
 
-def options(group: Any) -> list[str]:
-    """The table of one group of options; method settings are on their own page."""
-    actions = [action for action in group._group_actions if action.dest != "help"]
-    if group.title.startswith("method:"):
-        if group.title.endswith(": mixture"):
-            return []
-        return [
-            "`--method NAME` or `--method NAME:PRESET` chooses the method, CleaR without it. Its",
-            "settings are `--method.NAME VALUE`; [methods](methods.md) lists them.",
-            "",
-        ]
-    if not actions:
-        return []
-    lines = []
-    if actions[0].dest.startswith("train."):
-        lines = [f"{inspect.cleandoc(TrainSettings.__doc__ or '').splitlines()[0]}", ""]
-    lines += ["| option | value | default | meaning |", "|---|---|---|---|"]
+def options(actions: list[Any]) -> list[str]:
+    """The table of some options."""
+    lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
     for action in actions:
         word = action.option_strings[0] if action.option_strings else action.dest.upper()
-        needed = action.required and action.nargs != "?"
-        flag = action.nargs == 0
-        default = "required" if needed else "" if flag else f"`{shown(action.default)}`"
-        lines.append(f"| `{word}` | {value_of(action)} | {default} | {cell(marked(action.help))} |")
+        default = f"`{shown(action.default)}`"
+        if not action.option_strings or action.required:
+            default = "required"
+            if action.nargs == "?":
+                default = "or in --config" if action.dest == "data" else "may be left out"
+        elif action.nargs == 0:
+            default = ""
+        meaning = cell(marked(action.help))
+        lines.append(f"| `{word}` | {value_of(action)} | {default} | {meaning} |")
     return [*lines, ""]
 
 
@@ -275,17 +277,21 @@ def value_of(action: Any) -> str:
 
 def shown(value: Any) -> str:
     """A default as one types it."""
-    return {None: "none", True: "true", False: "false"}.get(value, value) if not isinstance(
-        value, int | float
-    ) or isinstance(value, bool) else f"{value:g}"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- text ----------------------------------------------------------------------------------------
 
 
 def marked(text: str) -> str:
-    """Docstring text as markdown: double backticks become single ones."""
-    return text.replace("``", "`")
+    """Docstring text as markdown: single backticks for double ones, no stray tags."""
+    parts = text.replace("``", "`").split("`")
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def cell(text: str) -> str:

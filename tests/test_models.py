@@ -1,4 +1,4 @@
-"""A model's parts in every family, tuning, cached features, and that the saved model needs no one."""
+"""A model's parts in every family, tuning, cached features, and saving for others to load."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import ALL, CLASSES, DECODERS, ENCODERS, classifier, config, text_inputs
-from tiny import LABELS, Tiny, build_model, environment, table, train_settings, weights
 from torch import Tensor, nn
 
 import noiseproof
+from families import ALL, CLASSES, DECODERS, ENCODERS, classifier, config, text_inputs
 from noiseproof.errors import InputError
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
@@ -47,6 +46,7 @@ from noiseproof.models import (
     tune_model,
     tuning_names,
 )
+from tiny import LABELS, Tiny, build_model, environment, table, train_settings, weights
 
 TEXT_FAMILIES = (*ENCODERS, *DECODERS)
 PARTS = {  # encoder, head
@@ -61,7 +61,7 @@ PARTS = {  # encoder, head
 }
 
 
-# --- parts -----------------------------------------------------------------------------------------
+# --- parts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -110,7 +110,7 @@ def test_a_model_without_parts_gets_a_line_of_explanation() -> None:
         encoder_layers(Flat())
 
 
-# --- what trains -----------------------------------------------------------------------------------
+# --- what trains ---------------------------------------------------------------------------------
 
 
 def test_exactly_the_named_parameters_train(tiny_run: Tiny) -> None:
@@ -143,10 +143,15 @@ def test_evaluation_mode_restores_every_flag_even_after_an_error(tiny_run: Tiny)
     model = copy.deepcopy(tiny_run.model).train()
     encoder_layers(model)[0].eval()
     flags = [module.training for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert [module.training for module in model.modules()] == flags
     assert torch.is_grad_enabled()
 
@@ -172,7 +177,7 @@ def test_dropout_can_be_raised() -> None:
     assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
-# --- tuning ----------------------------------------------------------------------------------------
+# --- tuning --------------------------------------------------------------------------------------
 
 
 def train_steps(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> None:
@@ -290,7 +295,7 @@ def test_where_peft_has_no_choice_every_linear_module_of_the_layers_adapts(name:
     assert not torch.allclose(adapted(**inputs).logits, before)
 
 
-# --- cached features -------------------------------------------------------------------------------
+# --- cached features -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
@@ -344,7 +349,7 @@ def test_the_mean_over_tokens_leaves_padding_out(tiny_run: Tiny) -> None:
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-# --- loading ---------------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------
 
 
 def test_a_loaded_classifier_knows_its_classes(encoder_folder: Path) -> None:
@@ -463,7 +468,7 @@ def test_a_saved_folder_that_is_none_is_one_line(tmp_path: Path, encoder_folder:
     assert "\n" not in str(refusal.value)
 
 
-# --- without noiseproof ----------------------------------------------------------------------------
+# --- without noiseproof --------------------------------------------------------------------------
 
 FOREIGN = """
 import json, sys, warnings

@@ -93,9 +93,10 @@ def fit(words: list[str]) -> None:
     from noiseproof.job import Job, run_job
 
     words, configs = _take_configs(words)
+    start = "--data="  # in a config; on the command line it has no name
+    data = next((word[len(start) :] for word, _ in configs[::-1] if word.startswith(start)), None)
+    configs = [(word, path) for word, path in configs if not word.startswith(start)]
     words, preset = _method_words([word for word, _ in configs] + words)
-    data = next((word[7:] for word in reversed(words) if word.startswith("--data=")), None)
-    words = [word for word in words if not word.startswith("--data=")]
     parser = _parser("fit", "DATA --out RUN [options]", fit.__doc__)
     meanings, hints = field_meanings(Job), get_type_hints(Job)
     parser.add_argument(
@@ -284,10 +285,14 @@ def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
     class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Options with their meaning and default, without Python's types."""
 
+        def __init__(self, prog: str, **settings: Any) -> None:
+            settings = {"max_help_position": 32} | settings
+            super().__init__(prog, **settings)  # type: ignore[no-untyped-call]
+
         def _get_help_string(self, action: Any) -> str:
-            text = str(action.help or "")
-            told = action.default not in (None, False) and action.option_strings
-            return f"{text} ({action.default})" if told and action.dest != "help" else text
+            text, value = str(action.help or ""), action.default
+            untold = value is None or value is False or not action.option_strings
+            return text if untold or action.dest == "help" else f"{text} (default: {value})"
 
     return ArgumentParser(
         prog=f"{PROGRAM} {name}",
@@ -300,7 +305,11 @@ def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
 
 
 def _add_fields(
-    parser: ArgumentParser, settings: Any, prefix: str, title: str, instead: str | None = None
+    parser: ArgumentParser,
+    settings: Any,
+    prefix: str,
+    title: str | None,
+    instead: str | None = None,
 ) -> None:
     """Options ``--prefix.field`` for a settings object, nested ones with more dots.
 
@@ -308,19 +317,20 @@ def _add_fields(
         parser: Gets the options.
         settings: An object whose values are the defaults.
         prefix: First part of the names.
-        title: Of the group in the help.
+        title: Of the group in the help; None makes no group.
         instead: What the help says in place of the options.
     """
     from jsonargparse import SUPPRESS
 
     from noiseproof.cards import field_meanings
 
-    group = parser.add_argument_group(title, instead)
+    group = parser if title is None else parser.add_argument_group(title, instead)
     meanings, hints = field_meanings(type(settings)), get_type_hints(type(settings))
     for item in fields(settings):
         value, name = getattr(settings, item.name), f"{prefix}.{item.name}"
         if is_dataclass(value):
-            _add_fields(parser, value, name, f"{title}: {item.name}", instead)
+            nested = None if instead else f"{title}: {item.name}"
+            _add_fields(parser, value, name, nested, instead)
             continue
         meaning = SUPPRESS if instead else meanings.get(item.name, "")
         group.add_argument(f"--{name}", type=hints[item.name], default=value, help=meaning)
@@ -448,7 +458,7 @@ def _check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]])
     options = {option for action in parser._actions for option in action.option_strings}
     for word, path in settings:
         option = word.partition("=")[0]
-        if option not in options - {"--help", "--config"} and option not in ("--data", "--method"):
+        if option not in options - {"--help", "--config"} and option != "--method":
             known = [name[2:] for name in _options_like(parser, option)]
             raise InputError(f"config {path}: {unknown_name('setting', option[2:], known)}")
 

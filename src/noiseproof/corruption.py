@@ -16,6 +16,7 @@ from noiseproof.noise import Corruption, parse_noise
 from noiseproof.tasks import TextClassification
 
 if TYPE_CHECKING:
+    from noiseproof.data import Examples
     from noiseproof.tables import Source
 
 
@@ -74,11 +75,24 @@ def corrupt(
         features=features,
         pool_size=None if pool is None else len(pool[0]),
     )
-    names = np.asarray(examples.label_names, dtype=object)
-    table = table.assign(**{clean_label: table[label], label: names[corruption.labels]})
+    noisy = _relabelled(table[label], examples, corruption.labels)
+    table = table.assign(**{clean_label: table[label], label: noisy})
     if pool is not None:
-        _replace(table, [name.strip() for name in text.split(",")], corruption, pool)
+        columns = [text] if text in table.columns else [name.strip() for name in text.split(",")]
+        _replace(table, columns, corruption, pool)
     return table, corruption
+
+
+def _relabelled(column: Any, examples: Examples, labels: np.ndarray) -> Any:
+    """The column with new labels, in the values and the type that it had."""
+    import pandas as pd
+
+    cells = column.to_numpy(dtype=object)
+    values = np.asarray(examples.label_names, dtype=object)  # a class without rows has its name
+    values[examples.labels] = cells
+    changed = labels != examples.labels
+    noisy = pd.Series(np.where(changed, values[labels], cells), index=column.index)
+    return noisy.astype(column.dtype)
 
 
 def _features(

@@ -46,8 +46,8 @@ __all__ = [
 
 Ints = npt.NDArray[np.int64]
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")  # "3", "-1", "3.0"; "007" is a name
-
 _NUMBER = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?")
+UNSEEN = "was never seen in training"
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,14 +184,14 @@ def read_examples(
     rows = [row for row, name in enumerate(given) if not _is_label(name, drop_label)]
     if not rows:
         raise InputError(f"every row of {table.name} has the label {drop_label!r} to drop")
-    _check_all_labelled(table, label, given, rows)
+    _check_all_labelled(table, label, given, rows, role=role)
     texts, pairs = _texts(table, columns, rows)
     chosen = label_names if label_names is not None else table.class_names.get(label)
     if role == "training":
         _check_trainable(table, label, [given[row] for row in rows], chosen is None)
     names = _sorted_names({given[row] for row in rows}) if chosen is None else _checked(chosen)
     classes = _Classes(table, names, by_position=label_names is not None)
-    fate = "is not in label_names" if role == "training" else "was never seen in training"
+    fate = "is not in label_names" if role == "training" else UNSEEN
     labels = classes.numbers(given, rows, "label", fate, allow_unseen)
     clean = None
     if clean_label is not None:
@@ -431,11 +431,16 @@ def _is_label(name: str, wanted: object) -> bool:
 
 
 def _check_all_labelled(
-    table: Table, column: str, names: Sequence[str], rows: Sequence[int], purpose: str = "label"
+    table: Table,
+    column: str,
+    names: Sequence[str],
+    rows: Sequence[int],
+    purpose: str = "label",
+    role: str = "training",
 ) -> None:
     remedy = "fill or remove them"
-    if purpose == "label":
-        remedy = "fill them, or leave such rows out with drop_label=''"
+    if purpose == "label" and role == "training":
+        remedy += ", or let fit leave such rows out with drop_label=''"
     without = [row for row in rows if not names[row]]
     if without:
         raise InputError(
@@ -503,6 +508,8 @@ class _Classes:
             row = rows[unseen[0]]
             more = f" ({_such_rows(unseen.size)})" if unseen.size > 1 else ""
             remedy = "correct it, or leave such rows out with drop_label"
+            if fate == UNSEEN:  # drop_label is for the training rows
+                remedy = "correct it, or remove such rows"
             if what == "clean label":
                 remedy = "correct it, or name all classes in label_names"
             raise InputError(

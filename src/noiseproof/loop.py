@@ -96,6 +96,7 @@ class _State:
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    columns: list[str] = field(default_factory=list)  # their order; the file sorts its tensors
     logged: dict[str, float] = field(default_factory=dict)
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
@@ -217,7 +218,8 @@ class _Loop:
             self._score()
             torch.manual_seed(derive_seed(order_seed, "dropout", *words, self.engine.rank))
         else:  # resumed inside the epoch: the columns came with the checkpoint
-            torch.set_rng_state(saved["random"][self.engine.rank].to(torch.uint8))
+            own = saved["random"][self.engine.rank].clone()  # torch reads from the storage's start
+            torch.set_rng_state(own)
             run.generator.set_state(saved["generator"])
         rows = self._rows_of_epoch()
         batches = training_batches(
@@ -393,14 +395,15 @@ class _Loop:
         tensors |= {f"column.{name}": column for name, column in self.run.columns.items()}
         tensors |= optimizer_tensors(_inner(self.optimizer))
         tensors |= {"random": random, "generator": self.run.generator.get_state()}
-        self.state.logged = self.run.logged
+        self.state.columns, self.state.logged = list(self.run.columns), self.run.logged
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.state = _State(**state)
         self.run.model.load_state_dict(with_prefix("model", tensors), strict=False)
         self.best = with_prefix("best", tensors)
-        self.run.columns = with_prefix("column", tensors)
+        columns = with_prefix("column", tensors)
+        self.run.columns = {name: columns[name] for name in self.state.columns}
         self.run.logged = self.state.logged
 
 

@@ -80,12 +80,26 @@ def load_text_classifier(
         transformers_logging.set_verbosity(level)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up
         raise InputError(cannot_load(name, ValueError("its tokenizer has no vocabulary")))
+    if longest := longest_input(model):  # many tokenizers do not know it
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     if tokenizer.pad_token_id is None:  # decoders: the end of text pads, and is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.noiseproof_new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     return model, tokenizer
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that the position table of a model holds; None where the config names no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            padding = module.padding_idx  # RoBERTa counts its positions from padding_idx + 1
+            return limit if padding is None else limit - padding - 1
+    return limit
 
 
 def cannot_load(name: str, error: Exception) -> str:

@@ -69,7 +69,7 @@ def _probe_cpu() -> dict[str, bool]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {"runs": bool(known["runs"]), "faster": bool(known["faster"])}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     found = {"runs": False, "faster": False}
     try:
@@ -78,8 +78,8 @@ def _probe_cpu() -> dict[str, bool]:
         )
         seconds = json.loads(done.stdout)
         found = {"runs": True, "faster": seconds["fp32"] > _SPEED_UP * seconds["bf16"]}
-    except (subprocess.SubprocessError, OSError, ValueError):
-        pass  # killed by a signal, too slow, or no child process can be had
+    except (subprocess.SubprocessError, OSError, ValueError, KeyError, TypeError):
+        pass  # killed by a signal, too slow, no child process can be had, or it talks nonsense
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")

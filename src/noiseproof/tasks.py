@@ -7,6 +7,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -141,7 +142,12 @@ def cache_folder() -> Path:
 def _key(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, limit: int) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    if backend is None:
+        described = json.dumps(tokenizer.get_vocab())
+    else:
+        backend.no_truncation()  # what the last call left is no part of the tokenizer
+        backend.no_padding()
+        described = backend.to_str()
     digest.update(f"1 {type(tokenizer).__name__} {limit} {pairs is None}\n".encode())
     digest.update(f"{tokenizer.padding_side} {tokenizer.truncation_side}\n".encode())
     digest.update(described.encode("utf-8", "surrogatepass"))
@@ -166,9 +172,9 @@ def _tokenised(
 
     path = folder.with_suffix(".arrow")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with ArrowWriter(path=str(partial)) as writer:
                 for start in range(0, len(texts), TOKENISE_ROWS):
                     stop = start + TOKENISE_ROWS
@@ -187,5 +193,6 @@ def _tokenised(
                 "set NOISEPROOF_CACHE to a folder that can be written"
             ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
     return datasets.Dataset.from_file(str(path))
