@@ -1,8 +1,8 @@
 """Generate what the documentation takes from the code.
 
 Writes docs/methods.md and docs/cli.md whole, and the parts of README.md and docs/noise.md between
-``<!-- generated: NAME -->`` and ``<!-- end -->``. With --check nothing is written: the exit code is 1
-if a file on disk differs.
+``<!-- generated: NAME -->`` and ``<!-- end -->``. With --check nothing is written: the exit code
+is 1 if a file on disk differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from noiseproof.methods.baselines import LEARNING_RATES, Tuned  # noqa: E402
 from noiseproof.noise import NOISE_MODELS, Mixture, NoiseModel  # noqa: E402
 from noiseproof.selection import LossMixture  # noqa: E402
 
-NOTE = "<!-- Written by docs/build.py from the code. Change the docstrings there, not this file. -->"
+NOTE = (
+    "<!-- Written by docs/build.py from the code. Change the docstrings there, not this file. -->"
+)
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUES = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
 
@@ -69,8 +71,8 @@ def methods_page() -> str:
         NOTE,
         "# Methods",
         "",
-        "`noiseproof methods NAME` prints the same. A setting is given as `--method.NAME VALUE` on the",
-        "command line and as a keyword in Python; a preset as `--method CleaR:fast` and as",
+        "`noiseproof methods NAME` prints the same. A setting is given as `--method.NAME VALUE` on",
+        "the command line and as a keyword in Python; a preset as `--method CleaR:fast` and as",
         '`CleaR.preset("fast")`. Which method to take: [how to choose](how-to-choose.md).',
         "",
         methods_table("#"),
@@ -224,8 +226,8 @@ def cli_page() -> str:
         NOTE,
         "# Command line",
         "",
-        "`noiseproof COMMAND --help` prints the same. Every mistake of the user is one line on standard",
-        "error and exit code 2. Nothing that exists is overwritten without `--overwrite`.",
+        "`noiseproof COMMAND --help` says the same. A mistake in the command or the data is one",
+        "line on standard error and exit code 2. Nothing is overwritten without `--overwrite`.",
         "",
     ]
     for name in cli.COMMANDS:
@@ -239,8 +241,8 @@ def cli_page() -> str:
         lines += options([a for a in actions if not a.dest.startswith(("train.", "method."))])
         if training:
             lines += [
-                "`--method NAME` or `--method NAME:PRESET` chooses the method, CleaR without it. Its",
-                "settings are `--method.NAME VALUE`; [methods](methods.md) lists them.",
+                "`--method NAME` or `--method NAME:PRESET` chooses the method, CleaR without it.",
+                "Its settings are `--method.NAME VALUE`; [methods](methods.md) lists them.",
                 "",
                 inspect.cleandoc(TrainSettings.__doc__ or "").splitlines()[0],
                 "",

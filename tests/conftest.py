@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,10 +20,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny import Tiny, build_model, table, tiny  # noqa: E402
 
 from noiseproof.loop import Outcome  # noqa: E402
 from noiseproof.method import Method  # noqa: E402
+from tiny import Tiny, build_model, table, tiny  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -80,7 +80,6 @@ def tiny_fits(tiny_run: Tiny) -> FitCache:
 
 
 @pytest.fixture(autouse=True)
-def _random_state() -> Iterator[None]:
+def _random_state() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
-    yield

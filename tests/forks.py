@@ -38,7 +38,10 @@ class Forks:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.close()
@@ -96,7 +99,10 @@ def _trap(at: dict[str, Any], signum: int) -> Any:
                 os.kill(os.getpid(), signum)
 
     def on_step(progress: Any) -> None:
-        if progress.history is None and (progress.epoch, progress.step) == (at["epoch"], at["step"]):
+        if progress.history is None and (progress.epoch, progress.step) == (
+            at["epoch"],
+            at["step"],
+        ):
             os.kill(os.getpid(), signum)
 
     if "event" in at:

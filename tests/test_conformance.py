@@ -16,11 +16,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import FitCache
-from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, weights
 from torch import Tensor
 
 import noiseproof
+from conftest import FitCache
 from noiseproof.engine import derive_seed
 from noiseproof.losses import cross_entropy
 from noiseproof.method import Batch, Method, Run
@@ -39,6 +38,7 @@ from noiseproof.methods import (
 )
 from noiseproof.methods.baselines import PairOutput, Tuned
 from noiseproof.selection import LossMixture
+from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, weights
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)  # 25 rows are enough for a mixture
 
@@ -550,8 +550,12 @@ def test_co_teaching_trains_each_network_on_the_easy_rows_of_the_other(
     method = CoTeaching(noise_rate=noise_rate, warmup_epochs=1, ramp_epochs=1)
     labels = [0, 0, 0, 0]
     run = Run(
-        model, torch.tensor(labels), 2, lambda before_batch=None: torch.zeros(4, 2),
-        torch.Generator(), epoch=1,
+        model,
+        torch.tensor(labels),
+        2,
+        lambda before_batch=None: torch.zeros(4, 2),
+        torch.Generator(),
+        epoch=1,
     )
     loss = method.compute_loss(model, as_batch(labels), run)
     loss.backward()

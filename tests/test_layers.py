@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import last_json, python
 
 import noiseproof
+from tiny import last_json, python
 
 PACKAGE = Path(noiseproof.__file__).parent
 

@@ -471,9 +471,9 @@ def test_a_saved_folder_that_is_none_is_one_line(tmp_path: Path, encoder_folder:
 # --- without noiseproof --------------------------------------------------------------------------
 
 FOREIGN = """
-import json, sys, warnings
+import json, sys
 
-for name in json.loads(sys.argv[3]):
+for name in json.loads(sys.argv[1]):
     sys.modules[name] = None
     try:
         __import__(name)
@@ -481,13 +481,14 @@ for name in json.loads(sys.argv[3]):
         pass
     else:
         raise SystemExit(f"{name} could be imported")
-folder, texts = sys.argv[1], json.loads(sys.argv[2])
+SNIPPETS = json.loads(sys.argv[2])
 from transformers import AutoTokenizer
-SNIPPET
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model.eval()
-inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-print(json.dumps(model(**inputs).logits.softmax(dim=1).tolist()))
+for folder, snippet, texts in SNIPPETS:
+    exec(snippet)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.eval()
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    print(json.dumps(model(**inputs).logits.softmax(dim=1).tolist()))
 """
 TRANSFORMERS = """
 from transformers import AutoModelForSequenceClassification
@@ -498,38 +499,55 @@ PEFT = """
 from peft import AutoPeftModelForSequenceClassification
 model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3)
 """
+CLASSIFIER_BASE = PEFT.replace("=3)", "=3, ignore_mismatched_sizes=True)")
+ROUTED = CleaR(warmup_epochs=1)
 
 
 @pytest.mark.parametrize(
-    ("method", "merge", "snippet", "blocked"),
+    ("blocked", "runs"),
     [
-        (CrossEntropy(), False, TRANSFORMERS, ["noiseproof", "peft"]),
-        (CrossEntropy(tune="head"), False, TRANSFORMERS, ["noiseproof", "peft"]),
-        (CleaR(warmup_epochs=1, scoring_passes=1), False, PEFT, ["noiseproof"]),
-        (CleaR(warmup_epochs=1, scoring_passes=1), True, TRANSFORMERS, ["noiseproof", "peft"]),
-        (CrossEntropy(tune="lora"), False, PEFT, ["noiseproof"]),
+        (
+            ["noiseproof", "peft"],
+            [
+                (CrossEntropy(), {}, TRANSFORMERS),
+                (CrossEntropy(tune="head"), {}, TRANSFORMERS),
+                (ROUTED, {"merge": True}, TRANSFORMERS),
+            ],
+        ),
+        (
+            ["noiseproof"],
+            [
+                (ROUTED, {}, PEFT),
+                (CrossEntropy(tune="lora"), {}, PEFT),
+                (CrossEntropy(tune="prefix_tuning"), {}, PEFT),
+                (ROUTED, {"model": "a classifier of two classes"}, CLASSIFIER_BASE),
+            ],
+        ),
     ],
-    ids=["full", "head", "clear", "clear-merged", "lora"],
+    ids=["transformers", "peft"],
 )
 def test_the_model_folder_needs_no_noiseproof(
-    encoder_folder: Path, tmp_path: Path, method: Any, merge: bool, snippet: str, blocked: list[str]
+    encoder_folder: Path, tiny_model: Path, tmp_path: Path, blocked: list[str], runs: list[Any]
 ) -> None:
     """The README's snippets, in a process where importing noiseproof fails: equal answers."""
     rows = table(24, wrong=0.2)
-    result = noiseproof.fit(
-        rows,
-        model=str(encoder_folder),
-        method=method,
-        merge=merge,
-        train=train_settings(epochs=2, learning_rate=1e-2),
-        out=tmp_path / "run",
-    )
     texts = rows["text"].tolist()[:6]
+    wanted, asked = [], []
+    for number, (method, changes, snippet) in enumerate(runs):
+        changes = {"model": str(encoder_folder)} | changes
+        if not Path(changes["model"]).exists():
+            changes["model"] = str(tiny_model)
+        result = noiseproof.fit(
+            rows,
+            method=method,
+            train=train_settings(epochs=2, learning_rate=1e-2),
+            out=tmp_path / str(number),
+            **changes,
+        )
+        wanted.append(result.predictor.predict_proba(texts))
+        asked.append((str(tmp_path / str(number) / "model"), snippet, texts))
     done = subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", "-c", FOREIGN.replace("SNIPPET", snippet)),
-            *(str(tmp_path / "run" / "model"), json.dumps(texts), json.dumps(blocked)),
-        ],
+        [sys.executable, "-W", "ignore", "-c", FOREIGN, json.dumps(blocked), json.dumps(asked)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -537,6 +555,7 @@ def test_the_model_folder_needs_no_noiseproof(
         env=environment(),
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = np.array(json.loads(done.stdout.strip().splitlines()[-1]))
-    np.testing.assert_allclose(found, result.predictor.predict_proba(texts), rtol=1e-4, atol=1e-5)
-    assert found.std(axis=0).max() > 1e-3  # it tells texts apart
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    for answer, probabilities in zip(answers, wanted, strict=True):
+        np.testing.assert_allclose(np.array(answer), probabilities, rtol=1e-4, atol=1e-5)
+        assert probabilities.std(axis=0).max() > 1e-3  # it tells texts apart

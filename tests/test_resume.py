@@ -14,13 +14,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from forks import INTERRUPTED, Forks
-from tiny import table, train_settings
 
+from forks import INTERRUPTED, Forks
 from noiseproof.checkpoint import load_checkpoint
 from noiseproof.method import Method
 from noiseproof.methods import ELR, CleaR, CrossEntropy
 from noiseproof.selection import LossMixture
+from tiny import table, train_settings
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
 EPOCHS, STEPS = 3, 4  # of 25 rows in batches of 8

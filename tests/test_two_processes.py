@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import python, table, train_settings
 from torch import Tensor
 
 import noiseproof
 from noiseproof.method import Method
 from noiseproof.methods import ELR, METHODS, CleaR, SmallLoss
 from noiseproof.selection import LossMixture
+from tiny import python, table, train_settings
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
 
@@ -30,9 +30,7 @@ CASES: dict[str, Method] = {
     "CleaR by batch": CleaR(
         warmup_epochs=1, scoring_passes=2, free_gate="batch", mixture=SMALL, dropout=0.0
     ),
-    "CleaR with reused logits": CleaR(
-        warmup_epochs=1, scoring="reuse", mixture=SMALL, dropout=0.0
-    ),
+    "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL, dropout=0.0),
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
 }

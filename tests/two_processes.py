@@ -49,7 +49,6 @@ def run(fit: dict[str, Any]) -> None:
     noiseproof.fit(method=method, train=train, **fit)
 
 
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for asked in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

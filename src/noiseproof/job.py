@@ -40,7 +40,7 @@ from noiseproof.errors import InputError
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.losses import cross_entropy
 from noiseproof.method import Method, Run, require
-from noiseproof.methods import METHODS, CleaR, find_method
+from noiseproof.methods import CleaR, find_method
 from noiseproof.models import (
     count_parameters,
     load_saved_model,
@@ -267,12 +267,17 @@ def run_job(
     folder = Path(out).expanduser() if out is not None else None
     record = RunRecord(job.spec())
     main = state.is_main_process
+    earlier = None
     if folder is not None and main:
-        prepare_folder(folder, record, resume=resume, overwrite=overwrite)
+        earlier = prepare_folder(folder, record, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
+    work = _Work(job)
+    work.describe(record)
+    if earlier is not None:
+        same_data(earlier, record, folder)
+    elif folder is not None and main and overwrite:  # not before the new data are known to be good
+        clear_run(folder)
     try:
-        work = _Work(job)
-        work.describe(record)
         if folder is not None and main:
             record.write(folder)
         outcome = work.train(folder, resume, report)
@@ -291,8 +296,13 @@ def run_job(
     return FitResult(record, outcome.history, samples, predictor, folder)
 
 
-def prepare_folder(folder: Path, record: RunRecord, *, resume: bool, overwrite: bool) -> None:
+def prepare_folder(
+    folder: Path, record: RunRecord, *, resume: bool, overwrite: bool
+) -> RunRecord | None:
     """Make the run's folder, or check that what is there may be continued or replaced.
+
+    Returns:
+        The record of the run to continue, if there is one.
 
     Raises:
         InputError: It cannot be written, holds something, or holds a run of another specification.
@@ -304,13 +314,14 @@ def prepare_folder(folder: Path, record: RunRecord, *, resume: bool, overwrite: 
             raise InputError(f"cannot resume {folder}: its settings differ in {changed}")
         if found.status == "done":
             raise InputError(f"{folder} is finished; nothing is left to resume")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return found
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite and not (resume and folder.is_dir() and _only_leftovers(folder)):
             raise InputError(
                 f"{folder} exists; choose another --out, --resume it, or give --overwrite"
             )
         if overwrite:
-            _clear_run(folder)
+            _require_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write.{os.getpid()}"
@@ -318,6 +329,21 @@ def prepare_folder(folder: Path, record: RunRecord, *, resume: bool, overwrite: 
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return None
+
+
+def same_data(earlier: RunRecord, record: RunRecord, folder: Path | None) -> None:
+    """Refuse to continue a run on rows that have changed since.
+
+    Raises:
+        InputError: The fingerprints differ.
+    """
+    then, now = earlier.data.get("fingerprint"), record.data["fingerprint"]
+    if then is not None and then != now:
+        raise InputError(
+            f"cannot resume {folder}: the training rows have changed since it started; "
+            "choose another --out, or give --overwrite"
+        )
 
 
 def _only_leftovers(folder: Path) -> bool:
@@ -328,16 +354,20 @@ def _only_leftovers(folder: Path) -> bool:
 RUN_FILES = ("record.json", "history.csv", "samples.parquet", "suspects.csv", "report.html")
 
 
-def _clear_run(folder: Path) -> None:
-    """Remove what a run leaves behind, and nothing else."""
-    import shutil
-
+def _require_run(folder: Path) -> None:
+    """Refuse to overwrite what is no run."""
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
-    if not (folder / "record.json").exists():
+    if any(folder.iterdir()) and not (folder / "record.json").exists():
         raise InputError(
             f"{folder} holds files but no run; --overwrite replaces runs only, choose another --out"
         )
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run leaves behind, and nothing else."""
+    import shutil
+
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     for name in ("model", "checkpoints"):
@@ -685,17 +715,20 @@ def load(run: str | Path) -> Predictor:
     record = RunRecord.read(folder)
     if record.status != "done":
         raise InputError(f"the run in {folder} is {record.status}; finish it with --resume")
-    method = method_from_dict(record.spec["method"])
     model, tokenizer = load_saved_model(folder / "model")
-    if not record.spec["merge"] and getattr(method, "eval_gate", "all_on") != "all_on":
-        model = method.restore_model(model)
+    if record.spec["method"].get("eval_gate", "all_on") != "all_on" and not record.spec["merge"]:
+        model = method_from_dict(record.spec["method"]).restore_model(model)
     task = TextClassification(tokenizer, record.spec["train"]["max_length"])
     return Predictor(model, task, tuple(record.data["label_names"]), record.spec["text"])
 
 
 def method_from_dict(values: dict[str, Any]) -> Method:
-    """A method object from the record's values."""
-    return METHODS[values["name"]].from_dict(values)
+    """A method object from the record's values.
+
+    Raises:
+        InputError: The method is not among `METHODS`.
+    """
+    return find_method(values["name"]).from_dict(values)
 
 
 def predict(run: str | Path, data: Source, *, text: str | None = None, split: str = "train") -> Any:

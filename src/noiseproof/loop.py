@@ -311,6 +311,9 @@ class _Loop:
             )
         state.epoch, state.step, state.loss_sum = run.epoch + 1, 0, 0.0
         self._checkpoint()
+        signum = self.engine.any_process(self.stop.received)
+        if signum and not last:  # came while scoring or measuring
+            raise Interrupted(signum)
 
     def _finish(self, model: nn.Module) -> Outcome:
         if self.best:

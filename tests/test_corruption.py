@@ -1,0 +1,162 @@
+"""Corrupting a table: what changes, what stays, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import noiseproof
+from noiseproof import corrupt
+from noiseproof.errors import InputError
+from noiseproof.noise import Corruption
+from noiseproof.tables import read_table, write_table
+from tiny import table
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    return table(60)[["text", "context", "label"]]
+
+
+def test_labels_change_at_the_rate_and_the_right_ones_are_kept(rows: pd.DataFrame) -> None:
+    before = rows.copy()
+    noisy, corruption = corrupt(rows, "symmetric:0.5", seed=1)
+    assert isinstance(corruption, Corruption)
+    wrong = noisy["label"] != noisy["clean_label"]
+    assert wrong.tolist() == corruption.mask.tolist()
+    assert 0.2 < wrong.mean() == corruption.noise_rate < 0.8
+    assert noisy["clean_label"].tolist() == before["label"].tolist()
+    pd.testing.assert_frame_equal(rows, before)  # the caller's frame is left alone
+    pd.testing.assert_frame_equal(noisy[["text", "context"]], before[["text", "context"]])
+
+
+def test_one_seed_gives_one_corruption(rows: pd.DataFrame) -> None:
+    one, again, other = (corrupt(rows, "pairflip:0.5", seed=s)[0]["label"] for s in (1, 1, 2))
+    assert one.tolist() == again.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize("kind", ["int64", "bool", "float64", "category", "string", "object"])
+def test_labels_keep_the_type_of_their_column(kind: str) -> None:
+    """Labels that turn into text no longer equal the right ones that stand beside them."""
+    numbers = np.arange(40) % 2
+    labels = pd.Series(numbers if kind[0] in "ibf" else np.array(["no", "yes"])[numbers])
+    data = pd.DataFrame({"text": "a", "label": labels.astype(kind)})
+    noisy, corruption = corrupt(data, "symmetric:0.5")
+    assert noisy["label"].dtype == noisy["clean_label"].dtype == data["label"].dtype
+    assert (noisy["label"] != noisy["clean_label"]).tolist() == corruption.mask.tolist()
+    assert 0 < corruption.noise_rate < 1
+
+
+def test_numbers_of_a_parquet_file_stay_numbers(tmp_path: Path) -> None:
+    data = pd.DataFrame({"text": "a", "label": np.arange(30) % 3})
+    data.to_parquet(tmp_path / "t.parquet")
+    noisy, corruption = corrupt(str(tmp_path / "t.parquet"), "pairflip:0.5")
+    write_table(noisy, tmp_path / "noisy.parquet")
+    back = read_table(tmp_path / "noisy.parquet")
+    assert back["label"].dtype == "int64"
+    assert (back["label"] != back["clean_label"]).mean() == corruption.noise_rate > 0
+
+
+def test_rows_that_are_not_hit_keep_their_cells() -> None:
+    """Spaces around a name do not count, but they are the user's."""
+    data = {"text": ["a"] * 40, "label": [" no", "no ", "yes", "yes"] * 10}
+    noisy, corruption = corrupt(data, "symmetric:0.3")
+    kept = ~corruption.mask
+    assert 0 < kept.sum() < 40
+    assert noisy["label"][kept].tolist() == noisy["clean_label"][kept].tolist()
+    assert set(noisy["label"].str.strip()) == {"no", "yes"}
+
+
+def test_a_class_without_rows_can_be_the_wrong_one() -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    data = datasets.Dataset.from_dict({"text": ["x"] * 60, "label": [0, 1] * 30}, features=features)
+    noisy, _ = corrupt(data, "symmetric:1.0")
+    assert set(noisy["label"]) == {"a", "b", "c"}
+    assert set(noisy["clean_label"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize("names", [("text", "context"), ("one, two", "other")])
+def test_open_set_noise_replaces_all_texts_of_a_row_together(
+    names: tuple[str, str], rows: pd.DataFrame, tmp_path: Path
+) -> None:
+    """A column may have a comma in its name; then it is one column."""
+    first, second = names
+    pool = pd.DataFrame({first: [f"p{n}" for n in range(9)], second: [f"q{n}" for n in range(9)]})
+    write_table(pool, tmp_path / "pool.csv")
+    data = rows.rename(columns={"text": first, "context": second})
+    text = first if "," in first else f"{first}, {second}"
+    noisy, corruption = corrupt(
+        data, "openset:0.5", text=text, noise_pool=str(tmp_path / "pool.csv")
+    )
+    hit = corruption.mask
+    assert 0 < hit.sum() < 60
+    assert noisy[first][hit].str.startswith("p").all()
+    assert noisy[first][~hit].tolist() == data[first][~hit].tolist()
+    if "," in first:
+        assert noisy[second].tolist() == data[second].tolist()
+    else:
+        assert [t[1:] for t in noisy[first][hit]] == [t[1:] for t in noisy[second][hit]]
+    assert noisy["label"].tolist() == data["label"].tolist()
+
+
+def test_instance_noise_depends_on_the_texts_and_on_nothing_around_it(
+    rows: pd.DataFrame, tiny_model: Path
+) -> None:
+    def labels(**changes: Any) -> list[str]:
+        noisy, _ = corrupt(rows, "instance:0.5", **{"model": str(tiny_model), **changes})
+        return noisy["label"].tolist()
+
+    state = torch.get_rng_state()
+    one = labels()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert labels() == one  # the new head of the classifier has no say
+    assert labels(text="context") != one
+    assert labels(text="text,context") != one
+    assert one != rows["label"].tolist()
+
+
+BAD = [
+    ({"noise": "none"}, r"nothing to do; give for example symmetric:0\.4"),
+    ({"noise": "symmetric:-1"}, r"must lie in \[0, 1\], got -1"),
+    ({"seed": -1}, r"seed must lie in \[0, 2\^32\), got -1"),
+    ({"seed": 2**32}, r"seed must lie in \[0, 2\^32\), got 4294967296"),
+    ({"noise": "openset:0.4"}, r"replaces texts; give noise_pool, a file of foreign rows"),
+    ({"clean_label": "context"}, r"a column 'context' already; name another one"),
+    ({"clean_label": "label"}, r"a column 'label' already"),
+    ({"label": "lable"}, r"no column 'lable' \(label\); did you mean 'label'"),
+    ({"noise": "openset:0.4", "noise_pool": "none.csv"}, r"none\.csv does not exist"),
+    ({"noise": "instance:0.4", "model": "./none"}, r"cannot load model './none'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_what_cannot_be_corrupted_is_told(
+    changes: dict[str, Any], message: str, rows: pd.DataFrame
+) -> None:
+    with pytest.raises(InputError, match=message):
+        corrupt(rows, **{"noise": "symmetric:0.4", **changes})
+
+
+def test_the_noise_of_the_command_is_the_noise_of_fit(rows: pd.DataFrame, tiny_model: Path) -> None:
+    """`corrupt` then `fit` must train on the labels that `fit --noise` would train on."""
+    noisy, _ = corrupt(rows, "symmetric:0.4", seed=5)
+    quick = noiseproof.TrainSettings(epochs=1, device="cpu", precision="fp32")
+    result = noiseproof.fit(
+        rows,
+        noise="symmetric:0.4",
+        noise_seed=5,
+        method="CrossEntropy",
+        model=str(tiny_model),
+        train=quick,
+    )
+    assert result.samples["label"].tolist() == noisy["label"].tolist()

