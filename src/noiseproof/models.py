@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -401,8 +400,7 @@ def tune_model(
 def _adapted(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
-    with warnings.catch_warnings():  # peft sets it right itself: GPT-2 has transposed weights
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+    with _quiet():
         adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
@@ -554,8 +552,11 @@ def _quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():  # peft 0.21 asks transformers 5 for a name it renamed
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5 for a name it renamed ...
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # ... and sets this right itself: GPT-2 has transposed weights
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             yield
     finally:
         transformers_logging.set_verbosity(level)
