@@ -129,7 +129,7 @@ def test_suspects_are_the_suspicious_rows_worst_first(whole: Whole) -> None:
     assert 0 < len(suspects) == whole.result.record.metrics["suspicious"] < 40
     assert suspects["loss"].is_monotonic_decreasing
     assert list(suspects) == [
-        *("row_id", "label", "suggested_label", "confidence", "clean_prob", "loss")
+        *("row_id", "text", "label", "suggested_label", "confidence", "clean_prob", "loss")
     ]
 
 

@@ -58,6 +58,8 @@ def corrupt(
         raise InputError(f"seed must lie in [0, 2^32), got {seed}")
     if model_of_noise.needs_pool and noise_pool is None:
         raise InputError(f"noise {noise!r} replaces texts; give noise_pool, a file of foreign rows")
+    if not clean_label.strip():
+        raise InputError("clean_label must name the column that keeps the true labels, got ''")
     table = read_table(data, split)
     if clean_label in table.columns:
         raise InputError(

@@ -285,7 +285,7 @@ def run_job(
         samples = work.samples(outcome)
         work.conclude(record, outcome, samples, time.perf_counter() - started)
         if folder is not None and main:
-            _write_results(folder, record, outcome, samples, predictor, job.merge)
+            _write_results(folder, record, outcome, samples, predictor, work)
     except Exception as error:
         if folder is not None and main:
             record.status = "interrupted" if isinstance(error, Interrupted) else "failed"
@@ -652,20 +652,25 @@ def _write_results(
     outcome: Outcome,
     samples: Any,
     predictor: Predictor,
-    merge: bool,
+    work: _Work,
 ) -> None:
     import shutil
 
     model: Any = outcome.model
-    if merge and hasattr(model, "merge_and_unload"):
+    if work.job.merge and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
         predictor.model = model
     save_model(model, predictor.task.tokenizer, folder / "model")
     write_history(folder, outcome.history)
     write_table(samples, folder / "samples.parquet", overwrite=True)
-    suspects = samples[samples["suspicious"]].sort_values("loss", ascending=False, kind="stable")
-    shown = ["row_id", "label", "suggested_label", "confidence", "clean_prob", "loss"]
-    write_table(suspects[shown], folder / "suspects.csv", overwrite=True)
+    shown = samples[
+        ["row_id", "label", "suggested_label", "confidence", "clean_prob", "loss", "suspicious"]
+    ]
+    for place, texts in enumerate((work.data.texts, work.data.text_pairs)):
+        if texts is not None:
+            shown.insert(1 + place, ("text", "second_text")[place], texts)
+    suspects = shown[shown.pop("suspicious")].sort_values("loss", ascending=False, kind="stable")
+    write_table(suspects, folder / "suspects.csv", overwrite=True)
     record.write(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -752,6 +757,11 @@ def predict(run: str | Path, data: Source, *, text: str | None = None, split: st
         if name in table.columns:
             raise InputError(f"the data has a column {name!r} already; rename it first")
     texts, pairs = read_texts(data, text or predictor.text, split)
+    if (pairs is None) != ("," not in predictor.text or predictor.text in table.columns):
+        raise InputError(
+            f"the model was trained on the text columns {predictor.text!r}; give as many of them, "
+            f"got {text!r}"
+        )
     probabilities = predictor.predict_proba(texts, pairs)
     names = np.asarray(predictor.label_names, dtype=object)
     return table.assign(

@@ -59,6 +59,8 @@ def load_text_classifier(
     from transformers.utils import logging as transformers_logging
 
     source = resolve_model(name)
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise InputError(cannot_load(name, ValueError("the folder has no config.json")))
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
