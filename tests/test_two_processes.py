@@ -84,7 +84,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         f"--master_port={free_port()}",
         str(Path(__file__).with_name("two_processes.py")),
         str(folder / "fits.json"),
-        timeout=400,
+        timeout=150,
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stderr[-6000:]

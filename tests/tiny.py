@@ -201,15 +201,19 @@ class Answers(nn.Module):
 
 
 def python(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python process that imports this source tree."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env=environment(**env),
-    )
+    """Run a Python process that imports this source tree; ask it to end when it takes too long."""
+    command = [sys.executable, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment(**env)
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a launcher then ends its workers
+            output, errors = process.communicate(timeout=60)
+            errors += f"\nended after {timeout} s"
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def environment(**changes: str) -> dict[str, str]:

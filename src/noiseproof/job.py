@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from noiseproof.tables import Source
 
 TASKS = ("text",)
+MERGEABLE = ("full", "head", "lora")
 VALIDATION_KINDS = ("clean", "noisy")
 
 
@@ -149,6 +150,11 @@ class Job:
         require(
             self.train.select != "best" or self.validation is not None,
             "train.select=best needs validation rows; give validation, or use select=last",
+        )
+        tune = getattr(self.method, "tune", "lora")
+        require(
+            not self.merge or tune in MERGEABLE,
+            f"merge works with tune={', '.join(MERGEABLE)}; tune={tune} stays an adapter of peft",
         )
         require(
             self.noise_seed is None or 0 <= self.noise_seed < 2**32,

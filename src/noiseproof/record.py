@@ -88,6 +88,8 @@ class RunRecord:
             ) from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{path} is no record: expected names and values")
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(
