@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def cells(grid: dict[str, Any]) -> list[dict[str, Any]]:
 def folder_of(out: Path, cell: dict[str, Any]) -> Path:
     """Where a cell's run lies."""
     parts = (cell["table"], cell["noise"], cell["method"], f"seed-{cell['seed']}")
-    return out.joinpath(*(part.replace(" ", "-").replace(":", "-") for part in parts))
+    return out.joinpath(*(re.sub(r"[^\w.]+", "-", part) for part in parts))
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
