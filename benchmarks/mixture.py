@@ -1,6 +1,6 @@
 """Time and extra memory of the loss mixture on many losses.
 
-    python benchmarks/mixture.py --rows 10000000 --out mixture.json
+python benchmarks/mixture.py --rows 10000000 --out mixture.json
 """
 
 from __future__ import annotations

@@ -691,7 +691,7 @@ def test_without_routing_and_consistency_clear_is_plain_lora_step_for_step(tiny_
 def test_the_warm_up_of_open_gates_is_plain_lora(tiny_run: Tiny) -> None:
     """gamma = 1: all gates open until routing begins, and something else afterwards."""
     plain = tiny_run.fit(CrossEntropy(tune="lora"), epochs=3)
-    clear = tiny_run.fit(CleaR(gamma=1.0, warmup_epochs=2), epochs=3)
+    clear = tiny_run.fit(CleaR(gamma=1.0, warmup_epochs=2, dropout=None), epochs=3)
     losses = [[row["loss"] for row in outcome.history] for outcome in (plain, clear)]
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
@@ -731,7 +731,7 @@ def test_a_bert_base_gets_147456_lora_parameters() -> None:
 
 
 def test_presets_keep_the_values_of_the_specification() -> None:
-    """Origins: specs/clear.md, section 5; scoring_passes and learning_rate as measured by us."""
+    """Origins: specs/clear.md, section 5; what differs is measured by us."""
     published = LossMixture(monotone=False, guard="off")
     assert CleaR() == CleaR.preset("default")
     assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, 3, 1)
@@ -744,8 +744,8 @@ def test_presets_keep_the_values_of_the_specification() -> None:
     )
     assert CleaR.presets() == {
         "default": CleaR(),
-        "plain": CleaR(routing="none", lambda_consistency=0.0),
-        "paper": CleaR(scoring_passes=5, mixture=published),
+        "plain": CleaR(routing="none", lambda_consistency=0.0, dropout=None),
+        "paper": CleaR(scoring_passes=5, mixture=published, dropout=None),
         "fast": CleaR(scoring="reuse", loss_ema=0.5),
         "code": CleaR(
             gamma=0.85,
@@ -756,6 +756,7 @@ def test_presets_keep_the_values_of_the_specification() -> None:
             mixture=published,
             dropout_after_warmup=False,
             eval_gate="sample",
+            dropout=None,
         ),
     }
     for method in CleaR.presets().values():

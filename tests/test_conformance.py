@@ -458,7 +458,7 @@ def test_eight_times_one_row_is_one_time_eight_rows(
             id="CleaR with all gates open",
         ),
         pytest.param(
-            CleaR(warmup_epochs=1, routing="none", scoring="reuse", lambda_consistency=0.0, rank=4),
+            CleaR.preset("plain", warmup_epochs=1, scoring="reuse", rank=4),
             CrossEntropy(tune="lora", rank=4),
             id="CleaR that would reuse scores nobody reads",
         ),
@@ -526,6 +526,16 @@ def test_the_loss_at_its_defaults_is_not_cross_entropy(method: Method) -> None:
     _, gradient = loss_and_gradient(method)
     _, plain = loss_and_gradient(CrossEntropy())
     assert float((gradient - plain).abs().max()) > 1e-3
+
+
+def test_forward_correction_reads_the_matrix_from_true_to_given_class() -> None:
+    """Transposed, a matrix of pair flips corrects in the wrong direction, and still trains."""
+    matrix = ((0.7, 0.3, 0.0), (0.0, 0.6, 0.4), (0.1, 0.0, 0.9))  # row = true class
+    loss, _ = loss_and_gradient(ForwardCorrection(transition=matrix))
+    logits = 2 * torch.randn(6, 3, generator=torch.Generator().manual_seed(5))
+    given = torch.softmax(logits, dim=1) @ torch.tensor(matrix)  # (B, C) of given labels
+    wanted = -given[torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])].log().mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
 
 
 class TwoAnswers(torch.nn.Module):

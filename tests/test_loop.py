@@ -546,6 +546,35 @@ def test_sampled_gates_at_test_time_are_the_same_after_a_resumed_epoch(
     assert resumed.history == whole.history
 
 
+def test_the_whole_network_answers_as_soon_as_the_stage_of_the_head_is_over(
+    tiny_model: Path, tiny_table: pd.DataFrame
+) -> None:
+    """Logits of the head on cached features differ in the last bit: a run that is resumed between
+    two stages cannot have them, and would score its rows otherwise.
+    """
+    run = tiny(tiny_model, tiny_table)
+    calls: list[int] = []
+    run.model.get_submodule("bert.encoder.layer.0").register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    counted: list[tuple[str, int]] = []
+
+    @dataclass(frozen=True)
+    class Scores(TwoStages):
+        def on_epoch_start(self, run: Run) -> Columns:
+            before = len(calls)
+            run.predict()
+            counted.append((run.stage, len(calls) - before))
+            return {}
+
+    measure = {"measure": lambda predict_on, run: {"mean": float(run.predict().mean())}}
+    outcome = run.fit(Scores(), epochs=4, extra=measure)
+    before = len(calls)
+    outcome.run.predict()
+    assert counted == [("probe", 0), ("probe", 0), ("tune", 1), ("tune", 0)]
+    assert len(calls) == before  # the last epoch was measured with the whole network
+
+
 def test_resuming_where_nothing_was_saved_is_starting(tiny_run: Tiny, tmp_path: Path) -> None:
     extra = {"checkpoints": tmp_path / "none", "resume": True}
     outcome = tiny_run.fit(CrossEntropy(), extra=extra)

@@ -218,6 +218,11 @@ class _Loop:
             self._score()
             torch.manual_seed(derive_seed(order_seed, "dropout", *words, self.engine.rank))
         else:  # resumed inside the epoch: the columns came with the checkpoint
+            if self.engine.rank >= len(saved["random"]):
+                raise InputError(
+                    f"the run was interrupted inside an epoch with {len(saved['random'])} "
+                    "processes; resume it with as many"
+                )
             own = saved["random"][self.engine.rank].clone()  # torch reads from the storage's start
             torch.set_rng_state(own)
             run.generator.set_state(saved["generator"])

@@ -48,9 +48,7 @@ def run_demo(
     job = demo_job()
     clear = job.method
     assert isinstance(clear, CleaR)
-    plain = CrossEntropy(
-        tune="lora", rank=clear.rank, learning_rate=clear.learning_rate, dropout=clear.dropout
-    )
+    plain = CrossEntropy(tune="lora", rank=clear.rank, learning_rate=clear.learning_rate)
     rows: list[tuple[str, ...]] = []
     for name, method in (("plain LoRA", plain), ("CleaR", clear)):
         folder = out / name.replace(" ", "-")

@@ -241,7 +241,7 @@ class CleaR(Method):
         alpha: LoRA scaling numerator; None is twice the rank.
         lora_dropout: Dropout on the input of LoRA's A.
         target_modules: Module names that get LoRA; None takes peft's choice (query, value).
-        dropout: Dropout of the encoder; None keeps the model's own.
+        dropout: Dropout of the encoder; None keeps the model's own. Gates already leave parts out.
     """
 
     peft: str = "lora"
@@ -269,7 +269,7 @@ class CleaR(Method):
     alpha: float | None = None
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
-    dropout: float | None = None
+    dropout: float | None = 0.0
 
     writes: ClassVar[tuple[str, ...]] = ("train_logits", "recorded")
 
@@ -311,8 +311,8 @@ class CleaR(Method):
         published = LossMixture(monotone=False, guard="off")
         return {
             "default": cls(),
-            "plain": cls(routing="none", lambda_consistency=0.0),
-            "paper": cls(scoring_passes=5, mixture=published),
+            "plain": cls(routing="none", lambda_consistency=0.0, dropout=None),
+            "paper": cls(scoring_passes=5, mixture=published, dropout=None),
             "fast": cls(scoring="reuse", loss_ema=0.5),
             "code": cls(
                 gamma=0.85,
@@ -323,6 +323,7 @@ class CleaR(Method):
                 mixture=published,
                 dropout_after_warmup=False,
                 eval_gate="sample",
+                dropout=None,
             ),
         }
 
