@@ -214,8 +214,12 @@ def test_a_signal_is_remembered_and_the_handlers_come_back(signum: signal.Signal
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_the_second_ctrl_c_stops_at_once() -> None:
+def test_the_second_ctrl_c_stops_at_once(request: pytest.FixtureRequest) -> None:
     """A run that hangs between two steps could not be stopped otherwise."""
+    started_with = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # or ignored, under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, started_with))
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
