@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def main() -> None:
             print(json.dumps(pair), flush=True)
     ratios = [pair["time_ratio"] for pair in pairs]
     summary = {
-        "command": "python benchmarks/speed.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         "variant": args.variant,
         "noise_rate": corruption.noise_rate,
         "time_ratio_median": statistics.median(ratios),
