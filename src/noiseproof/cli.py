@@ -437,18 +437,10 @@ def _take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
 
     The settings go before the words, which therefore win.
     """
-    rest: list[str] = []
+    rest, files = _take(words, "--config", "a file: YAML, TOML or JSON")
     settings: list[tuple[str, Path]] = []
-    following = iter(words)
-    for word in following:
-        name, equals, value = word.partition("=")
-        if name != "--config":
-            rest.append(word)
-            continue
-        given = value if equals else next(following, "")
-        if not given or given.startswith("-"):
-            raise InputError("--config needs a file: YAML, TOML or JSON")
-        path = Path(given).expanduser()
+    for file in files:
+        path = Path(file).expanduser()
         settings += [(setting, path) for setting in _option_words(_read_config(path))]
     return rest, settings
 
@@ -520,19 +512,28 @@ def _method_words(words: list[str]) -> tuple[list[str], Any]:
     from noiseproof.methods import CleaR, find_method
 
     chosen: Any = CleaR()
-    rest = iter(words)
-    kept = []
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name != "--method":
-            kept.append(word)
-            continue
-        given = value if equals else next(rest, "")
-        if not given or given.startswith("-"):
-            raise InputError("--method needs a name; noiseproof methods lists them")
-        method, _, preset = given.partition(":")
+    rest, given = _take(words, "--method", "a name; noiseproof methods lists them")
+    for name in given:
+        method, _, preset = name.partition(":")
         chosen = find_method(method).preset(preset or "default")
-    return kept, chosen
+    return rest, chosen
+
+
+def _take(words: list[str], option: str, what: str) -> tuple[list[str], list[str]]:
+    """Take every ``option VALUE`` and ``option=VALUE`` out of the words: the rest, the values."""
+    rest: list[str] = []
+    values: list[str] = []
+    following = iter(words)
+    for word in following:
+        name, equals, value = word.partition("=")
+        if name != option:
+            rest.append(word)
+            continue
+        value = value if equals else next(following, "")
+        if not value or value.startswith("-"):
+            raise InputError(f"{option} needs {what}")
+        values.append(value)
+    return rest, values
 
 
 # --- showing -------------------------------------------------------------------------------------
