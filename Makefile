@@ -7,11 +7,11 @@ READY := .venv/.ready
 LOCK = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs bench bench-speed clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | \
-		while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | \
+		while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 demo: $(READY)  ## fine-tune on wrong labels in a few minutes, without network
 	$(BIN)/noiseproof demo --overwrite
@@ -34,11 +34,22 @@ format: $(READY)  ## sort imports, apply safe fixes, format
 docs: $(READY)  ## build the documentation
 	$(BIN)/python docs/build.py
 
-bench: $(READY)  ## run benchmarks; BENCH_ARGS="..." goes to benchmarks/run.py
-	@if [ -n "$(BENCH_ARGS)" ]; \
-	then $(BIN)/python benchmarks/run.py $(BENCH_ARGS); \
-	else $(BIN)/python benchmarks/run.py --help; \
-	fi
+bench: $(READY)  ## run a benchmark grid; GRID=benchmarks/smoke.toml unless given
+	$(BIN)/noiseproof bench $(or $(GRID),benchmarks/smoke.toml) --out runs/$(notdir $(basename $(or $(GRID),smoke))) --workers 2
+	$(BIN)/noiseproof report runs/$(notdir $(basename $(or $(GRID),smoke))) --out runs/$(notdir $(basename $(or $(GRID),smoke))).html --overwrite
+
+# Texts of the demo and generated ones; docs/results has larger runs.
+SPEED := runs/bench-speed
+DEMO := src/noiseproof/demo/customer_messages
+bench-speed: $(READY)  ## time and memory: pairs with the plain recipe, then scaling; some ten minutes
+	@mkdir -p $(SPEED)
+	$(BIN)/python benchmarks/speed.py --data $(DEMO)_train.csv --test $(DEMO)_test.csv \
+		--label intent --rows 600 --epochs 4 --pairs 2 --out $(SPEED)/pairs.json
+	$(BIN)/python benchmarks/scaling.py rows --sizes 1000 10000 100000 --out $(SPEED)/scaling.json
+	$(BIN)/python benchmarks/scaling.py processes --out $(SPEED)/scaling.json
+	$(BIN)/python benchmarks/scaling.py length --out $(SPEED)/scaling.json
+	$(BIN)/python benchmarks/scaling.py limit --out $(SPEED)/scaling.json
+	$(BIN)/python benchmarks/scaling.py table $(SPEED)/scaling.json
 
 clean:  ## remove what was built, the environment included
 	rm -rf .venv build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from noiseproof.selection import LossMixture, fit_loss_mixture
+from noiseproof.mixture import LossMixture, fit_loss_mixture
 
 
 def main() -> None:

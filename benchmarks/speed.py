@@ -4,8 +4,9 @@
 
 Each pair runs the plain recipe (``plain_recipe.py``) and then ``noiseproof fit`` with the same
 model, rows, epochs, batch size, rank, learning rate and evaluation, each in a process of its own,
-start-up and imports included. Ratios are taken within a pair, because the machine's speed drifts.
-DATA and TEST have the columns text and label; the labels of DATA are corrupted here first.
+start-up and imports included. Ratios are taken within a pair, because the machine's speed drifts;
+the ratio of processor time hardly depends on what else the machine does.
+DATA and TEST have the column text and one of labels; those of DATA are corrupted here first.
 """
 
 from __future__ import annotations
@@ -29,19 +30,24 @@ VARIANTS = {
 
 
 def run(words: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Seconds and peak memory (MB) of one process and its children."""
+    """Seconds, processor seconds and peak memory (MB) of one process and its children."""
     started = time.perf_counter()
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(words)}")
-    return {"seconds": time.perf_counter() - started, "memory_mb": usage.ru_maxrss / 1024}
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "memory_mb": usage.ru_maxrss / 1024,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--test", required=True)
+    parser.add_argument("--label", default="label")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -56,16 +62,17 @@ def main() -> None:
     from noiseproof import corrupt
     from noiseproof.data import read_examples, stratified_sample
     from noiseproof.models import resolve_model
-    from noiseproof.tables import write_table
+    from noiseproof.tables import read_table, write_table
 
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        table, corruption = corrupt(args.data, args.noise)
-        rows = stratified_sample(read_examples(table, text="text", label="label").labels,
-                                 args.rows, 0)  # fmt: skip
-        train = place / "train.csv"
-        write_table(table.iloc[rows][["text", "label"]], train)
+        table, corruption = corrupt(args.data, args.noise, label=args.label)
+        examples = read_examples(table, text="text", label=args.label)
+        rows = stratified_sample(examples.labels, args.rows, 0)
+        train, test = place / "train.csv", place / "test.csv"
+        for path, frame in ((train, table.iloc[rows]), (test, read_table(args.test))):
+            write_table(frame[["text", args.label]].rename(columns={args.label: "label"}), path)
         common = {
             "epochs": args.epochs,
             "rank": args.rank,
@@ -79,11 +86,11 @@ def main() -> None:
                 "NOISEPROOF_CACHE": str(place / f"cache{number}"),
                 "HF_DATASETS_CACHE": str(place / f"datasets{number}"),
             }
-            plain = [sys.executable, str(HERE / "plain_recipe.py"), str(train), args.test]
+            plain = [sys.executable, str(HERE / "plain_recipe.py"), str(train), str(test)]
             plain += ["--model", resolve_model("minilm"), "--out", str(place / f"plain{number}")]
             for name, value in common.items():
                 plain += [f"--{name.replace('_', '-')}", str(value)]
-            ours = [sys.executable, "-m", "noiseproof", "fit", str(train), "--test", args.test]
+            ours = [sys.executable, "-m", "noiseproof", "fit", str(train), "--test", str(test)]
             ours += ["--out", str(place / f"ours{number}"), *VARIANTS[args.variant]]
             ours += ["--method.rank", str(args.rank), "--train.epochs", str(args.epochs)]
             ours += ["--train.batch_size", str(args.batch_size)]
@@ -95,6 +102,7 @@ def main() -> None:
             pair["clear"]["test_accuracy"] = record["metrics"]["test_accuracy"]
             pair["clear"] |= record["timings"]
             pair["time_ratio"] = pair["clear"]["seconds"] / pair["plain"]["seconds"]
+            pair["cpu_ratio"] = pair["clear"]["cpu_seconds"] / pair["plain"]["cpu_seconds"]
             pair["memory_ratio"] = pair["clear"]["memory_mb"] / pair["plain"]["memory_mb"]
             pairs.append(pair)
             print(json.dumps(pair), flush=True)
@@ -105,12 +113,17 @@ def main() -> None:
         "noise_rate": corruption.noise_rate,
         "time_ratio_median": statistics.median(ratios),
         "time_ratio_range": [min(ratios), max(ratios)],
+        "cpu_ratio_median": statistics.median(pair["cpu_ratio"] for pair in pairs),
         "memory_ratio_median": statistics.median(pair["memory_ratio"] for pair in pairs),
         "pairs": pairs,
     }
     Path(args.out).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(f"time ratio {summary['time_ratio_median']:.2f} (range {min(ratios):.2f} to "
-          f"{max(ratios):.2f}), memory ratio {summary['memory_ratio_median']:.2f}")  # fmt: skip
+    print(
+        f"time ratio {summary['time_ratio_median']:.2f} "
+        f"(range {min(ratios):.2f} to {max(ratios):.2f}), "
+        f"processor time ratio {summary['cpu_ratio_median']:.2f}, "
+        f"memory ratio {summary['memory_ratio_median']:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from noiseproof.engine import TrainSettings  # noqa: E402
 from noiseproof.method import Method  # noqa: E402
 from noiseproof.methods import METHODS  # noqa: E402
 from noiseproof.methods.baselines import LEARNING_RATES, Tuned  # noqa: E402
+from noiseproof.mixture import LossMixture  # noqa: E402
 from noiseproof.noise import NOISE_MODELS, Mixture, NoiseModel  # noqa: E402
-from noiseproof.selection import LossMixture  # noqa: E402
 
 NOTE = (
     "<!-- Written by docs/build.py from the code. Change the docstrings there, not this file. -->"

@@ -14,7 +14,7 @@ from noiseproof.engine import TrainSettings
 from noiseproof.job import Job
 from noiseproof.method import Method
 from noiseproof.methods import METHODS, CleaR, CrossEntropy
-from noiseproof.selection import LossMixture
+from noiseproof.mixture import LossMixture
 
 
 @dataclass(frozen=True)

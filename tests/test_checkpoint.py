@@ -28,7 +28,7 @@ from noiseproof.checkpoint import (
     with_prefix,
 )
 from noiseproof.methods import SmallLoss
-from noiseproof.selection import LossMixture
+from noiseproof.mixture import LossMixture
 from tiny import Tiny, python, train_settings
 
 TENSORS: dict[str, Tensor] = {

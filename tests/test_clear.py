@@ -33,8 +33,8 @@ from noiseproof.methods.clear import (
     open_gates,
     route,
 )
+from noiseproof.mixture import LossMixture
 from noiseproof.models import count_parameters, encoder_layers, plain_model, tune_model
-from noiseproof.selection import LossMixture
 from tiny import (
     LABELS,
     Answers,
@@ -123,7 +123,34 @@ def at_epoch(tiny_run: Tiny, model: nn.Module, epoch: int, seed: int = 0) -> Run
     def predict(before_batch: Any = None) -> Tensor:
         return engine.predict(tiny_run.encoded, before_batch)
 
-    return Run(model, tiny_run.labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch)
+    def encode(position: str, before_batch: Any = None) -> Tensor:
+        return engine.encode(model, tiny_run.encoded, position, before_batch)
+
+    run = Run(model, tiny_run.labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch)
+    run.encode = encode
+    return run
+
+
+def routed_step(
+    tiny_run: Tiny, clean: Tensor, known: bool, **settings: Any
+) -> tuple[Tensor, dict[str, Tensor], Run]:
+    """Loss and gradients of one routed step on eight rows at these clean probabilities."""
+    torch.manual_seed(0)
+    method = CleaR(gamma=1.0, lambda_consistency=0.0, **settings)
+    model = with_updates(method.prepare_model(copy.deepcopy(tiny_run.model))).train()
+    run = at_epoch(tiny_run, model, epoch=3)
+    if not known:
+        run.encode = None
+    run.columns["clean_prob"] = torch.zeros(len(run.labels))
+    run.columns["clean_prob"][:8] = clean
+    rows = np.arange(8)
+    batch = dataclasses.replace(
+        batch_of(run, torch.from_numpy(rows)), inputs=tiny_run.encoded.inputs(rows)
+    )
+    loss = method.compute_loss(model, batch, run)
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), found, run
 
 
 # --- the bypass ----------------------------------------------------------------------------------
@@ -242,6 +269,48 @@ def test_a_training_step_without_gates_is_an_error(tiny_run: Tiny) -> None:
     model.eval()
     gated(model, tiny_run.encoded.inputs(np.arange(2)), torch.zeros(2, LAYERS))
     model(**tiny_run.encoded.inputs(np.arange(3)))  # the old gate of two rows is not used again
+
+
+@pytest.mark.parametrize("clean", [[0, 1] * 4, [0] * 8, [1] * 8, [0] + [1] * 7])
+def test_closed_rows_may_take_known_features(tiny_run: Tiny, clean: list[float]) -> None:
+    """The shortcut for rows with closed gates changes neither the loss nor any gradient."""
+    short, gradients, run = routed_step(tiny_run, torch.tensor(clean), known=True)
+    whole, wanted, _ = routed_step(tiny_run, torch.tensor(clean), known=False)
+    assert (run.model.noiseproof_routing.frozen is not None) == (set(clean) == {0, 1})
+    torch.testing.assert_close(short, whole)
+    assert gradients.keys() == wanted.keys()  # Adam moves on a gradient of 0, not on None
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_dropout_in_the_encoder_forbids_known_features(tiny_run: Tiny) -> None:
+    """With dropout the frozen backbone answers differently in every step."""
+    half = torch.tensor([0.0, 1.0] * 4)
+    _, _, run = routed_step(tiny_run, half, known=True, dropout=0.1)
+    assert run.model.noiseproof_routing.frozen is None
+    _, _, run = routed_step(tiny_run, half, known=True, dropout=0.1, dropout_after_warmup=False)
+    assert len(run.model.noiseproof_routing.frozen) == len(run.labels)
+
+
+def test_a_wrapped_model_is_called_whole(tiny_run: Tiny) -> None:
+    """Several processes exchange gradients in the wrapper's call; skipping it would hang them."""
+    method = CleaR(gamma=1.0, lambda_consistency=0.0)
+    model = with_updates(method.prepare_model(copy.deepcopy(tiny_run.model))).train()
+    run = at_epoch(tiny_run, model, epoch=3)
+    run.columns["clean_prob"] = (torch.arange(len(run.labels)) % 2).float()
+    calls = []
+
+    class Wrapper(nn.Module):
+        def forward(self, **inputs: Tensor) -> Any:
+            calls.append(len(inputs["input_ids"]))
+            return model(**inputs)
+
+    rows = np.arange(4)
+    batch = dataclasses.replace(
+        batch_of(run, torch.from_numpy(rows)), inputs=tiny_run.encoded.inputs(rows)
+    )
+    method.compute_loss(Wrapper(), batch, run)
+    assert calls == [4]
 
 
 # --- gates ---------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ import pytest
 import yaml
 
 import noiseproof
-from noiseproof import cards
-from noiseproof import job as job_module
+from noiseproof import cards, finetune
 from noiseproof.cli import COMMANDS, main
 from noiseproof.errors import InputError
 from noiseproof.job import Job
@@ -137,7 +136,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         jobs.append(job)
         raise InputError("not run")
 
-    monkeypatch.setattr(job_module, "run_job", run_job)
+    monkeypatch.setattr(finetune, "run_job", run_job)
     return jobs
 
 
@@ -492,6 +491,15 @@ def test_corrupted_labels_go_straight_into_fit(clean_file: Path, place: Place) -
     samples = pd.read_parquet(run / "samples.parquet")
     rate = (samples["label"] != samples["clean_label"]).mean()
     assert RunRecord.read(run).noise["noise_rate"] == rate > 0
+
+
+def test_labels_without_texts_can_be_corrupted(clean_file: Path, tmp_path: Path) -> None:
+    write_table(read_table(clean_file)[["label"]], tmp_path / "labels.csv")
+    command = ("corrupt", tmp_path / "labels.csv", "--noise", "symmetric:0.4", "--out")
+    works(*command, tmp_path / "noisy.csv")
+    works("corrupt", clean_file, *command[2:], tmp_path / "with_texts.csv")
+    alone, beside = (read_table(tmp_path / f"{n}.csv")["label"] for n in ("noisy", "with_texts"))
+    assert alone.tolist() == beside.tolist()
 
 
 def test_open_set_noise_takes_texts_from_the_pool(clean_file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import noiseproof
 from noiseproof import corrupt
+from noiseproof.data import FOREIGN, read_examples
 from noiseproof.errors import InputError
 from noiseproof.noise import Corruption
 from noiseproof.tables import read_table, write_table
@@ -108,6 +109,48 @@ def test_open_set_noise_replaces_all_texts_of_a_row_together(
     assert noisy["label"].tolist() == data["label"].tolist()
 
 
+def test_only_noise_that_reads_texts_needs_a_text_column(
+    rows: pd.DataFrame, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Labels alone, as of images: a text column had to be made up."""
+    labels = rows[["label"]]
+    matrix = "[[0.5,0.5,0],[0,1,0],[0,0,1]]"
+    for noise in ("symmetric:0.4", "pairflip:0.4", "annotators:0.4", f"transition:{matrix}"):
+        noisy, corruption = corrupt(labels, noise, seed=3)
+        assert list(noisy.columns) == ["label", "clean_label"]
+        assert (noisy["label"] != noisy["clean_label"]).tolist() == corruption.mask.tolist()
+        assert noisy["label"].tolist() == corrupt(rows, noise, seed=3)[0]["label"].tolist()
+    write_table(rows, tmp_path / "pool.csv")
+    for noise in ("instance:0.4", "openset:0.4", "pairflip:0.2+openset:0.1"):
+        with pytest.raises(InputError, match=r"no column 'text' \(text\)"):
+            corrupt(labels, noise, model=str(tiny_model), noise_pool=str(tmp_path / "pool.csv"))
+        with pytest.raises(InputError, match=r"'label' cannot be both text and label"):
+            corrupt(rows, noise, text="label", noise_pool=str(tmp_path / "pool.csv"))
+
+
+@pytest.mark.parametrize("kind", ["str", "int64", "float64", "bool"])
+@pytest.mark.parametrize("file", ["noisy.csv", "noisy.parquet"])
+def test_foreign_rows_have_no_true_label(kind: str, file: str, tmp_path: Path) -> None:
+    """Their label did not change, so they counted as right, and no metric saw the noise."""
+    labels = np.arange(80) % 2
+    data = pd.DataFrame({"text": "ours", "label": np.array(["no", "yes"])[labels]})
+    if kind != "str":
+        data["label"] = labels.astype(kind)
+    write_table(pd.DataFrame({"text": ["theirs"]}), tmp_path / "pool.csv")
+    pool = str(tmp_path / "pool.csv")
+    noisy, corruption = corrupt(data, "pairflip:0.2+openset:0.2", noise_pool=pool)
+    foreign = noisy["text"] == "theirs"
+    assert 0 < foreign.sum() < corruption.mask.sum()
+    assert (noisy["clean_label"] == FOREIGN).tolist() == foreign.tolist()
+    assert noisy["label"].dtype == data["label"].dtype
+    write_table(noisy, tmp_path / file)
+    back = read_examples(tmp_path / file, text="text", label="label", clean_label="clean_label")
+    assert back.clean_labels is not None
+    assert (back.clean_labels == -1).tolist() == foreign.tolist()
+    assert (back.labels != back.clean_labels).tolist() == corruption.mask.tolist()
+    assert back.clean_labels[~foreign].tolist() == labels[~foreign].tolist()
+
+
 def test_instance_noise_depends_on_the_texts_and_on_nothing_around_it(
     rows: pd.DataFrame, tiny_model: Path
 ) -> None:
@@ -160,3 +203,28 @@ def test_the_noise_of_the_command_is_the_noise_of_fit(rows: pd.DataFrame, tiny_m
         train=quick,
     )
     assert result.samples["label"].tolist() == noisy["label"].tolist()
+
+
+def test_open_set_noise_counts_as_wrong_inside_a_run_and_from_a_file(
+    rows: pd.DataFrame, tiny_model: Path, tmp_path: Path
+) -> None:
+    """`fit --noise` and `corrupt` then `fit` must measure the same rows against the same truth."""
+    write_table(pd.DataFrame({"text": ["stone", "iron", "clay"] * 5}), tmp_path / "pool.csv")
+    noise, pool = "pairflip:0.2+openset:0.3", str(tmp_path / "pool.csv")
+    noisy, corruption = corrupt(rows, noise, seed=5, noise_pool=pool)
+    write_table(noisy, tmp_path / "noisy.csv")
+    common: dict[str, Any] = {
+        "method": "CrossEntropy",
+        "model": str(tiny_model),
+        "train": noiseproof.TrainSettings(epochs=1, device="cpu", precision="fp32"),
+    }
+    inside = noiseproof.fit(rows, noise=noise, noise_seed=5, noise_pool=pool, **common)
+    after = noiseproof.fit(str(tmp_path / "noisy.csv"), clean_label="clean_label", **common)
+    for result in (inside, after):
+        assert result.record.noise["noise_rate"] == corruption.noise_rate
+        wrong = result.samples["label"] != result.samples["clean_label"]
+        assert wrong.tolist() == corruption.mask.tolist()
+        foreign = corruption.extras["replacement"] >= 0
+        assert result.samples["clean_label"].isna().tolist() == foreign.tolist()
+    assert inside.record.metrics == after.record.metrics
+    assert inside.record.metrics["detection_auroc"] is not None

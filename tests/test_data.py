@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from hypothesis import strategies as st
 import noiseproof.data
 import noiseproof.tables
 from noiseproof.data import (
+    FOREIGN,
     Examples,
     read_examples,
     read_label_names,
+    read_labels,
     read_table,
     read_texts,
     stratified_sample,
@@ -31,6 +34,7 @@ from noiseproof.data import (
     write_table,
 )
 from noiseproof.errors import InputError
+from noiseproof.tables import Strings, array_column
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
@@ -577,6 +581,143 @@ def test_the_fingerprint_is_the_same_in_every_process_and_sees_every_part() -> N
     assert pair.fingerprint != mine
 
 
+TEXTS = ["a", "naïve ☕", "", "two\nlines", "שלום", *(f"text {n}" for n in range(9))]
+
+
+@pytest.mark.parametrize("mapped", [0, 1 << 30], ids=["in a file", "in memory"])
+@pytest.mark.parametrize("piece", [1, 4, 100])
+def test_strings_read_like_a_list(piece: int, mapped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of a neighbouring row is a wrong label that nobody made."""
+    monkeypatch.setattr(noiseproof.tables, "PIECE", piece)
+    monkeypatch.setattr(noiseproof.tables, "MAPPED", mapped)
+    strings = Strings.of(iter(TEXTS))
+    assert (strings._mapped is not None) == (mapped == 0)
+    assert [*strings] == TEXTS and len(strings) == len(TEXTS) and Strings.of(strings) is strings
+    assert strings == TEXTS and strings == tuple(TEXTS) and strings != [*TEXTS[:-1], "other"]
+    assert strings != TEXTS[:-1] and strings != "a" and Strings.of("ab") == ["a", "b"]
+    assert [strings[row] for row in range(-len(TEXTS), len(TEXTS))] == TEXTS + TEXTS
+    for row in (len(TEXTS), -len(TEXTS) - 1):
+        with pytest.raises(IndexError):
+            strings[row]
+    ends = [None, 0, 1, 3, 4, 5, 13, 14, 99, -1, -4, -99]
+    for part in (slice(a, b, c) for a in ends for b in ends for c in (None, 2, -1)):
+        assert strings[part] == TEXTS[part], part
+    assert strings[2:9][1:4] == TEXTS[3:6]
+    for rows in ([], [3], [13, 0, 0, 7], range(14), np.arange(13, -1, -1)):
+        assert strings.take(rows) == [TEXTS[row] for row in rows]
+    assert strings.series().tolist() == TEXTS
+    assert "שלום" in strings and "☕" not in strings and strings.index("text 3") == 8 and TEXTS[-1] in repr(strings[-2:])
+    assert Strings.of([]) == [] and len(Strings.of([]).series()) == 0
+
+
+def test_texts_in_a_file_leave_no_file_and_need_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    strings = Strings.of(TEXTS)
+    assert list(tmp_path.iterdir()) == [] and strings == TEXTS
+
+    def full(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    message = complaint(read_examples, dict(COLUMNS), **READ)
+    assert f"cannot write a temporary file in {tmp_path}: No space left on device" in message
+
+
+@pytest.mark.parametrize("piece", [1, 3])
+def test_pieces_make_no_difference(
+    tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and columns must not shift where one piece ends and the next begins."""
+    rows = range(11)
+    columns = {
+        "name": [f"row {row}" for row in rows],
+        "text": [f"text {row}, naïve" for row in rows],
+        "second": [f"line\n{row}" for row in rows],
+        "label": [("x", "y", "")[row % 3] for row in rows],
+        "truth": [("x", "y")[row % 2] for row in rows],
+        "number": list(rows),
+    }
+    frame = pd.DataFrame(columns)
+    arguments = READ | {"row_id": "name", "drop_label": ""}
+    expected = read_examples(dict(columns), **arguments)
+    assert expected.dropped == 3 and expected.row_ids[2] == "row 3"
+    whole = {}
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        write_table(frame, tmp_path / f"whole.{suffix}")
+        whole[suffix] = (tmp_path / f"whole.{suffix}").read_bytes()
+    for name, value in (("PIECE", piece), ("MAPPED", 0), ("ROW_GROUP", piece)):
+        monkeypatch.setattr(noiseproof.tables, name, value)
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        path = tmp_path / f"t.{suffix}"
+        write_table(frame, path)
+        assert suffix == "parquet" or path.read_bytes() == whole[suffix]
+        got = read_examples(path, **arguments)
+        assert same(got, expected) and got.fingerprint == expected.fingerprint
+        assert same(got.select([7, 2]), expected.select([7, 2]))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
+    lines = ["name,text,label", *(f"{row},text {row},{'xy'[row % 2]}" for row in rows)]
+    for row, line, message in (
+        (8, "8,text,x,more", r"row 9 \(line 10\) of .* another number of fields"),
+        (8, '8,"te"xt,x', r"row 9 \(line 10\) of .* broken quote"),
+        (8, "8, ,x", r"row 9 \(line 10\) of .* no text .* \(1 such row\)"),
+        (8, "8,text,", r"row 9 \(line 10\) of .* no label"),
+        (8, "2,text,x", r"'2' stands in row 3 and in row 9 \(line 10\) of"),
+    ):
+        bad = [*lines[: row + 1], line, *lines[row + 2 :]]
+        (tmp_path / "bad.csv").write_text("\n".join(bad) + "\n")
+        got_message = complaint(read_examples, tmp_path / "bad.csv", **TEXT_LABEL, row_id="name")
+        assert re.search(message, got_message), got_message
+
+
+def test_json_columns_may_come_late_or_change_their_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noiseproof.tables, "PIECE", 2)
+    monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
+    path = tmp_path / "t.jsonl"
+    records = [{"a": "x", "b": "\ud83d"}, {"a": "y"}, {"a": "z", "late": "w"}, {"a": 5}, {}]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    table = read_table(path)
+    assert table.columns.tolist() == ["a", "b", "late"]
+    assert table["a"].tolist() == ["x", "y", "z", 5, None]
+    assert table["b"].tolist() == ["\ud83d", None, None, None, None]
+    assert table["late"].tolist() == [None, None, "w", None, None]
+
+
+def test_reading_a_table_holds_few_rows_as_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A str, a list and an id for each of ten million rows fill a machine."""
+    monkeypatch.setattr(noiseproof.tables, "PIECE", 500)
+    monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
+    path, rows = tmp_path / "t.csv", 20_000
+    lines = (
+        f"the sixty bytes of a short text as number {row:09},{'xy'[row % 2]}\n" for row in range(rows)
+    )
+    path.write_text("text,label\n" + "".join(lines))
+    read_examples(path, **TEXT_LABEL)  # imports
+    tracemalloc.start()
+    examples = read_examples(path, **TEXT_LABEL)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(examples) == rows
+    assert peak / rows < 100, f"{peak / rows:.0f} bytes a row"
+
+
+def test_the_rows_of_a_matrix_are_cells_that_parquet_keeps(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    frame = pd.DataFrame({"n": [1, 2, 3], "m": array_column(values[::-1])})
+    assert frame["m"].tolist() == values[::-1].tolist()
+    write_table(frame, tmp_path / "t.parquet")
+    back = pd.read_parquet(tmp_path / "t.parquet")
+    assert np.array_equal(np.stack(back["m"]), values[::-1])
+    assert back["m"][0].dtype == np.float32
+    assert len(array_column(np.zeros((0, 2)))) == 0
+
+
 def test_importing_the_module_loads_no_heavy_package() -> None:
     code = (
         "import sys, noiseproof.data\n"
@@ -719,6 +860,30 @@ def test_a_text_longer_than_the_limit_of_the_csv_module_is_read(tmp_path: Path) 
 def test_the_docstring_examples_are_true() -> None:
     for module in (noiseproof.data, noiseproof.tables):
         assert doctest.testmod(module).failed == 0
+
+
+def test_a_foreign_row_has_no_true_class_and_is_no_mistake() -> None:
+    """Open-set noise; beside numbers that are positions in label_names as well."""
+    table = {"t": ["a", "b", "c"], "y": ["0", "1", "0"], "gold": ["0", FOREIGN, "1"]}
+    common = {"text": "t", "label": "y", "clean_label": "gold"}
+    for names in (None, ["no", "yes"]):
+        rows = read_examples(table, label_names=names, **common)
+        assert rows.clean_labels is not None
+        assert (rows.labels.tolist(), rows.clean_labels.tolist()) == ([0, 1, 0], [0, -1, 1])
+    wrong = complaint(read_examples, table | {"y": ["0", "1", FOREIGN]}, label_names=["0", "1"],
+                      text="t", label="y")  # fmt: skip
+    assert f"label {FOREIGN!r} of row 3" in wrong  # only a true label can be that
+
+
+def test_labels_alone_are_read_like_those_beside_texts() -> None:
+    table = {"t": ["a", "b", "c"], "y": ["10", " 9", "10"]}
+    labels, names = read_labels(table, label="y")
+    rows = read_examples(table, text="t", label="y")
+    assert (labels.tolist(), names) == (rows.labels.tolist(), rows.label_names)
+    assert names == ("9", "10")
+    assert "no column 'z' (label)" in complaint(read_labels, table, label="z")
+    gap = complaint(read_labels, {"y": ["a", "", "b"]}, label="y")
+    assert gap.endswith("(1 such row); fill or remove them")
 
 
 @needs_shared

@@ -229,7 +229,7 @@ def test_the_readme_names_the_torch_of_the_lock() -> None:
 
 def test_the_floors_are_those_that_the_tests_enforce() -> None:
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| (`.+`) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (`.+`) \|$", page, re.MULTILINE)
     told = {int(floor): set(re.findall(r"`(\w+)`", names)) for floor, names in rows}
     package = ROOT / "src/noiseproof"
     there = {path.stem for path in package.iterdir()} - {"__init__", "__pycache__", "py"}

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,16 @@ import torch
 
 import noiseproof
 from noiseproof import metrics
+from noiseproof.checkpoint import load_checkpoint
 from noiseproof.errors import InputError
-from noiseproof.job import FitResult, Job, _Work, prepare_folder
+from noiseproof.finetune import FitResult
+from noiseproof.job import Job
 from noiseproof.loop import Progress
 from noiseproof.methods.baselines import CrossEntropy, SmallLoss
 from noiseproof.methods.clear import CleaR
-from noiseproof.models import mean_pooled
-from noiseproof.record import RunRecord, spec_id
+from noiseproof.models import VIRTUAL_TOKENS, mean_pooled
+from noiseproof.preparation import Prepared
+from noiseproof.record import RunRecord, prepare_folder, spec_id
 from tiny import LABELS, numbers, table, train_settings
 
 PLAIN = CrossEntropy()
@@ -43,10 +48,10 @@ def fit(tiny_model: Path) -> Fit:
     return run
 
 
-def work_of(tiny_model: Path, data: Any, **changes: Any) -> _Work:
+def work_of(tiny_model: Path, data: Any, **changes: Any) -> Prepared:
     """The data of a job, read and corrupted, before any training."""
     settings = train_settings(**({"epochs": 1} | changes.pop("train", {})))
-    return _Work(Job(data, model=str(tiny_model), method=PLAIN, train=settings, **changes))
+    return Prepared(Job(data, model=str(tiny_model), method=PLAIN, train=settings, **changes))
 
 
 # --- one whole run -------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ def test_the_record_holds_what_the_design_promises(whole: Whole) -> None:
     )
     assert record.data["label_names"] == list(LABELS) and record.data["validation"] == "noisy"
     assert re.fullmatch("[0-9a-f]{64}", record.data["fingerprint"])
-    assert set(record.timings) == {"train_s", "score_s", "eval_s", "total_s"}
+    assert set(record.timings) == {"train_s", "score_s", "eval_s", "total_s", "cpu_s"}
     parts = sum(record.timings[name] for name in ("train_s", "score_s", "eval_s"))
     assert 0 < parts <= record.timings["total_s"] < 600
     assert record.model["class"] == "BertForSequenceClassification"
@@ -299,10 +304,28 @@ def test_validation_labels_are_what_the_user_says(tiny_model: Path, kind: str) -
         validation_labels=kind,
     )
     wanted = other["clean_label" if kind == "clean" else "label"]
-    assert work.sets["validation"][1].tolist() == numbers(wanted).tolist()
+    assert work.sets["validation"].labels.tolist() == numbers(wanted).tolist()
     record = RunRecord(work.job.spec())
     work.describe(record)
     assert record.data["validation"] == kind
+
+
+def test_a_share_of_the_rows_may_be_the_test_set(tiny_model: Path) -> None:
+    """It is split off before noise is injected and counts by the truth."""
+    data = table(30, wrong=0.3)
+    work = work_of(
+        tiny_model, data, clean_label="clean_label", test="0.2", noise="symmetric:0.4", row_id=None
+    )
+    test = work.sets["test"]
+    assert (len(test), len(work.data)) == (6, 24)
+    assert not set(test.row_ids) & set(work.data.row_ids)
+    rows = [int(number) for number in test.row_ids]
+    assert test.labels.tolist() == numbers(data["clean_label"].iloc[rows]).tolist()
+    again = work_of(tiny_model, data, test=0.2, noise="symmetric:0.9")
+    assert again.sets["test"].row_ids == test.row_ids
+    assert again.sets["test"].labels.tolist() == numbers(data["label"].iloc[rows]).tolist()
+    with pytest.raises(InputError, match=r"test must be a file or a share .*, got 1\.5"):
+        work_of(tiny_model, data, test=1.5)
 
 
 def test_the_best_epoch_is_taken_by_the_validation_rows(fit: Fit) -> None:
@@ -376,7 +399,8 @@ def test_open_set_noise_puts_foreign_texts_under_old_labels(
     assert len(set(np.array(work.data.texts)[foreign])) == foreign.sum()
     record = RunRecord(work.job.spec())
     work.describe(record)
-    assert record.noise["injected_rate"] == foreign.mean()
+    assert record.noise["injected_rate"] == record.noise["noise_rate"] == foreign.mean()
+    assert work.wrong is not None and (work.wrong == foreign).all()  # no class is right for them
     words = work.task.tokenizer.convert_ids_to_tokens(
         work.encoded.inputs(np.flatnonzero(foreign)[:1])["input_ids"][0].tolist()
     )
@@ -649,3 +673,69 @@ def test_the_real_encoder_learns_the_demo_data(tmp_path: Path) -> None:
     loaded = noiseproof.load(tmp_path / "run")
     assert np.array_equal(loaded.predict_proba(question), result.predictor.predict_proba(question))
     assert os.path.getsize(tmp_path / "run" / "model" / "adapter_model.safetensors") < 2_000_000
+
+
+# --- what a folder goes through ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tune", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_prompts_leave_room_in_a_run_and_in_what_it_saves(
+    tune: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Virtual tokens take positions; texts at the model's limit must be cut for them."""
+    rows = table(12, length=80)
+    result = noiseproof.fit(
+        rows,
+        test=rows,
+        model=str(tiny_model),
+        method=CrossEntropy(tune=tune),
+        train=train_settings(epochs=1),
+        out=tmp_path / "run",
+    )
+    texts, loaded = rows["text"].tolist(), noiseproof.load(tmp_path / "run")
+    assert loaded.task.encode(texts).lengths.max() == 64 - VIRTUAL_TOKENS
+    assert np.array_equal(loaded.predict_proba(texts), result.predictor.predict_proba(texts))
+
+
+def test_total_seconds_count_all_legs(tiny_model: Path, tmp_path: Path) -> None:
+    """The cost of a run that was interrupted is not that of its last hour."""
+    fit: dict[str, Any] = {
+        "model": str(tiny_model),
+        "method": PLAIN,
+        "train": train_settings(epochs=2),
+        "out": tmp_path / "run",
+    }
+
+    def stop(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(noiseproof.Interrupted):
+        noiseproof.fit(table(24), report=stop, **fit)
+    found = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    legs = found[1]["legs"]
+    last = noiseproof.fit(table(24), resume=True, **fit).record.timings
+    assert last["total_s"] > legs["total_s"] + 0.01
+    assert last["cpu_s"] > legs["cpu_s"]
+
+
+def test_a_run_loads_where_its_encoder_has_moved(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter names the place of its encoder; the name that was given finds it again."""
+    shutil.copytree(tiny_model, tmp_path / "a" / "bert")
+    monkeypatch.chdir(tmp_path / "a")
+    noiseproof.fit(
+        table(12),
+        model="bert",
+        method=CrossEntropy(tune="lora"),
+        train=train_settings(epochs=1),
+        out=tmp_path / "run",
+    )
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="which is gone, and 'bert' cannot be loaded"):
+        noiseproof.load(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "b")
+    noiseproof.load(tmp_path / "run")

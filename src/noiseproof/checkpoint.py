@@ -11,6 +11,8 @@ import json
 import os
 import signal
 import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,6 +61,29 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
+
+
+class Stopwatch:
+    """Seconds of a run over all its legs, since it was made and before that.
+
+    What a killed process did after its last checkpoint is done again and counts once.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+        self._before = {"total_s": 0.0, "cpu_s": 0.0}
+
+    def seconds(self) -> dict[str, float]:
+        """``total_s`` by the clock, ``cpu_s`` of the processor, all threads together."""
+        wall, processor = self._started
+        return {
+            "total_s": self._before["total_s"] + time.perf_counter() - wall,
+            "cpu_s": self._before["cpu_s"] + time.process_time() - processor,
+        }
+
+    def carry(self, seconds: Mapping[str, float]) -> None:
+        """Count the earlier legs of a resumed run, from its checkpoint."""
+        self._before = {name: float(seconds.get(name, 0.0)) for name in self._before}
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from noiseproof.errors import InputError, unknown_name
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from noiseproof.benchmark import Board, CellState
     from noiseproof.loop import Progress
     from noiseproof.record import RunRecord
 
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        again = "; the same command continues" if words[0] == "bench" else ""
+        return _complain(f"interrupted{again}", 130)
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -90,7 +93,8 @@ def fit(words: list[str]) -> None:
     """
     from noiseproof.cards import field_meanings
     from noiseproof.engine import TrainSettings
-    from noiseproof.job import Job, run_job
+    from noiseproof.finetune import run_job
+    from noiseproof.job import Job
 
     words, configs = _take_configs(words)
     start = "--data="  # in a config; on the command line it has no name
@@ -159,7 +163,7 @@ def predict(words: list[str]) -> None:
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
     given = _parse(parser, words)
-    from noiseproof.job import predict as predict_rows
+    from noiseproof.prediction import predict as predict_rows
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
@@ -179,9 +183,11 @@ def corrupt(words: list[str]) -> None:
     parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
     parser.add_argument("--label", type=str, default="label", help="Column of the labels.")
     parser.add_argument("--clean-label", type=str, default="clean_label",
-                        help="New column that keeps the right labels.")  # fmt: skip
+                        help="New column that keeps the right labels; <foreign> where no class "
+                        "is right.")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
-    parser.add_argument("--text", type=str, default="text", help="Text column or columns.")
+    parser.add_argument("--text", type=str, default="text",
+                        help="Text column or columns, for instance and openset noise.")  # fmt: skip
     parser.add_argument("--model", type=str, default="minilm",
                         help="Encoder for instance-dependent noise.")  # fmt: skip
     parser.add_argument("--noise-pool", type=str | None, help="Foreign rows for open-set noise.")
@@ -210,6 +216,76 @@ def corrupt(words: list[str]) -> None:
         f"{changed} of {len(table)} rows changed (realised rate {corruption.noise_rate:.4f}, "
         f"asked {corruption.spec}, seed {corruption.seed}): {given.out}"
     )
+
+
+def bench(words: list[str]) -> None:
+    """Run a grid of models, data sets, noise, methods and seeds.
+
+    The same command continues a grid that was stopped; finished cells are skipped.
+
+    example: noiseproof bench tickets.toml --out runs/grid --workers 2
+    """
+    parser = _parser("bench", "GRID --out FOLDER [options]", bench.__doc__)
+    parser.add_argument("grid", type=str, metavar="GRID", help="TOML file of the grid.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the grid.")
+    parser.add_argument("--workers", type=int, default=1,
+                        help="Cells at a time; they share the processors.")  # fmt: skip
+    parser.add_argument("--ray", type=str | None, metavar="ADDRESS",
+                        help="Run the cells on Ray: an address, auto, or local.")  # fmt: skip
+    parser.add_argument("--only", type=str | None, metavar="PART",
+                        help="Parts of the grid to run, with commas between.")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="List the cells and run nothing.")
+    given = _parse(parser, words)
+    import signal
+
+    from noiseproof.benchmark import run_grid
+    from noiseproof.grid import read_grid
+
+    only = [name.strip() for name in (given.only or "").split(",") if name.strip()]
+    grid = read_grid(Path(given.grid), only)
+    if given.list:
+        for cell in grid.cells:
+            print(cell.title)
+        print(f"{len(grid.cells)} cells{f'; {grid.cost}' if grid.cost else ''}")
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)  # SIGINT is ignored in what a script puts behind &
+    before = [signal.signal(one, signal.default_int_handler) for one in signals]
+    try:
+        with _GridDisplay() as display:
+            states = run_grid(grid, given.out, workers=given.workers, ray=given.ray, show=display)
+    finally:
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+    failed = [state for state in states if state.state == "failed"]
+    for state in failed:
+        print(f"FAILED {state.cell.title}: {state.error}")
+    print(
+        f"{len(states) - len(failed)} of {len(states)} cells done: {given.out}; "
+        f"see them with '{PROGRAM} report {given.out} --out report.html'"
+    )
+    if failed:
+        raise SystemExit(1)
+
+
+def report(words: list[str]) -> None:
+    """Show runs as a page, as Markdown, or as a table with one row per run.
+
+    example: noiseproof report runs/tickets --out report.html
+    """
+    parser = _parser("report", "RUN ... --out FILE [options]", report.__doc__)
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN",
+                        help="Folders of runs or of grids, searched at any depth.")  # fmt: skip
+    parser.add_argument("--out", type=str, required=True, help="HTML, Markdown or CSV file.")
+    parser.add_argument("--baseline", type=str | None,
+                        help="Method to compare with, by its name in the report.")  # fmt: skip
+    parser.add_argument("--title", type=str | None, help="Heading of the report.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
+    given = _parse(parser, words)
+    from noiseproof.report import report as write_report
+
+    out = write_report(given.runs, given.out, baseline=given.baseline, title=given.title,
+                       overwrite=given.overwrite)  # fmt: skip
+    print(f"report: {out}")
 
 
 def methods(words: list[str]) -> None:
@@ -269,7 +345,7 @@ def demo(words: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (fit, predict, corrupt, methods, demo)
+    command.__name__: command for command in (fit, predict, corrupt, bench, report, methods, demo)
 }
 
 
@@ -595,6 +671,64 @@ class _Display:
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             self.console.print(f"{label}  rows {progress.history['rows']}  {numbers}",
                                highlight=False)  # fmt: skip
+
+
+class _GridDisplay:
+    """Running cells and the time left, on standard error; a line for every cell that ends."""
+
+    def __enter__(self) -> _GridDisplay:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, transient=True, refresh_per_second=4)
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live.is_started:
+            self.live.stop()
+
+    def __call__(self, board: Board, state: CellState) -> None:
+        """Show the board; one line of its own for a cell that has ended."""
+        if state.state in ("done", "failed"):
+            mark = state.state if state.state == "done" else f"FAILED ({state.error})"
+            done = board.count("done") + board.count("failed")
+            self.console.print(
+                f"{done}/{len(board.states)}  {_clock(state.seconds)}  {state.cell.title}  {mark}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+        if self.live.is_started:
+            self.live.update(self._board(board))
+
+    def _board(self, board: Board) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        left = board.seconds_left()
+        summary = (
+            f"{board.title}: {board.phase} {board.count('done')} done, "
+            f"{board.count('failed')} failed, {board.count('waiting')} waiting; "
+            f"{'time left unknown yet' if left is None else f'about {_clock(left)} left'}"
+        )
+        table = Table("running", "", "since", box=None, pad_edge=False, show_header=False)
+        for one in board.states:
+            if one.state == "running":
+                since = _clock(time.monotonic() - one.started)
+                table.add_row(Text(one.cell.title), Text(one.progress), since)
+        return Group(Text(summary), table)
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as 12s, 3m05s or 1h02m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _print_result(record: RunRecord, folder: Path) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from noiseproof.data import read_examples, read_table, read_texts
+from noiseproof.data import FOREIGN, read_labels, read_table, read_texts
 from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError
-from noiseproof.job import frozen_features
 from noiseproof.models import load_text_classifier
 from noiseproof.noise import Corruption, parse_noise
+from noiseproof.preparation import frozen_features
 from noiseproof.tasks import TextClassification
 
 if TYPE_CHECKING:
-    from noiseproof.data import Examples
     from noiseproof.tables import Source
 
 
@@ -39,8 +39,9 @@ def corrupt(
         noise: Such as ``symmetric:0.4``; see `noiseproof.noise`.
         label: Column of the labels, taken as true.
         seed: Seed of the noise.
-        text: Text column or columns; used by instance-dependent and open-set noise.
-        clean_label: New column that keeps the true labels.
+        text: Text column or columns; read by instance-dependent and open-set noise only.
+        clean_label: New column that keeps the true labels. A row whose text was replaced has none:
+            it gets `noiseproof.data.FOREIGN`.
         model: Encoder whose frozen features steer instance-dependent noise.
         noise_pool: File of foreign rows for open-set noise.
         split: Split of a hub data set.
@@ -65,40 +66,55 @@ def corrupt(
         raise InputError(
             f"the data has a column {clean_label!r} already; name another one for the true labels"
         )
-    examples = read_examples(data, text=text, label=label, split=split)
-    features = None
+    labels, names = read_labels(data, label, split)
+    columns = [text] if text in table.columns else [name.strip() for name in text.split(",")]
+    features, pool = None, None
+    if model_of_noise.needs_features or model_of_noise.needs_pool:
+        if label in columns:
+            raise InputError(f"column {label!r} cannot be both text and label; give another text")
+        texts = read_texts(data, text, split)
     if model_of_noise.needs_features:
-        features = _features(examples.texts, examples.text_pairs, examples.label_names, model)
-    pool = read_texts(noise_pool, text) if noise_pool is not None else None
+        features = _features(*texts, names, model)
+    if model_of_noise.needs_pool and noise_pool is not None:
+        pool = read_texts(noise_pool, text)
     corruption = model_of_noise.apply(
-        examples.labels,
-        len(examples.label_names),
+        labels,
+        len(names),
         seed,
         features=features,
         pool_size=None if pool is None else len(pool[0]),
     )
-    noisy = _relabelled(table[label], examples, corruption.labels)
-    table = table.assign(**{clean_label: table[label], label: noisy})
+    noisy = _relabelled(table[label], labels, corruption.labels, names)
+    truth = table[label]
     if pool is not None:
-        columns = [text] if text in table.columns else [name.strip() for name in text.split(",")]
+        truth = _foreign(truth, corruption.extras["replacement"] >= 0)
+    table = table.assign(**{clean_label: truth, label: noisy})
+    if pool is not None:
         _replace(table, columns, corruption, pool)
     return table, corruption
 
 
-def _relabelled(column: Any, examples: Examples, labels: np.ndarray) -> Any:
-    """The column with new labels, in the values and the type that it had."""
+def _relabelled(column: Any, old: np.ndarray, new: np.ndarray, names: tuple[str, ...]) -> Any:
+    """The column with new labels (N,), in the values and the type that it had."""
     import pandas as pd
 
     cells = column.to_numpy(dtype=object)
-    values = np.asarray(examples.label_names, dtype=object)  # a class without rows has its name
-    values[examples.labels] = cells
-    changed = labels != examples.labels
-    noisy = pd.Series(np.where(changed, values[labels], cells), index=column.index)
+    values = np.asarray(names, dtype=object)  # a class without rows has its name
+    values[old] = cells
+    noisy = pd.Series(np.where(new != old, values[new], cells), index=column.index)
     return noisy.astype(column.dtype)
 
 
+def _foreign(column: Any, rows: np.ndarray) -> Any:
+    """The column of true labels, as text, without one in the rows (N,) bool of the pool."""
+    import pandas as pd
+
+    cells = [FOREIGN if hit else str(cell) for hit, cell in zip(rows, column, strict=True)]
+    return pd.Series(cells, index=column.index, dtype=object)
+
+
 def _features(
-    texts: list[str], pairs: list[str] | None, names: tuple[str, ...], model: str
+    texts: Sequence[str], pairs: Sequence[str] | None, names: tuple[str, ...], model: str
 ) -> np.ndarray:
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(0, "head"))
@@ -108,7 +124,10 @@ def _features(
 
 
 def _replace(
-    table: Any, columns: list[str], corruption: Corruption, pool: tuple[list[str], list[str] | None]
+    table: Any,
+    columns: list[str],
+    corruption: Corruption,
+    pool: tuple[Sequence[str], Sequence[str] | None],
 ) -> None:
     replacement = corruption.extras["replacement"]
     rows = np.flatnonzero(replacement >= 0)

@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from noiseproof.errors import InputError
 from noiseproof.tables import (
+    Strings,
     Table,
     load_table,
     nearest,
@@ -37,6 +39,7 @@ __all__ = [
     "Examples",
     "read_examples",
     "read_label_names",
+    "read_labels",
     "read_table",
     "read_texts",
     "stratified_sample",
@@ -47,19 +50,24 @@ __all__ = [
 Ints = npt.NDArray[np.int64]
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")  # "3", "-1", "3.0"; "007" is a name
 _NUMBER = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 UNSEEN = "was never seen in training"
+FOREIGN = "<foreign>"  # true label where no class is right, as after open-set noise
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Texts with their given labels, row by row.
 
+    Ids and texts may be given as any sequence of str; they are kept by Arrow.
+
     Attributes:
         row_ids: N names of the rows, unique.
         texts: N texts.
         text_pairs: N second texts, or `None`.
         labels: (N,) class numbers as given; -1 where a label is in no known class.
-        clean_labels: (N,) true class numbers, or `None` where the truth is not known.
+        clean_labels: (N,) true class numbers, -1 where no class is right (a foreign text), or
+            `None` where the truth is not known.
         label_names: C names; class number c is called `label_names[c]`.
         dropped: How many rows `drop_label` left out when the table was read.
 
@@ -68,9 +76,9 @@ class Examples:
     ([0, 1], ('no', 'yes'))
     """
 
-    row_ids: tuple[str, ...]
-    texts: list[str]
-    text_pairs: list[str] | None
+    row_ids: Sequence[str]
+    texts: Sequence[str]
+    text_pairs: Sequence[str] | None
     labels: Ints
     clean_labels: Ints | None
     label_names: tuple[str, ...]
@@ -79,9 +87,13 @@ class Examples:
     def __post_init__(self) -> None:
         """Check that all columns have N rows and all labels name a class."""
         rows, classes = len(self.texts), len(self.label_names)
-        for name, column in (("row_ids", self.row_ids), ("text_pairs", self.text_pairs)):
-            if column is not None and len(column) != rows:
+        for name in ("row_ids", "texts", "text_pairs"):
+            column = getattr(self, name)
+            if column is None:
+                continue
+            if len(column) != rows:
                 raise InputError(f"{name} has {len(column)} rows, there are {rows} texts")
+            object.__setattr__(self, name, Strings.of(column))
         object.__setattr__(self, "labels", _class_numbers(self.labels, "labels", rows, classes))
         if self.clean_labels is not None:
             clean = _class_numbers(self.clean_labels, "clean_labels", rows, classes)
@@ -104,9 +116,9 @@ class Examples:
         pairs, clean = self.text_pairs, self.clean_labels
         return replace(
             self,
-            row_ids=tuple(self.row_ids[row] for row in places),
-            texts=[self.texts[row] for row in places],
-            text_pairs=None if pairs is None else [pairs[row] for row in places],
+            row_ids=Strings.of(self.row_ids).take(places),
+            texts=Strings.of(self.texts).take(places),
+            text_pairs=None if pairs is None else Strings.of(pairs).take(places),
             labels=self.labels[places],
             clean_labels=None if clean is None else clean[places],
         )
@@ -159,7 +171,7 @@ def read_examples(
         source: A path, a hub name, a frame, a data set or a dict of columns.
         text: One or two text columns; `"premise,hypothesis"` means two.
         label: The column of given labels.
-        clean_label: The column of true labels, where they are known.
+        clean_label: The column of true labels, where they are known; `FOREIGN` is none of them.
         row_id: A column of unique ids; without one, ids are positions in the source from "0".
         label_names: The classes in order. Whole numbers then count as positions in it, unless some
             class has a number as its name.
@@ -170,7 +182,7 @@ def read_examples(
 
     >>> table = {"text": ["a", "b", "c"], "votes": [1, -1, 0]}
     >>> read_examples(table, text="text", label="votes", drop_label="-1").row_ids
-    ('0', '2')
+    Strings(['0', '2'])
     """
     table = load_table(source, split, f"the {role} table")
     columns = _text_columns(table, text)
@@ -180,39 +192,57 @@ def read_examples(
         if column in columns and column != row_id:
             raise InputError(f"column {column!r} of {table.name} cannot be both text and {purpose}")
     ids = _row_ids(table, row_id)
-    given = _label_texts(table, label)
-    rows = [row for row, name in enumerate(given) if not _is_label(name, drop_label)]
-    if not rows:
+    given = _read_labels(table, label)
+    dropped = np.array([_is_label(name, drop_label) for name in given.names])
+    rows = np.flatnonzero(~dropped[given.codes])
+    if not len(rows):
         raise InputError(f"every row of {table.name} has the label {drop_label!r} to drop")
     _check_all_labelled(table, label, given, rows, role=role)
     texts, pairs = _texts(table, columns, rows)
     chosen = label_names if label_names is not None else table.class_names.get(label)
     if role == "training":
-        _check_trainable(table, label, [given[row] for row in rows], chosen is None)
-    names = _sorted_names({given[row] for row in rows}) if chosen is None else _checked(chosen)
+        _check_trainable(table, label, given, rows, chosen is None)
+    names = _sorted_names(given.among(rows)) if chosen is None else _checked(chosen)
     classes = _Classes(table, names, by_position=label_names is not None)
     fate = "is not in label_names" if role == "training" else UNSEEN
     labels = classes.numbers(given, rows, "label", fate, allow_unseen)
     clean = None
     if clean_label is not None:
-        truth = _label_texts(table, clean_label)
+        truth = _read_labels(table, clean_label)
         _check_all_labelled(table, clean_label, truth, rows, "clean label")
         fate = "is not among the classes"
         clean = classes.numbers(truth, rows, "clean label", fate, allow_unseen)
-    kept = tuple(ids[row] for row in rows)
-    return Examples(kept, texts, pairs, labels, clean, names, dropped=len(given) - len(rows))
+    kept = ids.take(rows)
+    return Examples(kept, texts, pairs, labels, clean, names, dropped=len(table) - len(rows))
 
 
 def read_texts(
     source: Source, text: str | tuple[str, ...], split: str = "train"
-) -> tuple[list[str], list[str] | None]:
+) -> tuple[Sequence[str], Sequence[str] | None]:
     """Read texts without labels, and the second texts where two columns are named.
 
     >>> read_texts({"a": ["x", "y"], "b": ["1", "2"]}, text="a,b")
-    (['x', 'y'], ['1', '2'])
+    (Strings(['x', 'y']), Strings(['1', '2']))
     """
     table = load_table(source, split)
-    return _texts(table, _text_columns(table, text), range(len(table.frame)))
+    return _texts(table, _text_columns(table, text), np.arange(len(table)))
+
+
+def read_labels(source: Source, label: str, split: str = "train") -> tuple[Ints, tuple[str, ...]]:
+    """Read labels without texts: class numbers (N,) and names, as `read_examples` finds them.
+
+    >>> read_labels({"y": ["no", "yes", "no"]}, label="y")
+    (array([0, 1, 0]), ('no', 'yes'))
+    """
+    table = load_table(source, split)
+    table.require(label, "label")
+    given, rows = _read_labels(table, label), np.arange(len(table))
+    _check_all_labelled(table, label, given, rows, role="labelled")
+    chosen = table.class_names.get(label)
+    _check_trainable(table, label, given, rows, chosen is None)
+    names = _sorted_names(given.among(rows)) if chosen is None else _checked(chosen)
+    classes = _Classes(table, names, by_position=False)
+    return classes.numbers(given, rows, "label", "is not among the classes", False), names
 
 
 def read_label_names(path: str | Path) -> tuple[str, ...]:
@@ -352,19 +382,26 @@ def _text_columns(table: Table, text: str | tuple[str, ...]) -> tuple[str, ...]:
     return columns
 
 
-def _texts(
-    table: Table, columns: tuple[str, ...], rows: Sequence[int]
-) -> tuple[list[str], list[str] | None]:
+def _texts(table: Table, columns: tuple[str, ...], rows: Ints) -> tuple[Strings, Strings | None]:
     found = [_text_column(table, column, rows) for column in columns]
     return found[0], found[1] if len(found) == 2 else None
 
 
-def _text_column(table: Table, column: str, rows: Sequence[int]) -> list[str]:
-    cells = table.cells(column)
-    for row in rows:
-        cell = cells[row]
+def _text_column(table: Table, column: str, rows: Ints) -> Strings:
+    checked = _checked_texts(table, column, rows)
+    strings = table.strings(column)
+    if strings is None:
+        return Strings.of(checked)
+    for _ in checked:  # Arrow keeps them already: only complain
+        pass
+    return strings.take(rows)
+
+
+def _checked_texts(table: Table, column: str, rows: Ints) -> Iterator[str]:
+    """Give the cells of these rows, each checked to be a text."""
+    for row, cell in _cells_of(table, column, rows):
         if cell is None or (isinstance(cell, str) and not cell.strip()):
-            empty = sum(1 for other in rows if not str(cells[other] or "").strip())
+            empty = sum(not str(other or "").strip() for _, other in _cells_of(table, column, rows))
             raise InputError(
                 f"{table.place(row)} has no text in column {column!r} "
                 f"({_such_rows(empty)}); "
@@ -375,35 +412,67 @@ def _text_column(table: Table, column: str, rows: Sequence[int]) -> list[str]:
                 f"{table.place(row)} holds a value of type {type(cell).__name__} in column "
                 f"{column!r}, expected text; name a text column or turn the values into text"
             )
-        if re.search("[\ud800-\udfff]", cell):
+        if not cell.isascii() and _HALF.search(cell):
             raise InputError(
                 f"{table.place(row)} has half a surrogate pair in column {column!r}, which is no "
                 "letter; repair the text"
             )
-    return [cells[row] for row in rows]
+        yield cell
 
 
-def _row_ids(table: Table, column: str | None) -> tuple[str, ...]:
+def _cells_of(table: Table, column: str, rows: Ints) -> Iterable[tuple[int, Any]]:
+    """Give position and cell of these rows, which are sorted."""
+    wanted = np.zeros(len(table), dtype=np.bool_)
+    wanted[rows] = True
+    return compress(enumerate(table.cells(column)), wanted)
+
+
+def _row_ids(table: Table, column: str | None) -> Strings:
     if column is None:
-        return tuple(str(row) for row in range(len(table.frame)))
-    cells = table.cells(column)
-    seen: dict[str, int] = {}
-    for row, cell in enumerate(cells):
+        return Strings.of(map(str, range(len(table))))
+    ids = Strings.of(_checked_ids(table, column))
+    hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+    if len(np.unique(hashes)) < len(ids):  # equal ids, or, once in a lifetime, equal hashes
+        seen: dict[str, int] = {}
+        for row, name in enumerate(ids):
+            if (first := seen.setdefault(name, row)) != row:
+                raise InputError(
+                    f"row ids in column {column!r} must be unique, but {name!r} stands in row "
+                    f"{first + 1} and in {table.place(row)}; leave row_id out to number the rows"
+                )
+    return ids
+
+
+def _checked_ids(table: Table, column: str) -> Iterator[str]:
+    for row, cell in enumerate(table.cells(column)):
         whole = isinstance(cell, float) and cell.is_integer()  # pandas reads ids so beside a gap
         name = "" if cell is None else str(int(cell) if whole else cell)
         if not name.strip():
             raise InputError(f"{table.place(row)} has no row id in column {column!r}; give it one")
-        if (first := seen.setdefault(name, row)) != row:
-            raise InputError(
-                f"row ids in column {column!r} must be unique, but {name!r} stands in row "
-                f"{first + 1} and in {table.place(row)}; leave row_id out to number the rows"
-            )
-    return tuple(seen)
+        yield name
 
 
-def _label_texts(table: Table, column: str) -> list[str]:
-    """Give every label as text, "" where there is none."""
-    return [_label_text(table, column, row, cell) for row, cell in enumerate(table.cells(column))]
+@dataclass(frozen=True)
+class _Labels:
+    """A column of labels: the different ones as text, and which of them each row has."""
+
+    names: tuple[str, ...]  # "" where there is none
+    codes: Ints  # (N,) positions in names
+
+    def name(self, row: int) -> str:
+        """Give the label of a row."""
+        return self.names[int(self.codes[row])]
+
+    def among(self, rows: Ints) -> set[str]:
+        """Give the different labels of these rows."""
+        return {self.names[code] for code in np.unique(self.codes[rows])}
+
+
+def _read_labels(table: Table, column: str) -> _Labels:
+    seen: dict[str, int] = {}
+    texts = (_label_text(table, column, *item) for item in enumerate(table.cells(column)))
+    codes = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), np.int64, len(table))
+    return _Labels(tuple(seen), codes)
 
 
 def _label_text(table: Table, column: str, row: int, cell: Any) -> str:
@@ -433,16 +502,16 @@ def _is_label(name: str, wanted: object) -> bool:
 def _check_all_labelled(
     table: Table,
     column: str,
-    names: Sequence[str],
-    rows: Sequence[int],
+    labels: _Labels,
+    rows: Ints,
     purpose: str = "label",
     role: str = "training",
 ) -> None:
     remedy = "fill or remove them"
     if purpose == "label" and role == "training":
         remedy += ", or let fit leave such rows out with drop_label=''"
-    without = [row for row in rows if not names[row]]
-    if without:
+    without = rows[np.array([not name for name in labels.names])[labels.codes[rows]]]
+    if len(without):
         raise InputError(
             f"{table.place(without[0])} has no {purpose} in column {column!r} "
             f"({_such_rows(len(without))}); {remedy}"
@@ -453,19 +522,19 @@ def _such_rows(count: int) -> str:
     return "1 such row" if count == 1 else f"{count} such rows"
 
 
-def _check_trainable(table: Table, column: str, names: Sequence[str], guessed: bool) -> None:
-    if len(names) < 2:
-        raise InputError(f"{table.name} has {len(names)} row to train on; expected at least 2")
-    kinds = set(names)
+def _check_trainable(table: Table, column: str, labels: _Labels, rows: Ints, guessed: bool) -> None:
+    if len(rows) < 2:
+        raise InputError(f"{table.name} has {len(rows)} row to train on; expected at least 2")
+    kinds = labels.among(rows)
     if len({_whole(name) or name for name in kinds}) < 2:
         raise InputError(
-            f"{table.name} has only one class in column {column!r} ({names[0]!r}); "
+            f"{table.name} has only one class in column {column!r} ({labels.name(rows[0])!r}); "
             "expected at least 2"
         )
     decimals = all(map(_NUMBER.fullmatch, kinds)) and any("." in name for name in kinds)
-    if guessed and decimals and len(kinds) == len(names) and not all(map(_whole, kinds)):
+    if guessed and decimals and len(kinds) == len(rows) and not all(map(_whole, kinds)):
         raise InputError(
-            f"the {len(names)} labels in column {column!r} of {table.name} are all different "
+            f"the {len(rows)} labels in column {column!r} of {table.name} are all different "
             "decimal numbers, which looks like regression; expected classes, so bin the values"
         )
 
@@ -499,13 +568,19 @@ class _Classes:
     by_position: bool
 
     def numbers(
-        self, labels: Sequence[str], rows: Sequence[int], what: str, fate: str, allow_unseen: bool
+        self, labels: _Labels, rows: Ints, what: str, fate: str, allow_unseen: bool
     ) -> Ints:
         """Number the classes of these rows, -1 for an unseen one where that is allowed."""
-        numbers = np.fromiter(self._find([labels[row] for row in rows]), np.int64, len(rows))
-        unseen = np.flatnonzero(numbers < 0)
+        codes = labels.codes[rows]
+        foreign = np.array([what == "clean label" and name == FOREIGN for name in labels.names])
+        there = np.unique(codes[~foreign[codes]])  # names in rows that are dropped do not count
+        number = np.full(len(labels.names), -1)
+        number[there] = [*self._find([labels.names[code] for code in there])]
+        numbers: Ints = number[codes]
+        unseen = np.flatnonzero((numbers < 0) & ~foreign[codes])
         if unseen.size and not allow_unseen:
-            row = rows[unseen[0]]
+            row = int(rows[unseen[0]])
+            name = labels.name(row)
             more = f" ({_such_rows(unseen.size)})" if unseen.size > 1 else ""
             remedy = "correct it, or leave such rows out with drop_label"
             if fate == UNSEEN:  # drop_label is for the training rows
@@ -513,8 +588,8 @@ class _Classes:
             if what == "clean label":
                 remedy = "correct it, or name all classes in label_names"
             raise InputError(
-                f"{what} {labels[row]!r} of {self.table.place(row)} {fate}{more}"
-                f"{nearest(labels[row], self.names)}; known: {shorten(self.names)}; {remedy}"
+                f"{what} {name!r} of {self.table.place(row)} {fate}{more}"
+                f"{nearest(name, self.names)}; known: {shorten(self.names)}; {remedy}"
             )
         return numbers
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
+from noiseproof.features import fingerprint, kept
 from noiseproof.method import Batch, BeforeBatch, Method, Run, require, require_range
 from noiseproof.models import (
     HeadOnly,
@@ -36,7 +37,7 @@ class TrainSettings:
     """How to run the loop; the same for every method.
 
     Attributes:
-        epochs: Passes over the training rows, all stages together.
+        epochs: Passes over the training rows, all stages together; those of a probe come on top.
         batch_size: Rows per optimizer step, over all processes.
         micro_batch_size: Rows per forward pass; smaller than batch_size accumulates gradients.
         learning_rate: Peak rate; None takes the method's own.
@@ -193,8 +194,22 @@ class Engine:
 
     # --- a stage ---------------------------------------------------------------------------------
 
-    def start_stage(self, model: nn.Module, encoded: Encoded, rate: float) -> torch.optim.Optimizer:
-        """Wrap the model for this stage; a frozen encoder is replaced by its cached output."""
+    def start_stage(
+        self,
+        model: nn.Module,
+        encoded: Encoded,
+        rate: float,
+        settings: TrainSettings | None = None,
+    ) -> torch.optim.Optimizer:
+        """Wrap the model for this stage; a frozen encoder is replaced by its cached output.
+
+        Args:
+            model: What is trained.
+            encoded: The training rows.
+            rate: Peak learning rate.
+            settings: Those of the stage; None goes on with those before.
+        """
+        self.settings = settings or self.settings
         self._features.clear()
         self._position = None
         self.net = model
@@ -242,11 +257,20 @@ class Engine:
             self._cache(model, encoded)
         return self._features[id(encoded)][1]
 
+    def features(self, encoded: Encoded) -> Tensor | None:
+        """Cached features of the rows (N, D, 2); None in a stage without a cache."""
+        view = self.view(encoded)
+        return view.features if isinstance(view, EncodedFeatures) else None
+
     def _cache(self, model: nn.Module, encoded: Encoded) -> None:
         position = self._position
         assert position is not None
-        with evaluation_mode(model):
-            features = self.compute(encoded, lambda inputs: encode_batch(model, inputs, position))
+        if encoded.key and self.processes == 1:
+            words = ("1", encoded.key, position, self.precision, self.device.type)
+            key = " ".join([*words, fingerprint(model)])
+            features = kept(key, len(encoded), lambda: self.encode(model, encoded, position))
+        else:
+            features = self.encode(model, encoded, position)
         self._features[id(encoded)] = (encoded, EncodedFeatures(features))
 
     # --- passes ----------------------------------------------------------------------------------
@@ -256,6 +280,19 @@ class Engine:
         view = self.view(encoded)
         with evaluation_mode(self.net):
             return self.compute(view, lambda inputs: self.net(**inputs).logits, before_batch)
+
+    def encode(
+        self,
+        model: nn.Module,
+        encoded: Encoded,
+        position: str,
+        before_batch: BeforeBatch | None = None,
+    ) -> Tensor:
+        """What the head reads of all rows, in row order, eval mode (N, D, 2), on the CPU."""
+        with evaluation_mode(model):
+            return self.compute(
+                encoded, lambda inputs: encode_batch(model, inputs, position), before_batch
+            )
 
     def compute(
         self,

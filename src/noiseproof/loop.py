@@ -15,8 +15,10 @@ The loop knows no concrete method and no true labels: what is measured is the ca
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from noiseproof.checkpoint import (
     Interrupted,
     StopSignals,
+    Stopwatch,
     load_checkpoint,
     optimizer_tensors,
     restore_optimizer,
@@ -38,7 +41,13 @@ from noiseproof.checkpoint import (
 from noiseproof.engine import Engine, TrainSettings, derive_seed, rate_factor, training_batches
 from noiseproof.errors import InputError
 from noiseproof.method import BeforeBatch, Columns, Method, Run, Stage
-from noiseproof.models import count_parameters, fast_dropout, set_trainable, training_mode
+from noiseproof.models import (
+    count_parameters,
+    fast_dropout,
+    is_head,
+    set_trainable,
+    training_mode,
+)
 from noiseproof.tasks import Encoded
 
 DEFAULT_RATE = 5e-5
@@ -73,7 +82,7 @@ class Outcome:
         model: The model to deploy.
         run: The run, with its last columns.
         history: One row per stage and epoch.
-        seconds: ``train_s``, ``score_s``, ``eval_s``.
+        seconds: ``train_s``, ``score_s``, ``eval_s``, over all legs of a resumed run.
         precision: fp32, bf16 or fp16.
         trainable: Trained parameters over all stages.
         best_epoch: Number of the history row whose weights were taken, with select=best.
@@ -98,10 +107,12 @@ class _State:
     loss_sum: float = 0.0
     columns: list[str] = field(default_factory=list)  # their order; the file sorts its tensors
     logged: dict[str, float] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"train_s": 0.0, "score_s": 0.0, "eval_s": 0.0}
     )
+    legs: dict[str, float] = field(default_factory=dict)  # total_s and cpu_s so far
     best_score: float = -math.inf
     best_row: int | None = None
 
@@ -119,8 +130,24 @@ def train(
     resume: bool = False,
     report: Callable[[Progress], None] | None = None,
     tracking_folder: str | None = None,
+    watch: Stopwatch | None = None,
 ) -> Outcome:
     """Fine-tune ``model`` with ``method`` on encoded rows and their given labels (N,).
+
+    Args:
+        method: What to train with.
+        model: A classifier; it is changed.
+        encoded: The rows.
+        labels: Their given labels (N,).
+        num_classes: C.
+        settings: How to run the loop.
+        measure: Called at the end of an epoch; its numbers go into the history.
+        checkpoints: Folder for them; None writes none.
+        resume: Continue from the checkpoint in that folder, if there is one.
+        report: Called after every step and epoch.
+        tracking_folder: Where a tracker writes.
+        watch: Runs since the work began; its seconds go into the checkpoints, and on resuming
+            those of the earlier legs are carried into it.
 
     Raises:
         InputError: The method refuses these settings.
@@ -128,7 +155,7 @@ def train(
         Interrupted: A SIGINT or SIGTERM came; a checkpoint was written where there is a folder.
     """
     loop = _Loop(method, encoded, labels, num_classes, settings, checkpoints, tracking_folder)
-    loop.measure, loop.report = measure, report
+    loop.measure, loop.report, loop.watch = measure, report, watch or Stopwatch()
     with torch.random.fork_rng(), StopSignals() as stop:
         loop.stop = stop
         return loop.run_all(model, resume)
@@ -139,6 +166,7 @@ class _Loop:
 
     measure: Measure | None
     report: Callable[[Progress], None] | None
+    watch: Stopwatch
     stop: StopSignals
     run: Run
 
@@ -152,7 +180,8 @@ class _Loop:
         checkpoints: Path | None,
         tracking_folder: str | None,
     ) -> None:
-        self.method, self.encoded, self.settings = method, encoded, settings
+        self.method, self.encoded = method, encoded
+        self.asked = self.settings = settings  # a stage may have settings of its own
         self.labels, self.num_classes = labels, num_classes
         self.checkpoints = checkpoints
         self.engine = Engine(settings, tracking_folder)
@@ -163,7 +192,7 @@ class _Loop:
         self._predicted: Tensor | None = None
 
     def run_all(self, model: nn.Module, resume: bool) -> Outcome:
-        stages = self.method.stages(self.settings.epochs)
+        self.stages = stages = self.method.stages(self.settings.epochs)
         self.total_epochs = sum(stage.epochs for stage in stages)
         init_seed = self.settings.init_seed
         torch.manual_seed(derive_seed(_or(init_seed, self.settings.seed), "init"))
@@ -175,9 +204,12 @@ class _Loop:
             self._predict,
             torch.Generator(),
             seed=self.settings.seed,
+            encode=self._encode,
+            features=lambda: self.engine.features(self.encoded),
         )
         self.prepared = {name for name, p in model.named_parameters() if p.requires_grad}
-        self.trained = {name for name, _ in model.named_parameters() if self._any(stages, name)}
+        names = (name for name, _ in model.named_parameters())
+        self.trained = set(filter(self._trained_in(stages), names))
         saved = load_checkpoint(self.checkpoints) if resume and self.checkpoints else None
         if saved:
             self._restore(*saved)
@@ -191,10 +223,11 @@ class _Loop:
         return self._finish(model)
 
     def _run_stage(self, number: int, stage: Stage, saved: dict[str, Tensor]) -> None:
-        run, settings = self.run, self.settings
-        set_trainable(run.model, stage.trains or self.prepared.__contains__)
+        run = self.run
+        self.settings = settings = settings_of_stage(self.asked, stage)
+        set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
-        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate)
+        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings)
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs
@@ -204,8 +237,9 @@ class _Loop:
                 run.epoch = epoch
                 self._run_epoch(stage, rate, saved)
                 saved = {}
-        if self.engine.cached:  # the whole network answers from here, not the head alone
-            self._predicted = None
+        if self.engine.cached:  # the next stage starts from these weights and needs no new pass;
+            more = number + 1 < len(self.stages)  # after the last one the whole network answers
+            self._predicted = self._predict() if more else None
         self.engine.end_stage()
         self.state.epoch = 0
 
@@ -256,16 +290,22 @@ class _Loop:
 
     def _score(self) -> None:
         started = time.perf_counter()
-        self.run.logged = {}
+        self.run.logged, self.run.warned = {}, []
         self.run.columns.pop("keep", None)
         columns = self.method.on_epoch_start(self.run)
         self._check(columns)
         self.run.columns.update(columns)
         self.state.seconds["score_s"] += time.perf_counter() - started
+        for message in self.run.warned if self.engine.main else ():
+            warnings.warn(message, UserWarning, stacklevel=2)
 
     def _rate(self, stage: Stage, peak: float, step: int, steps: int) -> float:
-        """The learning rate of a step, by the share of the stage that is done before it."""
-        progress = (self.run.epoch + step / steps) / stage.epochs
+        """The learning rate of a step, by the share of the stage that is done in its middle.
+
+        At its start the first step of a warm-up would have the rate 0, and a run of one step would
+        train nothing.
+        """
+        progress = (self.run.epoch + (step + 0.5) / steps) / stage.epochs
         return peak * rate_factor(self.settings, progress)
 
     def _step(self, rows: np.ndarray, rate: float) -> float:
@@ -301,6 +341,8 @@ class _Loop:
             "learning_rate": rate,
             **run.logged,
         }
+        if run.warned:
+            row["warning"] = "; ".join(run.warned)
         started = time.perf_counter()
         last = len(state.history) + 1 == self.total_epochs
         if self.measure and (last or self.settings.evaluate == "epoch"):
@@ -346,6 +388,10 @@ class _Loop:
             self._predicted = self.engine.predict(self.encoded)
         return self._predicted.clone()
 
+    def _encode(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
+        """What the head reads of the training rows (N, D, 2)."""
+        return self.engine.encode(self.run.model, self.encoded, position, before_batch)
+
     def _rows_of_epoch(self) -> np.ndarray:
         keep = self.run.columns.get("keep")
         if keep is None:
@@ -370,8 +416,17 @@ class _Loop:
         if "keep" in columns and columns["keep"].dtype != torch.bool:
             raise TypeError(f"column 'keep' of {self.method.name} must be bool")
 
-    def _any(self, stages: list[Stage], name: str) -> bool:
-        return any((stage.trains or self.prepared.__contains__)(name) for stage in stages)
+    def _trained_in(self, stages: list[Stage]) -> Callable[[str], bool]:
+        """Parameter name -> whether one of these stages trains it."""
+        parts = [self._trains(stage) for stage in stages]
+        return lambda name: any(trains(name) for trains in parts)
+
+    def _trains(self, stage: Stage) -> Callable[[str], bool]:
+        """Parameter name -> whether this stage trains it."""
+        if stage.trains == "head":
+            head = is_head(self.run.model)
+            return lambda name: name in self.prepared and head(name)
+        return stage.trains or self.prepared.__contains__
 
     def _merge(self) -> None:
         self.engine.merge_writes(self.run, self.method.writes, self.own_rows)
@@ -398,21 +453,37 @@ class _Loop:
         random = self.engine.random_states()
         if not self.engine.main:
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self._weights().items()}
+        begun = self._trained_in(self.stages[: self.state.stage + 1])
+        tensors = {
+            f"model.{name}": tensor
+            for name, tensor in self._weights().items()
+            if name not in self.trained or begun(name)  # the rest is still as it was loaded
+        }
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"column.{name}": column for name, column in self.run.columns.items()}
         tensors |= optimizer_tensors(_inner(self.optimizer))
         tensors |= {"random": random, "generator": self.run.generator.get_state()}
         self.state.columns, self.state.logged = list(self.run.columns), self.run.logged
+        self.state.warned = self.run.warned
+        self.state.legs = self.watch.seconds()
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.state = _State(**state)
+        self.watch.carry(self.state.legs)
         self.run.model.load_state_dict(with_prefix("model", tensors), strict=False)
         self.best = with_prefix("best", tensors)
         columns = with_prefix("column", tensors)
         self.run.columns = {name: columns[name] for name in self.state.columns}
-        self.run.logged = self.state.logged
+        self.run.logged, self.run.warned = self.state.logged, self.state.warned
+
+
+def settings_of_stage(asked: TrainSettings, stage: Stage) -> TrainSettings:
+    """What was asked for, with the stage's own settings in their place."""
+    batch = int(stage.settings.get("batch_size", asked.batch_size))
+    micro = asked.micro_batch_size
+    values: dict[str, Any] = {"micro_batch_size": micro and min(micro, batch), **stage.settings}
+    return dataclasses.replace(asked, **values)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -119,10 +119,23 @@ def forward_correction(logits: Tensor, labels: Tensor, transition: Tensor) -> Te
     >>> forward_correction(logits, torch.tensor([1]), flip).round(decimals=3)  # CE of class 0
     tensor([0.1270])
     """
-    transition = _checked(transition, logits)
-    log_transition = torch.where(transition > 0, transition.clamp_min(1e-38).log(), NEVER)  # (C, C)
-    log_joint = logits.float().log_softmax(dim=-1) + log_transition.T[labels]  # (B, C true)
-    return -log_joint.logsumexp(dim=-1)
+    return marginal_cross_entropy(logits, _checked(transition, logits).T[labels])
+
+
+def marginal_cross_entropy(logits: Tensor, likelihood: Tensor) -> Tensor:
+    """Compute -log sum_c l_c p_c.  (B, C), (B, C) -> (B,).
+
+    `likelihood` is the chance of the given label under each true class c: for class-conditional
+    noise column y of T, as in `forward_correction`; it may differ from row to row. A chance of 0
+    in all classes costs 1e30.
+
+    >>> likelihood = torch.tensor([[0.0, 1.0]])  # the label is only given to rows of class 1
+    >>> marginal_cross_entropy(torch.zeros(1, 2), likelihood).round(decimals=4)  # log 2
+    tensor([0.6931])
+    """
+    likelihood = likelihood.float()
+    log_likelihood = torch.where(likelihood > 0, likelihood.clamp_min(1e-38).log(), NEVER)
+    return -(logits.float().log_softmax(dim=-1) + log_likelihood).logsumexp(dim=-1)
 
 
 def backward_correction(logits: Tensor, labels: Tensor, transition: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,13 @@ class Predict(Protocol):
 
     def __call__(self, before_batch: BeforeBatch | None = None) -> Tensor:
         """Return fp32 logits (N, C) on the CPU; the same in every process."""
+
+
+class Encode(Protocol):
+    """Compute what the head reads of every training row, in row order, without gradient."""
+
+    def __call__(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
+        """Return features (N, D, 2) on the CPU, see `noiseproof.models.encode_batch`."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,18 @@ class Stage:
     Attributes:
         name: ``train``, ``probe``, ``tune``, ``poison`` or ``adapt``.
         epochs: Epochs of this stage.
-        trains: Parameter name -> whether it is trained; None trains all that
-            ``prepare_model`` left trainable.
+        trains: Parameter name -> whether it is trained; ``"head"`` is the task head, None trains
+            all that ``prepare_model`` left trainable.
         learning_rate: Rate of this stage; the user's ``train.learning_rate`` goes first.
+        settings: What this stage has instead of the user's ``train`` settings: ``batch_size``,
+            ``learning_rate``, ``weight_decay``, ``schedule`` or ``warmup_share``.
     """
 
     name: str
     epochs: int
-    trains: Callable[[str], bool] | None = None
+    trains: Callable[[str], bool] | Literal["head"] | None = None
     learning_rate: float | None = None
+    settings: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,12 +96,16 @@ class Run:
         predict: Scores all training rows, see `Predict`.
         generator: Random source for hooks, fresh for every epoch from the run's seed.
         seed: Seed of the run, for draws that are keyed by row.
+        encode: Features of all training rows, see `Encode`; None where there is no encoder.
+        features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
+            trains on cached features; else it returns None.
         stage: Name of the current stage.
         epoch: Epoch within the stage, from 0.
         epochs: Epochs of the stage.
         step: Optimizer steps done in this epoch.
         columns: Name -> (N, ...) on the CPU, replicated in every process.
         logged: Numbers that the hooks reported for the history row of this epoch.
+        warned: What the hooks warned of in this epoch, for the user and the history row.
     """
 
     model: nn.Module
@@ -100,16 +114,26 @@ class Run:
     predict: Predict
     generator: torch.Generator
     seed: int = 0
+    encode: Encode | None = None
+    features: Callable[[], Tensor | None] = lambda: None
     stage: str = "train"
     epoch: int = 0
     epochs: int = 1
     step: int = 0
     columns: Columns = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
 
     def log(self, **numbers: float) -> None:
         """Put numbers into the history row of this epoch."""
         self.logged.update({name: float(value) for name, value in numbers.items()})
+
+    def warn(self, message: str) -> None:
+        """Tell the user, in one line, why the result may be worse than hoped for.
+
+        The loop issues it as a `UserWarning`, once, and puts it into the history row.
+        """
+        self.warned.append(message)
 
     def write(self, name: str, batch: Batch, values: Tensor) -> None:
         """Write the rows of ``batch`` of a column that the method declares in ``writes``."""
@@ -134,6 +158,11 @@ class Method:
     def __init_subclass__(cls) -> None:
         """The class name is the name everywhere."""
         cls.name = cls.__name__
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Positions of the encoder that `prepare_model` takes away from every text."""
+        return 0
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Add adapters, freeze, wrap; called once, under the initialisation seed."""

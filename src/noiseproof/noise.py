@@ -38,7 +38,7 @@ class Corruption:
     """What a noise model did to N rows of C classes."""
 
     labels: Labels  # (N,) after corruption
-    mask: npt.NDArray[np.bool_]  # (N,) the label changed, or the input was replaced
+    mask: npt.NDArray[np.bool_]  # (N,) the label is wrong: it changed, or its input was replaced
     noise_rate: float  # realised share of rows in `mask`, not the requested one
     transition: Floats  # (C, C) realised; a class without rows has an identity row
     seed: int
@@ -303,6 +303,8 @@ class OpenSet(NoiseModel):
     Source: Wang et al., Iterative Learning with Open-set Noisy Labels, CVPR 2018.
     Formula: each row on its own with probability `rate`. `extras["replacement"]` (N,) holds the row
         of the pool, or -1; the caller replaces the inputs. No pool row repeats before all are used.
+    Truth: no class is right for a foreign input. `mask` counts the row as wrong; its true label is
+        -1 inside a run and `<foreign>` in a table.
     Realised rate: `rate`; the transition matrix stays the identity.
     """
 

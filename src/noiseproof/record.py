@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,10 +41,14 @@ class RunRecord:
         noise: Injected noise: spec, seed, realised rate and matrix; realised rate against the truth
             where it is known.
         model: Name, parameters, trained parameters, precision, device, processes.
-        timings: train_s, score_s, eval_s, total_s.
+        timings: train_s, score_s, eval_s, total_s; cpu_s is processor time, all threads together.
         peak_memory_mb: Highest resident memory of the process.
         metrics: Last epoch unless the name says otherwise.
         per_class: Precision, recall, F1 and support of each class on the test set.
+        confusion: Test rows by true (row) and predicted (column) class (C, C).
+        curves: How well wrong rows are found: ``roc`` and ``pr``, lists of points.
+        labels: Names that a grid gave this cell: grid, data, noise, method, ...
+        search: How the settings were found: trials, split, space, best, seconds.
         versions: Python, packages, platform, git revision.
         schema_version: Of this file.
     """
@@ -60,6 +65,10 @@ class RunRecord:
     peak_memory_mb: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     per_class: dict[str, Any] = field(default_factory=dict)
+    confusion: list[list[int]] = field(default_factory=list)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -67,9 +76,17 @@ class RunRecord:
         """Fill in the identifier."""
         self.id = self.id or spec_id(self.spec)
 
+    def add_seconds(self, **seconds: float) -> None:
+        """Add to timings; a resumed run counts all its legs."""
+        for name, value in seconds.items():
+            self.timings[name] = self.timings.get(name, 0.0) + value
+
     def write(self, folder: Path) -> None:
         """Write ``record.json`` into the run's folder, atomically."""
-        write_atomic(folder / "record.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        # Rows of numbers stay on one line; a raw line break is never inside a JSON string.
+        text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda found: " ".join(found[0].split()), text)
+        write_atomic(folder / "record.json", text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -119,6 +136,84 @@ def differences(asked: Mapping[str, Any], found: Mapping[str, Any], prefix: str 
         elif one != two:
             names.append(f"{prefix}{name} ({two!r} then, {one!r} now)")
     return names
+
+
+def prepare_folder(
+    folder: Path, record: RunRecord, *, resume: bool, overwrite: bool
+) -> RunRecord | None:
+    """Make the run's folder, or check that what is there may be continued or replaced.
+
+    Returns:
+        The record of the run to continue, if there is one.
+
+    Raises:
+        InputError: It cannot be written, holds something, or holds a run of another specification.
+    """
+    if resume and (folder / "record.json").exists():
+        found = RunRecord.read(folder)
+        if found.id != record.id:
+            changed = ", ".join(differences(record.spec, found.spec)) or "unknown"
+            raise InputError(f"cannot resume {folder}: its settings differ in {changed}")
+        if found.status == "done":
+            raise InputError(f"{folder} is finished; nothing is left to resume")
+        return found
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite and not (resume and folder.is_dir() and _only_leftovers(folder)):
+            raise InputError(
+                f"{folder} exists; choose another --out, --resume it, or give --overwrite"
+            )
+        if overwrite:
+            _require_run(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return None
+
+
+def same_data(earlier: RunRecord, record: RunRecord, folder: Path | None) -> None:
+    """Refuse to continue a run on rows that have changed since.
+
+    Raises:
+        InputError: The fingerprints differ.
+    """
+    then, now = earlier.data.get("fingerprint"), record.data["fingerprint"]
+    if then is not None and then != now:
+        raise InputError(
+            f"cannot resume {folder}: the training rows have changed since it started; "
+            "choose another --out, or give --overwrite"
+        )
+
+
+def _only_leftovers(folder: Path) -> bool:
+    """Whether a run was killed before it wrote its first record."""
+    return all(path.name.startswith(".") for path in folder.iterdir())
+
+
+RUN_FILES = ("record.json", "history.csv", "samples.parquet", "suspects.csv", "report.html")
+
+
+def _require_run(folder: Path) -> None:
+    """Refuse to overwrite what is no run."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --out")
+    if any(folder.iterdir()) and not (folder / "record.json").exists():
+        raise InputError(
+            f"{folder} holds files but no run; --overwrite replaces runs only, choose another --out"
+        )
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run leaves behind, and nothing else."""
+    import shutil
+
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:

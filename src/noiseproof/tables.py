@@ -1,7 +1,9 @@
 """Tables in and out: CSV, TSV, JSON lines, Parquet, saved `datasets` folders and hub names.
 
 Whatever is wrong with a file becomes one line that names the file, the row and the remedy; nothing
-that pandas, pyarrow or datasets raise gets through.
+that pandas, pyarrow or datasets raise gets through. Files are read and written in pieces of `PIECE`
+rows. Texts are kept by Arrow, and where they are many, in a temporary file that is mapped into
+memory: a million short texts would take 250 MB as Python objects, and take next to none so.
 """
 
 from __future__ import annotations
@@ -9,20 +11,26 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
-import io
 import json
+import mmap
 import os
 import re
 import sys
+import tempfile
 import uuid
+import weakref
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from noiseproof.errors import InputError
 
@@ -33,7 +41,24 @@ if TYPE_CHECKING:
     DataFrame: TypeAlias = pandas.DataFrame
     Source: TypeAlias = str | Path | pandas.DataFrame | datasets.Dataset | dict[str, list[Any]]
 
-__all__ = ["Table", "load_table", "nearest", "read_table", "read_utf8", "shorten", "write_table"]
+__all__ = [
+    "Strings",
+    "Table",
+    "array_column",
+    "let_go",
+    "load_table",
+    "map_table",
+    "nearest",
+    "read_table",
+    "read_utf8",
+    "shorten",
+    "write_table",
+]
+
+PIECE = 10_000  # rows that are Python objects at a time
+SCATTERED = 256  # texts read here and there, each with its surroundings, before they are let go
+ROW_GROUP = 20_000  # rows that are written to Parquet at a time
+MAPPED = 1 << 23  # bytes from which on the texts of a column lie in a file
 
 _KINDS = {
     ".csv": "csv",
@@ -49,6 +74,190 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LONGEST_CELL = 2**31 - 1  # the csv module stops at 131,072 letters; this is the largest C long
 
 
+class Strings(Sequence[str]):
+    """N texts kept by Arrow, read like a list of str and equal to one with the same texts.
+
+    Many texts lie in a file that is mapped into memory; what was read of it is let go again.
+
+    >>> some = Strings.of(f"text {row}" for row in range(4))
+    >>> some[1], some[2:], some.take([3, 0]) == ["text 3", "text 0"]
+    ('text 1', Strings(['text 2', 'text 3']), True)
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, chunks: Sequence[Any], mapped: mmap.mmap | None = None) -> None:
+        """Wrap Arrow arrays of strings without nulls; nothing is copied.
+
+        Args:
+            chunks: The arrays.
+            mapped: The file that they lie in.
+        """
+        self._chunks = [chunk for chunk in chunks if len(chunk)]
+        self._starts = np.cumsum([0, *map(len, self._chunks)])  # and the end
+        self._mapped = mapped
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Strings:
+        """Keep these texts.
+
+        Raises:
+            UnicodeEncodeError: A text has half a surrogate pair.
+            InputError: There is no room for the temporary file.
+        """
+        if isinstance(texts, Strings):
+            return texts
+        column = _TextColumn()
+        for piece in _pieces(texts):
+            column.add(piece)
+        return column.strings()
+
+    def __len__(self) -> int:
+        """Count the texts, N."""
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[str]:
+        """Give text after text."""
+        for chunk in self._chunks:
+            for start in range(0, len(chunk), PIECE):
+                yield from chunk.slice(start, PIECE).to_pylist()
+                self._let_go()
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Strings: ...
+    def __getitem__(self, place: int | slice) -> str | Strings:
+        """Give one text, or those of a slice."""
+        if not isinstance(place, slice):
+            row = range(len(self))[place]  # negative places, and the IndexError
+            chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+            text: str = self._chunks[chunk][row - int(self._starts[chunk])].as_py()
+            return text
+        start, stop, step = place.indices(len(self))
+        if step != 1:
+            return self.take(np.arange(start, stop, step))
+        stop = max(start, stop)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        inside = []
+        for chunk, begin in zip(self._chunks[first:], self._starts[first:], strict=False):
+            if begin >= stop:
+                break
+            low = max(start - begin, 0)
+            inside.append(chunk.slice(low, stop - begin - low))
+        return Strings(inside, self._mapped)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with any sequence of texts."""
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    def __repr__(self) -> str:
+        """Show the first texts."""
+        shown = ", ".join([repr(text) for text in self[:6]] + ["..."] * (len(self) > 6))
+        return f"Strings([{shown}])"
+
+    def take(self, rows: npt.ArrayLike) -> Strings:
+        """Take the texts at these positions (from 0), in the order given."""
+        places = np.asarray(rows, dtype=np.int64)
+        if len(places) == len(self) and np.array_equal(places, np.arange(len(self))):
+            return self  # every row
+        return Strings.of(self._at(places))
+
+    def series(self) -> Any:
+        """Give a pandas Series over the same memory."""
+        import pandas as pd
+        import pyarrow
+
+        kind = self._chunks[0].type if self._chunks else pyarrow.large_string()
+        chunked = pyarrow.chunked_array(self._chunks, kind)
+        return pd.Series(pd.arrays.ArrowExtensionArray(chunked))
+
+    def _at(self, rows: npt.NDArray[np.int64]) -> Iterator[str]:
+        for start in range(0, len(rows), SCATTERED):
+            piece = rows[start : start + SCATTERED]
+            numbers = np.searchsorted(self._starts, piece, side="right") - 1
+            places = piece - self._starts[numbers]
+            for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
+                yield self._chunks[number][place].as_py()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._mapped is not None:
+            let_go(self._mapped)
+
+
+class _TextColumn:
+    """Texts on their way into `Strings`: in memory as long as they are few, then in a file."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Any] = []
+        self._size = 0  # bytes of the arrays
+        self._file: IO[bytes] | None = None
+        self._writer: Any = None
+
+    def add(self, texts: list[str]) -> None:
+        """Append texts; all of them or, when one has half a surrogate pair, none."""
+        import pyarrow
+
+        # Memory of the C library: Arrow's own pool would keep as much again for itself.
+        pool = pyarrow.system_memory_pool()
+        made = pyarrow.array(texts, pyarrow.large_string(), memory_pool=pool)
+        self._arrays.append(made)
+        self._size += made.nbytes
+        if self._file is not None or self._size > MAPPED:
+            try:
+                self._write()
+            except OSError as error:
+                raise InputError(
+                    f"cannot write a temporary file in {tempfile.gettempdir()}: {_reason(error)}; "
+                    "make room, or set TMPDIR to a folder that has some"
+                ) from error
+
+    def _write(self) -> None:
+        import pyarrow
+
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="noiseproof-")  # noqa: SIM115
+            weakref.finalize(self, self._file.close)  # also when a bad row ends the reading
+            self._writer = pyarrow.ipc.new_stream(
+                self._file, pyarrow.schema({"text": pyarrow.large_string()})
+            )
+        for made in self._arrays:
+            self._writer.write_batch(pyarrow.record_batch([made], ["text"]))
+        self._arrays.clear()
+
+    def strings(self) -> Strings:
+        """Give the texts; nothing can be added afterwards."""
+        if self._file is None:
+            return Strings(self._arrays)
+        self._writer.close()
+        with self._file as file:
+            file.flush()
+            table, mapped = map_table(file)
+        return Strings(table.column(0).chunks, mapped)
+
+
+def map_table(file: IO[bytes]) -> tuple[Any, mmap.mmap]:
+    """Map an Arrow stream file into memory.
+
+    Returns:
+        The table (a `pyarrow.Table`) that lies in it, and the map, for `let_go`.
+    """
+    import pyarrow
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)) as stream:
+        return stream.read_all(), mapped
+
+
+def let_go(mapped: mmap.mmap) -> None:
+    """Take a file's pages out of this process's memory; each comes back when it is read."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 @dataclass(frozen=True)
 class Table:
     """A frame with what error messages need to know of where it came from."""
@@ -57,16 +266,28 @@ class Table:
     name: str
     lines: Sequence[int] | None = None  # (N,) file line where each row starts
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    texts: Mapping[str, Strings] = field(default_factory=dict)  # columns as they were read
+
+    def __len__(self) -> int:
+        """Count the rows, N."""
+        return len(self.frame)
 
     def place(self, row: int) -> str:
         """Say where the row with this position (from 0) stands, counted from 1."""
         line = "" if self.lines is None else f" (line {self.lines[row]})"
         return f"row {row + 1}{line} of {self.name}"
 
-    def cells(self, column: str) -> list[Any]:
-        """Give the column as plain Python values, `None` where there is none."""
-        values = self.frame[column].tolist()
-        return [_plain(value) for value in values]
+    def cells(self, column: str) -> Iterator[Any]:
+        """Give the column's cells as plain Python values, `None` where there is none."""
+        return iter(self.texts[column]) if column in self.texts else _cells(self.frame[column])
+
+    def strings(self, column: str) -> Strings | None:
+        """Give the column as Arrow keeps it, if it does and no cell is missing."""
+        if column in self.texts:
+            return self.texts[column]
+        chunks = _text_chunks(self.frame[column])
+        missing = chunks is None or any(chunk.null_count for chunk in chunks)
+        return None if missing else Strings(chunks or [])
 
     def require(self, column: str, purpose: str) -> None:
         """Raise unless the column exists."""
@@ -85,7 +306,8 @@ def read_table(source: Source, split: str = "train") -> DataFrame:
     """Read a table; rows keep their order.
 
     CSV and TSV cells stay text ("NA" too, an empty cell is ""), cells of JSON lines stay what they
-    are, class numbers of a `datasets.ClassLabel` column become their names.
+    are, class numbers of a `datasets.ClassLabel` column become their names. Columns of text from
+    files are kept by Arrow (`large_string[pyarrow]`).
 
     Args:
         source: A CSV, TSV, JSON lines or Parquet file, a folder written by `save_to_disk`, the
@@ -151,11 +373,14 @@ def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def write_table(frame: DataFrame, path: str | Path, *, overwrite: bool = False) -> None:
+def write_table(
+    frame: DataFrame | Iterable[DataFrame], path: str | Path, *, overwrite: bool = False
+) -> None:
     """Write a frame as CSV, TSV, JSON lines or Parquet, as the suffix says; whole or not at all.
 
     Args:
-        frame: The table; its index is not written.
+        frame: The table, or its pieces in order, at least one, which all have the same columns. The
+            index is not written.
         path: The file to write, in a folder that exists.
         overwrite: Whether a file that exists may be replaced.
 
@@ -165,16 +390,36 @@ def write_table(frame: DataFrame, path: str | Path, *, overwrite: bool = False) 
     ...     read_table(f"{folder}/t.csv")["text"].tolist()
     ['a, b', 'NA']
     """
+    import pandas as pd
+
     path = check_writable(path, overwrite=overwrite)
-    _check_unique([str(column) for column in frame.columns], f"the table for {path}")
+    pieces = iter([frame] if isinstance(frame, pd.DataFrame) else frame)
+    first = next(pieces)
+    _check_unique([str(column) for column in first.columns], f"the table for {path}")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(_encode(frame, _KINDS[path.suffix.lower()]))
+        _write(first, pieces, temporary, _KINDS[path.suffix.lower()])
         os.replace(temporary, path)
     except Exception as error:  # pyarrow has many errors for a column of mixed types
         raise InputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def array_column(values: np.ndarray) -> Any:
+    """Make a column whose cells are the rows of a matrix, without an object per row.
+
+    >>> array_column(np.array([[1, 2], [3, 4]])).tolist()
+    [[1, 2], [3, 4]]
+    """
+    import pandas as pd
+    import pyarrow
+
+    rows, width = values.shape
+    offsets = np.arange(rows + 1, dtype=np.int64) * width
+    flat = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
+    lists = pyarrow.LargeListArray.from_arrays(pyarrow.array(offsets), flat)
+    return pd.Series(pd.arrays.ArrowExtensionArray(pyarrow.chunked_array([lists])))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -272,55 +517,92 @@ def _from_file(path: Path, kind: str | None) -> Table:
         raise InputError(f"{path} is empty; expected a table with one row per example")
     if kind == "parquet":
         return _from_parquet(path)
-    text = read_utf8(path)
-    if not text.strip():
-        raise InputError(f"{path} is empty; expected a table with one row per example")
-    return _from_json_lines(path, text) if kind == "jsonl" else _from_cells(path, text, kind)
+    with _opened(path) as file:
+        if not any(map(str.strip, iter(lambda: file.read(1 << 16), ""))):
+            raise InputError(f"{path} is empty; expected a table with one row per example")
+    return _from_json_lines(path) if kind == "jsonl" else _from_delimited(path, _DELIMITERS[kind])
 
 
-def _from_cells(path: Path, text: str, kind: str) -> Table:
-    """Read CSV or TSV text with the csv module, which knows the line of a row."""
-    delimiter = _DELIMITERS[kind]
-    rows: list[list[str]] = []  # the header first
-    lines: list[int] = []
-    end = 0  # the last line of the row before
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(_LONGEST_CELL)
+@contextmanager
+def _opened(path: Path, newline: str = "") -> Iterator[IO[str]]:
+    """Open a text file as `read_utf8` reads it, but piece by piece, and complain as it does."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
+        with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError:
+        read_utf8(path)  # knows the offset
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _from_delimited(path: Path, delimiter: str) -> Table:
+    """Read CSV or TSV with the csv module, which knows the line of a row."""
+    lines = array("q")
+    columns = _Columns()
+    header: list[str] = []
+    end = 0  # the last line of the row before
+
+    def rows(file: IO[str]) -> Iterator[list[str]]:
+        nonlocal end
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         for cells in reader:
             start, end = end + 1, reader.line_num
             if not cells:  # a blank line
                 continue
-            if rows and len(cells) != len(rows[0]):
+            if not header:
+                _check_unique(cells, str(path))
+                header.extend(cells)
+                continue
+            if len(cells) != len(header):
                 raise InputError(
-                    f"row {len(rows)} (line {start}) of {path} has another number of "
-                    f"fields ({len(cells)}) than the header ({len(rows[0])}); "
+                    f"row {len(lines) + 1} (line {start}) of {path} has another number of "
+                    f"fields ({len(cells)}) than the header ({len(header)}); "
                     f"quote cells that contain {delimiter!r}"
                 )
-            rows.append(cells)
             lines.append(start)
+            yield cells
+
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with _opened(path) as file:
+            for piece in _pieces(rows(file)):
+                cells = map(list, zip(*piece, strict=True))
+                columns.add(dict(zip(header, cells, strict=True)), len(piece))
     except csv.Error as error:
-        where = f"row {len(rows)} (line {end + 1})" if rows else "the header"
+        where = f"row {len(lines) + 1} (line {end + 1})" if header else "the header"
         raise InputError(
             f"{where} of {path} has a broken quote ({error}); close each quote, and double a quote "
             "inside a quoted cell"
         ) from error
     finally:
         csv.field_size_limit(limit)
-    header, *rows = rows
-    _check_unique(header, str(path))
-    if not rows:
+    if not lines:
         raise InputError(f"{path} has a header ({shorten(header)}) but no rows")
-    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
-    return Table(_frame(columns), str(path), lines[1:])
+    return columns.table(str(path), lines)
 
 
-def _from_json_lines(path: Path, text: str) -> Table:
-    records: list[dict[str, Any]] = []
-    lines: list[int] = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines cuts inside strings
+def _from_json_lines(path: Path) -> Table:
+    lines = array("q")
+    columns = _Columns()
+    with _opened(path, newline="\n") as file:
+        for piece in _pieces(_records(path, file, lines)):
+            names = dict.fromkeys(name for record in piece for name in record)
+            columns.add(
+                {name: [record.get(name) for record in piece] for name in names}, len(piece)
+            )
+    if not columns.names:
+        raise InputError(f"the objects of {path} have no fields; expected a text and a label")
+    return columns.table(str(path), lines)
+
+
+def _records(path: Path, file: IO[str], lines: array[int]) -> Iterator[dict[str, Any]]:
+    """Read the objects of JSON lines; ``lines`` gets the number of each one's line."""
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        line = line.removesuffix("\n")
         where = f"line {number} of {path}"
         try:
             record = json.loads(line)
@@ -330,7 +612,8 @@ def _from_json_lines(path: Path, text: str) -> Table:
             at = _reason(error)
             if isinstance(error, json.JSONDecodeError):
                 at = f"{error.msg} at character {error.pos + 1}"
-            whole = "; the file looks like one JSON array" if text.lstrip()[0] == "[" else ""
+            array_like = not lines and line.lstrip()[0] == "["
+            whole = "; the file looks like one JSON array" if array_like else ""
             raise InputError(
                 f"{where} is not JSON ({at}){whole}; expected one object per line"
             ) from error
@@ -339,13 +622,8 @@ def _from_json_lines(path: Path, text: str) -> Table:
                 f"{where} holds a {type(record).__name__}, expected one object per line such as "
                 '{"text": "...", "label": "..."}'
             )
-        records.append(record)
         lines.append(number)
-    names = dict.fromkeys(name for record in records for name in record)
-    columns = {name: [record.get(name) for record in records] for name in names}
-    if not columns:
-        raise InputError(f"the objects of {path} have no fields; expected a text and a label")
-    return Table(_frame(columns), str(path), lines)
+        yield record
 
 
 def _from_parquet(path: Path) -> Table:
@@ -356,7 +634,7 @@ def _from_parquet(path: Path) -> Table:
         with pyarrow.parquet.ParquetFile(path) as file:
             table = file.read()
         _check_unique(table.column_names, str(path))
-        return Table(table.to_pandas(ignore_metadata=True), str(path))
+        return Table(_from_arrow(table), str(path))
     except InputError:
         raise
     except Exception as error:  # damaged files raise whatever the damage hits
@@ -398,7 +676,7 @@ def _from_dataset(dataset: Any, split: str, name: str) -> Table:
             raise InputError(f"{name} has no split {split!r}; splits: {shorten(list(dataset))}")
         dataset, name = dataset[split], f"{name} (split {split!r})"
     try:
-        frame = dataset.with_format(None).to_pandas()
+        frame = _from_arrow(dataset.with_format("arrow")[:])
     except Exception as error:  # pyarrow refuses some nested columns
         raise InputError(f"cannot read {name} as a table: {_reason(error)}") from error
     class_names = {
@@ -407,8 +685,7 @@ def _from_dataset(dataset: Any, split: str, name: str) -> Table:
         if isinstance(feature, datasets.ClassLabel)
     }
     for column, names in class_names.items():
-        numbers = (_plain(value) for value in frame[column].tolist())
-        frame[column] = [_class_name(number, names) for number in numbers]
+        frame[column] = [_class_name(number, names) for number in _cells(frame[column])]
     return Table(frame, name, class_names=class_names)
 
 
@@ -419,11 +696,86 @@ def _class_name(number: float | None, names: Sequence[str]) -> str | None:
     return names[int(number)] if 0 <= number < len(names) else str(int(number))
 
 
+class _Columns:
+    """Columns that grow piece by piece: those of text go into `Strings`, others stay objects."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, _TextColumn | list[Any]] = {}
+        self.rows = 0
+
+    def add(self, piece: Mapping[str, list[Any]], rows: int) -> None:
+        """Add rows; a column that is new, or that the piece has not, is None in the others."""
+        for name in {**self.names, **piece}:
+            cells = piece.get(name) or [None] * rows
+            column = self.names.setdefault(name, [None] * self.rows if self.rows else _TextColumn())
+            if isinstance(column, _TextColumn):
+                if all(type(cell) is str for cell in cells):
+                    with suppress(UnicodeEncodeError):  # half a surrogate pair
+                        column.add(cells)
+                        continue
+                column = self.names[name] = [*column.strings()]
+            column += cells
+        self.rows += rows
+
+    def table(self, name: str, lines: Sequence[int]) -> Table:
+        """Make a table whose cells stay what they are: no guessed type, no NaN for None."""
+        import pandas as pd
+
+        columns = {
+            key: column.strings() if isinstance(column, _TextColumn) else column
+            for key, column in self.names.items()
+        }
+        texts = {key: column for key, column in columns.items() if isinstance(column, Strings)}
+        series = {
+            key: column.series() if isinstance(column, Strings) else pd.Series(column, dtype=object)
+            for key, column in columns.items()
+        }
+        return Table(pd.DataFrame(series), name, lines, texts=texts)
+
+
 def _frame(columns: Mapping[str, Sequence[Any]]) -> DataFrame:
     """Make a frame whose cells stay the objects they are: no guessed type, no NaN for None."""
     import pandas as pd
 
     return pd.DataFrame({key: pd.Series(values, dtype=object) for key, values in columns.items()})
+
+
+def _from_arrow(table: Any) -> DataFrame:
+    """Make a frame of an Arrow table; its texts stay where they are."""
+    import pandas as pd
+    import pyarrow
+
+    kept = {kind: pd.ArrowDtype(kind) for kind in (pyarrow.string(), pyarrow.large_string())}
+    return table.to_pandas(ignore_metadata=True, types_mapper=kept.get)
+
+
+def _pieces(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    """Cut into lists of `PIECE` rows; the last is shorter."""
+    rest = iter(rows)
+    return iter(lambda: [*islice(rest, PIECE)], [])
+
+
+def _cells(series: Any) -> Iterator[Any]:
+    """Give the cells of a series as plain Python values, `None` where there is none."""
+    chunks = _text_chunks(series)
+    if chunks is not None:
+        yield from Strings(chunks)
+        return
+    for start in range(0, len(series), PIECE):
+        yield from map(_plain, series.iloc[start : start + PIECE].tolist())
+
+
+def _text_chunks(series: Any) -> list[Any] | None:
+    """Give the Arrow arrays of a column of text, where Arrow keeps it."""
+    import pandas as pd
+    import pyarrow
+
+    if not isinstance(series.dtype, pd.ArrowDtype | pd.StringDtype):
+        return None
+    values = pyarrow.array(series)
+    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+        return None
+    return values.chunks if isinstance(values, pyarrow.ChunkedArray) else [values]
 
 
 def _plain(value: Any) -> Any:
@@ -450,18 +802,37 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _encode(frame: DataFrame, kind: str) -> bytes:
+def _write(first: DataFrame, more: Iterable[DataFrame], path: Path, kind: str) -> None:
+    """Write a table piece by piece; the first says the columns and, for Parquet, their types."""
     if kind == "parquet":
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer, engine="pyarrow", index=False)
-        return buffer.getvalue()
-    header = [str(column) for column in frame.columns]
-    columns = [map(_plain, frame.iloc[:, place].tolist()) for place in range(len(header))]
-    rows = zip(*columns, strict=True)
-    if kind == "jsonl":
+        _write_parquet(first, more, path)
+        return
+    header = [str(column) for column in first.columns]
+    with path.open("w", encoding="utf-8", newline="") as out:
+        if kind != "jsonl":
+            out.write(_delimited(header, _DELIMITERS[kind]))
         dump = json.JSONEncoder(ensure_ascii=False, default=_jsonable).encode
-        return "".join(dump(dict(zip(header, row, strict=True))) + "\n" for row in rows).encode()
-    return "".join(_delimited(row, _DELIMITERS[kind]) for row in (header, *rows)).encode()
+        for frame in chain([first], more):
+            columns = [_cells(frame.iloc[:, place]) for place in range(len(header))]
+            for row in zip(*columns, strict=True):
+                if kind == "jsonl":
+                    out.write(dump(dict(zip(header, row, strict=True))) + "\n")
+                else:
+                    out.write(_delimited(row, _DELIMITERS[kind]))
+
+
+def _write_parquet(first: DataFrame, more: Iterable[DataFrame], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.Schema.from_pandas(first, preserve_index=False)
+    schema = schema.remove_metadata()  # pandas cannot read what it writes of a column of lists
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for frame in chain([first], more):
+            for start in range(0, max(1, len(frame)), ROW_GROUP):
+                piece = frame.iloc[start : start + ROW_GROUP]
+                writer.write_table(pyarrow.Table.from_pandas(piece, schema, preserve_index=False))
+                pyarrow.default_memory_pool().release_unused()
 
 
 def _jsonable(value: Any) -> Any:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from noiseproof.errors import InputError
+from noiseproof.tables import let_go, map_table
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
 TOKENISE_ROWS = 1000  # rows a call of the tokenizer and of the Arrow writer
@@ -30,6 +31,9 @@ class Encoded(ABC):
 
     lengths: np.ndarray
     """(N,) cost of a row, by which batches are bucketed."""
+
+    key: str = ""
+    """Digest of what the rows were encoded from; empty where there is none."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -54,17 +58,21 @@ class EncodedFeatures(Encoded):
 class EncodedTexts(Encoded):
     """Tokenised texts in a memory-mapped Arrow file; batches are padded on the fly.
 
-    The attention mask is not stored: it follows from the lengths.
+    The attention mask is not stored: it follows from the lengths. After as many rows as there are,
+    a pass, the pages that were read are let go.
     """
 
-    def __init__(self, tokens: datasets.Dataset, padding: dict[str, int], left: bool) -> None:
+    def __init__(self, path: Path, padding: dict[str, int], left: bool) -> None:
+        with path.open("rb") as file:
+            tokens, self._mapped = map_table(file)
+        padding = {name: pad for name, pad in padding.items() if name in tokens.column_names}
         self.padding = padding
         self.left = left
-        self._tokens = tokens  # keeps the memory map open
+        self._read = 0  # rows since pages were let go
         self._values: dict[str, list[np.ndarray]] = {}
         self._offsets: list[np.ndarray] = []
         for name in padding:
-            chunks = [combined for combined in tokens.data.column(name).chunks if len(combined)]
+            chunks = [chunk for chunk in tokens.column(name).chunks if len(chunk)]
             self._values[name] = [chunk.values.to_numpy() for chunk in chunks]  # no copy
             self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
@@ -87,6 +95,10 @@ class EncodedTexts(Encoded):
             mask[place, span] = 1
             for name, table in tables.items():
                 table[place, span] = self._values[name][chunk][start:stop]
+        self._read += len(rows)
+        if self._read >= len(self):
+            self._read = 0
+            let_go(self._mapped)
         tensors = {name: torch.from_numpy(table) for name, table in tables.items()}
         return tensors | {"attention_mask": torch.from_numpy(mask)}
 
@@ -122,11 +134,16 @@ class TextClassification(Task):
         """
         limit = min(self.max_length, int(self.tokenizer.model_max_length))
         key = _key(texts, pairs, self.tokenizer, limit)
-        tokens = _tokenised(cache_folder() / "tokens" / key, texts, pairs, self.tokenizer, limit)
-        padding = {"input_ids": int(self.tokenizer.pad_token_id or 0)}
-        if "token_type_ids" in tokens.column_names:
-            padding["token_type_ids"] = int(self.tokenizer.pad_token_type_id)
-        return EncodedTexts(tokens, padding, left=self.tokenizer.padding_side == "left")
+        path = cache_folder() / "tokens" / f"{key}.arrow"
+        if not path.exists():
+            _tokenise(path, texts, pairs, self.tokenizer, limit)
+        padding = {
+            "input_ids": int(self.tokenizer.pad_token_id or 0),
+            "token_type_ids": int(self.tokenizer.pad_token_type_id),
+        }
+        encoded = EncodedTexts(path, padding, left=self.tokenizer.padding_side == "left")
+        encoded.key = key
+        return encoded
 
 
 def cache_folder() -> Path:
@@ -159,40 +176,50 @@ def _key(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, limi
     return digest.hexdigest()[:32]
 
 
-def _tokenised(
-    folder: Path,
+def _tokenise(
+    path: Path,
     texts: Sequence[str],
     pairs: Sequence[str] | None,
     tokenizer: Any,
     limit: int,
-) -> datasets.Dataset:
-    """The token table of these texts, written on first use and then memory-mapped."""
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
+) -> None:
+    """Write the token table of these texts as an Arrow stream, whole or not at all."""
+    import pyarrow
 
-    path = folder.with_suffix(".arrow")
-    if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with ArrowWriter(path=str(partial)) as writer:
-                for start in range(0, len(texts), TOKENISE_ROWS):
-                    stop = start + TOKENISE_ROWS
-                    second = None if pairs is None else list(pairs[start:stop])
-                    encoded = tokenizer(
-                        list(texts[start:stop]), second, truncation=True, max_length=limit
-                    )
-                    writer.write_batch(
-                        {name: ids for name, ids in encoded.items() if name != "attention_mask"}
-                    )
-                writer.finalize()
-            os.replace(partial, path)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the token cache {path.parent}: {error.strerror or error}; "
-                "set NOISEPROOF_CACHE to a folder that can be written"
-            ) from error
-        finally:
-            with suppress(OSError):
-                partial.unlink()
-    return datasets.Dataset.from_file(str(path))
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    kinds = {"input_ids": pyarrow.uint16() if largest < 1 << 16 else pyarrow.int32()}
+    if "token_type_ids" in tokenizer(texts[0], None if pairs is None else pairs[0]):
+        kinds["token_type_ids"] = pyarrow.uint8()
+    schema = pyarrow.schema({name: pyarrow.list_(kind) for name, kind in kinds.items()})
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            for start in range(0, len(texts), TOKENISE_ROWS):
+                stop = start + TOKENISE_ROWS
+                second = None if pairs is None else list(pairs[start:stop])
+                encoded = tokenizer(
+                    list(texts[start:stop]), second, truncation=True, max_length=limit
+                )
+                columns = [_lists(encoded[name], kind) for name, kind in kinds.items()]
+                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the token cache {path.parent}: {error.strerror or error}; "
+            "set NOISEPROOF_CACHE to a folder that can be written"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _lists(rows: list[list[int]], kind: Any) -> Any:
+    """Make an Arrow column of lists of numbers of this Arrow type."""
+    import pyarrow
+
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.fromiter(chain.from_iterable(rows), np.int64, ends[-1])
+    return pyarrow.ListArray.from_arrays(
+        pyarrow.array(ends), pyarrow.array(values.astype(kind.to_pandas_dtype()))
+    )

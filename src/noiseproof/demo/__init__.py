@@ -8,7 +8,8 @@ from pathlib import Path
 
 from noiseproof.engine import TrainSettings
 from noiseproof.errors import InputError
-from noiseproof.job import Job, run_job
+from noiseproof.finetune import run_job
+from noiseproof.job import Job
 from noiseproof.loop import Progress
 from noiseproof.methods import CleaR, CrossEntropy
 

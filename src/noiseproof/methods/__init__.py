@@ -16,18 +16,22 @@ from noiseproof.methods.baselines import (
     SmallLoss,
 )
 from noiseproof.methods.clear import CleaR
+from noiseproof.methods.nmtune import NMTune
+from noiseproof.methods.turn import TURN
 
 __all__ = [
     "ELR",
     "GCE",
     "METHODS",
     "SCE",
+    "TURN",
     "Bootstrapping",
     "CleaR",
     "CoTeaching",
     "CrossEntropy",
     "ForwardCorrection",
     "LabelSmoothing",
+    "NMTune",
     "SmallLoss",
     "find_method",
 ]
@@ -36,6 +40,8 @@ METHODS: dict[str, type[Method]] = {
     method.__name__: method
     for method in (
         CleaR,
+        TURN,
+        NMTune,
         CrossEntropy,
         LabelSmoothing,
         GCE,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noiseproof.losses import (
@@ -21,6 +20,7 @@ from noiseproof.losses import (
     early_learning_regularizer,
     generalized_cross_entropy,
     label_smoothing,
+    marginal_cross_entropy,
     symmetric_cross_entropy,
 )
 from noiseproof.method import (
@@ -33,9 +33,10 @@ from noiseproof.method import (
     require,
     require_range,
 )
-from noiseproof.models import PLAIN_TUNING, set_dropout, tune_model
+from noiseproof.mixture import LossMixture, fit_loss_mixture
+from noiseproof.models import PLAIN_TUNING, set_dropout, tune_model, virtual_tokens
 from noiseproof.noise import load_transition
-from noiseproof.selection import LossMixture, estimate_transition, fit_loss_mixture, lowest
+from noiseproof.selection import estimate_transition, lowest
 
 LEARNING_RATES = {"full": 5e-5, "head": 5e-3, "adapter": 2e-3}  # ours: docs/results/foundation.md
 
@@ -73,6 +74,11 @@ class Tuned(Method):
 
     def check(self) -> None:
         """Check the settings of one method."""
+
+    @property
+    def reserved_tokens(self) -> int:
+        """What prompts put before every text."""
+        return virtual_tokens(self.tune)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Make trainable what ``tune`` names."""
@@ -277,8 +283,8 @@ class ForwardCorrection(Tuned):
         logits = logits_of(model, batch)
         if "likelihood" not in batch.columns:
             return cross_entropy(logits, batch.labels).mean()
-        chance = batch.columns["likelihood"].clamp_min(1e-6).log()  # (B, C)
-        return -torch.logsumexp(F.log_softmax(logits, dim=1) + chance, dim=1).mean()
+        likelihood = batch.columns["likelihood"].clamp_min(1e-6)  # (B, C), nothing is impossible
+        return marginal_cross_entropy(logits, likelihood).mean()
 
 
 def _matrix(given: str | tuple[tuple[float, ...], ...], num_classes: int) -> Tensor:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,9 +45,17 @@ from noiseproof.method import (
     require,
     require_range,
 )
-from noiseproof.models import encoder_layers, set_dropout, tune_model
-from noiseproof.selection import LossMixture, fit_loss_mixture
+from noiseproof.mixture import LossMixture, fit_loss_mixture
+from noiseproof.models import (
+    HeadOnly,
+    encoder_layers,
+    encoder_of,
+    feature_position,
+    set_dropout,
+    tune_model,
+)
 
+FROZEN_BYTES = 2**30  # the backbone's features of all rows may take this much
 SALT_TRAIN, SALT_SCORE, SALT_EVAL, SALT_STEP = 11, 12, 13, 14
 
 
@@ -89,6 +97,7 @@ class Routing:
         self.unit = unit
         self.gate: Tensor | None = None  # (B, L); None is all open
         self.pending = False
+        self.frozen: Tensor | None = None  # (N, D, 2), see CleaR._logits; empty where impossible
         self._table: tuple[tuple[int, ...], Tensor] | None = None
 
     def set(self, gate: Tensor | None) -> None:
@@ -386,8 +395,7 @@ class CleaR(Method):
         routed = run.epoch >= self.warmup_epochs
         if routed and not self.dropout_after_warmup and run.model.training:
             run.model.eval()
-        routing_of(run).set(self._train_gates(batch, run, routed))
-        logits = logits_of(model, batch)  # (B, C)
+        logits = self._logits(model, batch, run, self._train_gates(batch, run, routed))  # (B, C)
         if self._records:
             run.write("train_logits", batch, logits)
             run.write("recorded", batch, torch.ones(len(batch.rows)))
@@ -456,6 +464,52 @@ class CleaR(Method):
             rate = rate * batch.columns["clean_prob"]
         return self._gates(run, batch.rows, rate, not follows, SALT_TRAIN, run.epoch, run.step)
 
+    def _logits(self, model: nn.Module, batch: Batch, run: Run, gate: Tensor | None) -> Tensor:
+        """Logits (B, C) at these gates (B, L).
+
+        A row whose gates are all closed sees the frozen backbone and nothing else. Its features
+        never change, so they are computed once for the whole run and only the head runs.
+        """
+        routing = routing_of(run)
+        closed = torch.zeros(0) if gate is None else (gate == 0).all(dim=1)  # (B,)
+        some = bool(closed.any()) and not bool(closed.all())  # none open: no gradient, not zero
+        if gate is None or not some or not self._bypass(model, run, batch):
+            routing.set(gate)
+            return logits_of(model, batch)
+        assert routing.frozen is not None
+        features = routing.frozen[batch.rows[closed.cpu()]].to(closed.device)
+        bypassed: Tensor = HeadOnly(run.model)(features).logits.float()
+        logits = bypassed.new_empty(len(closed), bypassed.shape[1])
+        routing.set(gate[~closed])
+        inputs = {name: tensor[~closed] for name, tensor in batch.inputs.items()}
+        logits[closed] = bypassed
+        logits[~closed] = logits_of(model, replace(batch, inputs=inputs))
+        return logits
+
+    def _bypass(self, model: nn.Module, run: Run, batch: Batch) -> bool:
+        """Whether the backbone's features of closed rows are known; computed on first need.
+
+        They are exact only without dropout in the encoder. A model that is wrapped for several
+        processes must be called whole in every step.
+        """
+        routing = routing_of(run)
+        still = self.dropout == 0 or not self.dropout_after_warmup
+        if run.encode is None or model is not run.model or not still:
+            return False
+        if routing.frozen is None:
+            routing.frozen = torch.empty(0)
+            some = {name: tensor[:4] for name, tensor in batch.inputs.items()}
+            position = feature_position(run.model, some) if only_lora_trains(run.model) else None
+            width = int(getattr(run.model.config, "hidden_size", 0))
+            if position is not None and len(run.labels) * width * 8 <= FROZEN_BYTES:
+                device = batch.labels.device
+
+                def close(rows: Tensor) -> None:
+                    routing.gate = torch.zeros(len(rows), routing.layers, device=device)
+
+                routing.frozen = run.encode(position, before_batch=close)
+        return len(routing.frozen) > 0
+
     def _gates(
         self, run: Run, rows: Tensor, rate: Tensor, free: bool, salt: int, epoch: int, step: int
     ) -> Tensor:
@@ -502,6 +556,12 @@ class CleaR(Method):
 
         prepared: BeforeBatch = before_batch
         return run.predict(before_batch=prepared)
+
+
+def only_lora_trains(model: nn.Module) -> bool:
+    """Whether nothing inside the encoder trains but LoRA."""
+    _, encoder = encoder_of(model)
+    return all("lora_" in name for name, part in encoder.named_parameters() if part.requires_grad)
 
 
 def routing_of(run: Run) -> Routing:

@@ -1,0 +1,221 @@
+"""The main job: from a table with doubtful labels to a model, a list of suspects and a record.
+
+read -> (noise) -> split -> encode -> train -> predict the training rows
+-> model/, samples.parquet, suspects.csv, history.csv, record.json
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noiseproof.checkpoint import Interrupted, Stopwatch
+from noiseproof.errors import InputError
+from noiseproof.job import Job
+from noiseproof.loop import Outcome, Progress, train
+from noiseproof.method import Method, Run
+from noiseproof.methods import find_method
+from noiseproof.models import save_model
+from noiseproof.prediction import Predictor, predict_logits
+from noiseproof.preparation import Prepared
+from noiseproof.record import (
+    RunRecord,
+    clear_run,
+    peak_memory_mb,
+    prepare_folder,
+    same_data,
+)
+from noiseproof.results import (
+    detection_metrics,
+    sample_table,
+    set_metrics,
+    test_metrics,
+    truth_metrics,
+    write_results,
+)
+from noiseproof.tasks import Encoded
+
+
+@dataclass
+class FitResult:
+    """What `fit` returns: the record, and what is in memory anyway.
+
+    Attributes:
+        record: As written to ``record.json``.
+        history: One row per stage and epoch.
+        samples: One row per training row (a DataFrame), as written to ``samples.parquet``.
+        predictor: The deployed model, ready to label texts.
+        folder: The run's folder, when there is one.
+    """
+
+    record: RunRecord
+    history: list[dict[str, Any]]
+    samples: Any
+    predictor: Predictor
+    folder: Path | None
+
+
+def fit(
+    data: Any,
+    *,
+    method: Method | str = "CleaR",
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Fine-tune a pre-trained model on labels that may be wrong.
+
+    Args:
+        data: Training rows, see `Job`.
+        method: A method object or its name (its default settings).
+        out: Folder of the run; None keeps everything in memory.
+        resume: Continue the run in ``out`` from its last checkpoint.
+        overwrite: Replace what is in ``out``.
+        report: Called after every step and epoch.
+        **settings: Fields of `Job`.
+
+    Raises:
+        InputError: The data or a setting is wrong; one line says what, where and what to do.
+        Interrupted: SIGINT or SIGTERM; with ``out``, ``resume=True`` continues.
+
+    Example:
+        >>> import noiseproof
+        >>> result = noiseproof.fit("tickets.csv", label="intent")  # doctest: +SKIP
+        >>> result.record.metrics["test_accuracy"]  # doctest: +SKIP
+    """
+    chosen = find_method(method)() if isinstance(method, str) else method
+    try:
+        job = Job(data, method=chosen, **settings)
+    except TypeError as error:
+        raise InputError(f"fit: {error}") from error
+    return run_job(job, out=out, resume=resume, overwrite=overwrite, report=report)
+
+
+def run_job(
+    job: Job,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Callable[[Progress], None] | None = None,
+    labels: Mapping[str, str] | None = None,
+    search: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Run a job; see `fit`.
+
+    ``labels`` are the names that a grid gives it, ``search`` says how its settings were found; both
+    are for the record alone.
+    """
+    from accelerate import PartialState
+
+    watch = Stopwatch()
+    state = PartialState(cpu=job.train.device == "cpu")
+    folder = Path(out).expanduser() if out is not None else None
+    record = RunRecord(job.spec(), labels=dict(labels or {}), search=dict(search or {}))
+    main = state.is_main_process
+    earlier = None
+    if folder is not None and main:
+        earlier = prepare_folder(folder, record, resume=resume, overwrite=overwrite)
+    state.wait_for_everyone()
+    prepared = Prepared(job)
+    prepared.describe(record)
+    if earlier is not None:
+        same_data(earlier, record, folder)
+    elif folder is not None and main and overwrite:  # not before the new data are known to be good
+        clear_run(folder)
+    measure = _Measure(prepared)
+    try:
+        if folder is not None and main:
+            record.write(folder)
+        outcome = train(
+            job.method,
+            prepared.model,
+            prepared.encoded,
+            torch.from_numpy(prepared.data.labels),
+            prepared.num_classes,
+            job.train,
+            measure=measure,
+            checkpoints=None if folder is None else folder / "checkpoints",
+            resume=resume,
+            report=report,
+            tracking_folder=None if folder is None else str(folder),
+            watch=watch,
+        )
+        samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
+        _conclude(record, prepared, outcome, samples, measure)
+        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.text)
+        if folder is not None and main:
+            model: Any = outcome.model
+            if job.merge and hasattr(model, "merge_and_unload"):
+                predictor.model = model.merge_and_unload()
+            save_model(predictor.model, prepared.task.tokenizer, folder / "model")
+            write_results(folder, outcome.history, samples, prepared)
+        record.status = "done"
+    except Exception as error:
+        record.status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        record.error = " ".join(str(error).split()) or type(error).__name__
+        raise
+    finally:
+        record.timings |= watch.seconds()
+        if folder is not None and main:
+            record.write(folder)
+    if folder is not None and main:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    state.wait_for_everyone()
+    return FitResult(record, outcome.history, samples, predictor, folder)
+
+
+class _Measure:
+    """What is measured at the end of every epoch."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.sets = {name: prepared.encode(rows) for name, rows in prepared.sets.items()}
+        self.logits: dict[str, Tensor] = {}
+
+    def __call__(self, predict_on: Callable[[Encoded], Tensor], run: Run) -> Mapping[str, Any]:
+        """Numbers of one history row; training rows are predicted only if the truth is known."""
+        self.logits = {name: predict_on(encoded) for name, encoded in self.sets.items()}
+        row = set_metrics(self.prepared, self.logits)
+        if self.prepared.wrong is None:
+            return row
+        return row | truth_metrics(self.prepared, run.predict(), run.columns.get("loss"))
+
+
+def _conclude(
+    record: RunRecord, prepared: Prepared, outcome: Outcome, samples: Any, measure: _Measure
+) -> None:
+    """Put into the record what came out."""
+    record.model = {
+        "name": prepared.job.model,
+        "class": type(prepared.model).__name__,
+        "parameters": prepared.parameters,
+        "trained_parameters": outcome.trainable,
+        "precision": outcome.precision,
+        "device": str(next(outcome.model.parameters()).device),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    record.timings |= outcome.seconds
+    record.peak_memory_mb = peak_memory_mb()
+    last = outcome.history[-1 if outcome.best_epoch is None else outcome.best_epoch]
+    names = ("memorization", "clean_fit", "recovery", "validation_accuracy")
+    record.metrics = {name: last[name] for name in names if name in last}
+    if "test" in measure.sets:
+        logits = measure.logits.get("test")
+        other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
+        if logits is None or other:  # resumed at the end, other weights or another network
+            logits = predict_logits(outcome.model, measure.sets["test"], prepared.job.train)
+        curve = [row["test_accuracy"] for row in outcome.history if "test_accuracy" in row]
+        test_metrics(record, prepared, logits, curve)
+    detection_metrics(
+        record, prepared, samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
+    )

@@ -1,0 +1,207 @@
+"""From files to encoded rows: read, draw a sample, inject noise, split, encode."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noiseproof.data import (
+    Examples,
+    read_examples,
+    read_label_names,
+    read_table,
+    read_texts,
+    stratified_sample,
+    stratified_split,
+)
+from noiseproof.engine import Engine, TrainSettings, derive_seed
+from noiseproof.job import Job
+from noiseproof.models import count_parameters, load_text_classifier, mean_pooled
+from noiseproof.noise import Corruption, parse_noise
+from noiseproof.record import RunRecord, versions
+from noiseproof.tasks import Encoded, TextClassification
+
+
+class Prepared:
+    """The data, task and model of one job. True labels live here and go no further.
+
+    Attributes:
+        job: What was asked for.
+        data: Training rows with their given labels, noise included.
+        sets: ``test`` and ``validation`` where there are any: examples.
+        encoded: The training rows, encoded; `encode` gives the other sets.
+        model: The pre-trained model with a fresh head.
+        task: How texts are encoded.
+        parameters: Of the model.
+        corruption: What the injected noise did, if there was any.
+        seeds: Seeds of noise, initialisation and order.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        train = job.train
+        self.seeds = {
+            "noise": train.seed if job.noise_seed is None else job.noise_seed,
+            "init": train.seed if train.init_seed is None else train.init_seed,
+            "order": train.seed if train.order_seed is None else train.order_seed,
+        }
+        self.sets: dict[str, Examples] = {}
+        data = self._read()
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(self.seeds["init"], "head"))
+            self.model, tokenizer = load_text_classifier(
+                job.model, data.label_names, reserved_tokens=job.method.reserved_tokens
+            )
+        self.parameters = count_parameters(self.model.parameters())
+        self.task = TextClassification(tokenizer, train.max_length)
+        self.corruption: Corruption | None = None
+        data = self._corrupt(data)
+        if job.test is not None and job.test_share is None:
+            self.sets["test"] = self._read_other(job.test, "test", data.label_names)
+        if job.validation_share is not None:
+            rest, split = stratified_split(
+                data.labels, job.validation_share, derive_seed(train.seed, "validation")
+            )
+            self.sets["validation"], data = data.select(split), data.select(rest)
+        elif job.validation is not None:
+            self.sets["validation"] = self._read_other(
+                job.validation, "validation", data.label_names
+            )
+        self.data = data
+        self.encoded = self.encode(data)
+
+    @property
+    def wrong(self) -> np.ndarray | None:
+        """Which training rows are labelled wrongly (N,) bool; None where the truth is unknown."""
+        clean = self.data.clean_labels
+        return None if clean is None else self.data.labels != clean
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, C."""
+        return len(self.data.label_names)
+
+    def encode(self, examples: Examples) -> Encoded:
+        """Encode rows for the model, in order."""
+        return self.task.encode(examples.texts, examples.text_pairs)
+
+    def describe(self, record: RunRecord) -> None:
+        """Put into the record what is known before training."""
+        data = self.data
+        record.seeds = dict(self.seeds)
+        record.data = {
+            "rows": len(data),
+            **{f"{name}_rows": len(examples) for name, examples in self.sets.items()},
+            "classes": self.num_classes,
+            "label_names": list(data.label_names),
+            "dropped": data.dropped,
+            "validation": self.job.validation_kind,
+            "fingerprint": data.fingerprint,
+        }
+        if self.corruption is not None:
+            record.noise = {
+                "spec": self.corruption.spec,
+                "seed": self.corruption.seed,
+                "injected_rate": self.corruption.noise_rate,
+                "transition": self.corruption.transition.tolist(),
+            }
+        if self.wrong is not None:
+            record.noise["noise_rate"] = float(self.wrong.mean())
+        record.versions = versions()
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _read(self) -> Examples:
+        job = self.job
+        data = read_examples(
+            job.data,
+            text=job.text,
+            label=job.label,
+            clean_label=job.clean_label,
+            row_id=job.row_id,
+            drop_label=job.drop_label,
+            label_names=read_label_names(job.label_names) if job.label_names else None,
+            split=job.split,
+        )
+        if job.test_share is not None:
+            seed = derive_seed(job.train.seed, "test")
+            rest, split = stratified_split(data.labels, job.test_share, seed)
+            test, data = data.select(split), data.select(rest)
+            true = test.labels if test.clean_labels is None else test.clean_labels
+            self.sets["test"] = test.with_labels(true)
+        if job.sample is None:
+            return data
+        seed = derive_seed(job.train.seed, "rows")
+        return data.select(stratified_sample(data.labels, job.sample, seed))
+
+    def _read_other(self, source: Any, role: str, names: Sequence[str]) -> Examples:
+        """Rows of another file; test rows count by the true label where there is one."""
+        job, label = self.job, self.job.label
+        clean = role == "test" or job.validation_labels == "clean"
+        if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
+            label = job.clean_label
+        return read_examples(
+            source, text=job.text, label=label, label_names=names, split=role, role=role
+        )
+
+    def _corrupt(self, data: Examples) -> Examples:
+        noise = parse_noise(self.job.noise)
+        if noise is None:
+            return data
+        features, pool = None, None
+        if noise.needs_features:
+            features = frozen_features(self.model, self.encode(data), self.job.train)
+        if noise.needs_pool:
+            assert self.job.noise_pool is not None
+            pool = read_texts(self.job.noise_pool, self.job.text)
+        self.corruption = corruption = noise.apply(
+            data.labels,
+            len(data.label_names),
+            self.seeds["noise"],
+            features=features,
+            pool_size=None if pool is None else len(pool[0]),
+        )
+        known = data.clean_labels is not None
+        data = data.with_labels(corruption.labels, old_are_clean=not known)
+        if pool is None:
+            return data
+        return replace_texts(data, corruption.extras["replacement"], *pool)
+
+
+def replace_texts(
+    data: Examples, replacement: np.ndarray, texts: Sequence[str], pairs: Sequence[str] | None
+) -> Examples:
+    """Put rows of a foreign pool in the place of the marked rows; -1 leaves a row as it is.
+
+    No class is right for a foreign row: its true class number is -1.
+    """
+    new_texts = list(data.texts)
+    new_pairs = None if data.text_pairs is None else list(data.text_pairs)
+    foreign = replacement >= 0  # (N,)
+    for row in np.flatnonzero(foreign):
+        new_texts[row] = texts[replacement[row]]
+        if new_pairs is not None and pairs is not None:
+            new_pairs[row] = pairs[replacement[row]]
+    clean = data.labels if data.clean_labels is None else data.clean_labels
+    return dataclasses.replace(
+        data, texts=new_texts, text_pairs=new_pairs, clean_labels=np.where(foreign, -1, clean)
+    )
+
+
+def frozen_features(
+    model: torch.nn.Module, encoded: Encoded, settings: TrainSettings
+) -> np.ndarray:
+    """Mean-pooled features of the pre-trained encoder (N, D)."""
+    engine = Engine(settings)
+    model.to(engine.device).eval()
+
+    def pooled(inputs: dict[str, Tensor]) -> Tensor:
+        return mean_pooled(model, inputs)
+
+    with torch.no_grad():
+        return engine.compute(encoded, pooled).numpy()

@@ -1,0 +1,242 @@
+"""What is measured of runs, and runs by setting and method: the numbers of a comparison."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from noiseproof.errors import InputError, unknown_name
+from noiseproof.report.runs import PLACES, Found, Group, LeftOut, Run, as_number, natural
+from noiseproof.statistics import Difference, compare, recovered_gap
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run that is averaged over seeds.
+
+    Attributes:
+        title: Head of its column.
+        meaning: What it is and how it is computed.
+        of: Takes it from a run.
+        better: 1 where more is better, -1 where less is, 0 where neither.
+        share: Whether it is shown in percent.
+    """
+
+    title: str
+    meaning: str
+    of: Callable[[Run], float | None]
+    better: int = 0
+    share: bool = True
+
+
+def metric(name: str) -> Callable[[Run], float | None]:
+    """Takes a metric from a run."""
+    return lambda run: run.metric(name)
+
+
+def last_epoch(run: Run) -> float | None:
+    """Test accuracy in the last row of the history; of a run without one, the metric."""
+    curve = run.curve("test_accuracy")
+    if curve:
+        return as_number(curve[-1])
+    return None if run.setting("train.select") == "best" else run.metric("test_accuracy")
+
+
+def cpu_minutes(run: Run) -> float | None:
+    """CPU time of a run in minutes."""
+    seconds = run.timing("cpu_s")
+    return None if seconds is None else seconds / 60
+
+
+ACCURACY = Measure(
+    "Last epoch", "Test accuracy after the last epoch.", metric("test_accuracy"), better=1
+)
+CHOSEN = Measure(
+    "Deployed",
+    "Test accuracy of the deployed model: of the epoch that validation chose, else of the last.",
+    metric("test_accuracy"),
+    better=1,
+)
+LAST = Measure("Last epoch", "Test accuracy after the last epoch.", last_epoch)
+OTHERS = (
+    Measure(
+        "Best epoch (oracle)",
+        "Highest test accuracy of all epochs. The test labels chose the epoch, so this is a bound "
+        "and no result.",
+        metric("test_accuracy_best"),
+    ),
+    Measure("Macro F1", "F1 averaged over the classes, on the test set.",
+            metric("test_macro_f1"), better=1),
+    Measure("ECE", "Calibration error on the test set: mean gap of confidence and accuracy, "
+            "15 bins.", metric("test_ece"), better=-1),
+    Measure("Memorised", "Wrongly labelled training rows predicted as their wrong label.",
+            metric("memorization"), better=-1),
+    Measure("Clean fit", "Rightly labelled training rows predicted as their label.",
+            metric("clean_fit")),
+    Measure("AUROC", "How well the score of a row tells wrong labels from right ones; 50 is "
+            "chance.", metric("detection_auroc"), better=1),
+    Measure("AP", "Average precision of finding wrong labels; chance is the noise rate.",
+            metric("detection_ap"), better=1),
+    Measure("CPU min", "Processor time of one run.", cpu_minutes, share=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs by setting and method."""
+
+    found: Found
+    baseline: str | None
+
+    @cached_property
+    def cells(self) -> dict[Group, dict[str, list[Run]]]:
+        """Finished runs by setting, then by method; methods without one have an empty list."""
+        known = [(run, True) for run in self.found.runs]
+        known += [
+            (left.run, False) for left in self.found.left_out if unfinished(left) and left.run
+        ]
+        cells: dict[Group, dict[str, list[Run]]] = {}
+        for run, done in sorted(known, key=lambda item: _order(item[0].group)):
+            runs = cells.setdefault(run.group, {}).setdefault(run.row, [])
+            if done:
+                runs.append(run)
+        return cells
+
+    @cached_property
+    def rows(self) -> list[str]:
+        """All methods, the baseline first."""
+        names = sorted({row for cells in self.cells.values() for row in cells}, key=natural)
+        return sorted(names, key=lambda name: name != self.baseline)
+
+    @cached_property
+    def styles(self) -> dict[str, int]:
+        """Number of the colour of each method; the baseline is grey."""
+        first = 0 if self.baseline in self.rows else 1
+        return {row: index + first for index, row in enumerate(self.rows)}
+
+    @cached_property
+    def measures(self) -> list[Measure]:
+        """What is known of at least one run."""
+        runs = self.found.runs
+        chosen = any(run.setting("train.select") == "best" for run in runs)
+        head = [CHOSEN, LAST] if chosen else [ACCURACY]
+        return [m for m in (*head, *OTHERS) if any(m.of(run) is not None for run in runs)]
+
+    def name(self, group: Group, *, short: bool = False) -> str:
+        """What a setting is called: its data and noise, and what else differs between settings.
+
+        The short name leaves out what all settings have in common.
+        """
+        parts = []
+        for index, place in enumerate(PLACES):
+            value = group[index]
+            varies = len({other[index] for other in self.cells}) > 1
+            if short and not varies:
+                continue
+            if place in ("data", "noise"):
+                parts.append("no added noise" if (place, value) == ("noise", "none") else value)
+            elif place == "validation":
+                if varies or value != "none":
+                    parts.append(f"{value} validation")
+            elif varies and value:
+                parts.append(value)
+        return " · ".join(parts)
+
+    def values(self, group: Group, row: str, of: Callable[[Run], float | None]) -> dict[str, float]:
+        """A measure by seed."""
+        runs = self.cells.get(group, {}).get(row, [])
+        return {run.seed: value for run in runs if (value := of(run)) is not None}
+
+    def difference(self, group: Group, row: str) -> Difference | None:
+        """Test accuracy against the baseline, seed by seed."""
+        if self.baseline is None or row == self.baseline:
+            return None
+        of = ACCURACY.of
+        return compare(self.values(group, row, of), self.values(group, self.baseline, of))
+
+    def recovered(self, group: Group, row: str) -> float | None:
+        """Recovered gap of the means over the seeds that method, plain and clean runs share."""
+        clean = self.clean(group)
+        if self.baseline is None or clean is None or clean == group:
+            return None
+        of = ACCURACY.of
+        method = self.values(group, row, of)
+        plain, best = self.values(group, self.baseline, of), self.values(clean, self.baseline, of)
+        seeds = method.keys() & plain.keys() & best.keys()
+        if not seeds:
+            return None
+        means = [fmean(v[s] for s in seeds) for v in (method, plain, best)]
+        return recovered_gap(*means)
+
+    def runs(self, group: Group) -> list[Run]:
+        """All finished runs of a setting."""
+        return [run for found in self.cells[group].values() for run in found]
+
+    def clean(self, group: Group) -> Group | None:
+        """The same setting with right labels: no noise was added, and none is known of.
+
+        It may stand in another part of the grid, with as many rows and epochs.
+        """
+        same = [index for index, place in enumerate(PLACES) if place not in ("noise", "part")]
+        for other in sorted(self.cells, key=lambda other: other[:2] != group[:2]):
+            runs = self.runs(other)
+            if runs and all(map(_clean, runs)) and all(other[i] == group[i] for i in same):
+                sizes = [{_size(run) for run in found} for found in (runs, self.runs(group))]
+                if sizes[0] & sizes[1]:
+                    return other
+        return None
+
+
+def choose_baseline(found: Found, asked: str | None) -> tuple[str | None, str]:
+    """The method that others are compared with, and why it is that one.
+
+    Raises:
+        InputError: The one that was asked for is not there.
+    """
+    names = {run.row: run for run in found.runs}
+    if asked is not None and asked not in names:
+        raise InputError(unknown_name("baseline", asked, sorted(names, key=natural)))
+    if asked is not None:
+        return asked, "as asked for"
+    told = found.grid.get("baseline")
+    if told in names:
+        return told, "as the grid says"
+    plain = [name for name, run in names.items() if _method_name(run) == "CrossEntropy"]
+    if told or not plain or len(names) < 2:
+        why = f"{told}, the baseline of the grid, has no finished run" if told else ""
+        return None, why
+    runs = Counter(run.row for run in found.runs)
+    return min(plain, key=lambda name: (-runs[name], len(name), name)), "plain fine-tuning"
+
+
+def noise_rate(run: Run) -> float | None:
+    """Share of wrong training labels: against the truth where it is known, else as injected."""
+    known = as_number(run.record.noise.get("noise_rate"))
+    return as_number(run.record.noise.get("injected_rate")) if known is None else known
+
+
+def unfinished(left: LeftOut) -> bool:
+    """Whether a run that was left out belongs into a table: it has not finished."""
+    return left.run is not None and left.status not in ("copy", "clash")
+
+
+def _clean(run: Run) -> bool:
+    """Whether a run had right labels, as far as it is known."""
+    return run.setting("noise") in (None, "none") and not noise_rate(run)
+
+
+def _order(group: Group) -> list[object]:
+    """Key that sorts settings: those without noise first."""
+    return [natural("" if name == "none" else name) for name in group]
+
+
+def _size(run: Run) -> tuple[object, object]:
+    """Rows and epochs."""
+    return run.record.data.get("rows"), run.setting("train.epochs")
+
+
+def _method_name(run: Run) -> str:
+    return str(run.setting("method.name") or run.setting("method") or "")

@@ -1,0 +1,148 @@
+"""What a run measures and leaves behind: history numbers, sample table, record, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noiseproof import metrics
+from noiseproof.losses import cross_entropy
+from noiseproof.mixture import LossMixture, fit_loss_mixture
+from noiseproof.preparation import Prepared
+from noiseproof.record import RunRecord, write_history
+from noiseproof.tables import write_table
+
+CONFUSION_CLASSES = 200  # larger matrices stay out of the record
+SHOWN = ("row_id", "label", "suggested_label", "confidence", "clean_prob", "loss", "suspicious")
+
+
+def set_metrics(prepared: Prepared, logits: Mapping[str, Tensor]) -> dict[str, float]:
+    """Accuracy and macro-F1 of the test and validation sets, from their logits (N, C)."""
+    row = {}
+    for name, scores in logits.items():
+        labels = prepared.sets[name].labels
+        measured = metrics.classification_metrics(scores, labels, prepared.num_classes)
+        row[f"{name}_accuracy"] = measured["accuracy"]
+        row[f"{name}_macro_f1"] = measured["macro_f1"]
+    return row
+
+
+def truth_metrics(prepared: Prepared, logits: Tensor, loss: Tensor | None) -> dict[str, Any]:
+    """What a model does with the wrong rows, where they are known.
+
+    Args:
+        prepared: Holds the given and the true labels.
+        logits: Of the training rows (N, C).
+        loss: Score by which rows are suspected (N,); None takes the loss of the logits.
+    """
+    clean, given = prepared.data.clean_labels, prepared.data.labels
+    if clean is None:
+        return {}
+    predicted = logits.argmax(dim=1).numpy()
+    score = cross_entropy(logits, torch.from_numpy(given)) if loss is None else loss
+    return {
+        "memorization": metrics.memorization(predicted, given, clean),
+        "clean_fit": metrics.clean_fit(predicted, given, clean),
+        "recovery": metrics.recovery(predicted, given, clean),
+        "detection_auroc": metrics.detection(score.numpy(), given != clean)["auroc"],
+    }
+
+
+def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tensor]) -> Any:
+    """One row per training row: id, labels, columns, verdict (a DataFrame).
+
+    Args:
+        prepared: The rows.
+        logits: Of the training rows (N, C), by the final model.
+        columns: What the method knew of the rows; ``loss`` and ``clean_prob`` are derived from
+            the logits where it knew neither.
+    """
+    import pandas as pd
+
+    data, names = prepared.data, np.asarray(prepared.data.label_names, dtype=object)
+    labels = torch.from_numpy(data.labels)
+    confidence, predicted = torch.softmax(logits, dim=1).max(dim=1)
+    known = dict(columns)
+    if "loss" not in known:
+        known["loss"] = cross_entropy(logits, labels)
+    if "clean_prob" not in known:
+        known["clean_prob"] = fit_loss_mixture(known["loss"], labels, LossMixture()).clean_prob
+    table: dict[str, Any] = {"row_id": list(data.row_ids), "label": names[data.labels]}
+    if data.clean_labels is not None:
+        true = names[data.clean_labels]
+        true[data.clean_labels < 0] = None  # a foreign row: no class is right
+        table["clean_label"] = true
+    for name, column in known.items():
+        values = column.numpy()
+        table[name] = list(values) if values.ndim > 1 else values
+    table["suggested_label"] = names[predicted.numpy()]
+    table["confidence"] = confidence.numpy()
+    table["suspicious"] = known["clean_prob"].numpy() < 0.5
+    return pd.DataFrame(table)
+
+
+def detection_metrics(
+    record: RunRecord, prepared: Prepared, loss: np.ndarray, suspicious: np.ndarray
+) -> None:
+    """Put into the record how well the wrong rows were found.
+
+    Args:
+        record: Gets metrics and curves.
+        prepared: Knows which rows are wrong, or not.
+        loss: Score by which rows are suspected (N,).
+        suspicious: Which rows were flagged (N,) bool.
+    """
+    record.metrics["suspicious"] = int(suspicious.sum())
+    if prepared.wrong is None:
+        return
+    quality = metrics.detection(loss, prepared.wrong, flagged=suspicious)
+    record.metrics |= {f"detection_{name}": value for name, value in quality.items()}
+    record.curves = metrics.detection_curves(loss, prepared.wrong)
+
+
+def test_metrics(
+    record: RunRecord, prepared: Prepared, logits: Tensor, curve: Sequence[float]
+) -> None:
+    """Put the test metrics of the deployed model into the record.
+
+    Args:
+        record: Gets metrics, per-class scores and the confusion matrix.
+        prepared: Has the test rows.
+        logits: Of the test rows (N, C).
+        curve: Test accuracy after every epoch.
+    """
+    labels, names = prepared.sets["test"].labels, prepared.data.label_names
+    measured = metrics.classification_metrics(logits, labels, len(names))
+    predicted = logits.argmax(dim=1).numpy()
+    table = metrics.per_class(predicted, labels, len(names))
+    record.per_class = {names[number]: scores for number, scores in table.items()}
+    if len(names) <= CONFUSION_CLASSES:
+        record.confusion = metrics.confusion(predicted, labels, len(names)).tolist()
+    late = curve[len(curve) // 2 :]
+    record.metrics |= {
+        "test_accuracy": measured["accuracy"],
+        "test_accuracy_best": max(curve),
+        "test_accuracy_late": sum(late) / len(late),
+        "test_macro_f1": measured["macro_f1"],
+        "test_ece": measured["ece"],
+        "test_nll": measured["nll"],
+    }
+
+
+def write_results(
+    folder: Path, history: Sequence[Mapping[str, Any]], samples: Any, prepared: Prepared
+) -> None:
+    """Write ``history.csv``, ``samples.parquet`` and ``suspects.csv``, the most doubtful first."""
+    write_history(folder, history)
+    write_table(samples, folder / "samples.parquet", overwrite=True)
+    shown = samples[list(SHOWN)]
+    for place, texts in enumerate((prepared.data.texts, prepared.data.text_pairs)):
+        if texts is not None:
+            shown.insert(1 + place, ("text", "second_text")[place], texts)
+    suspects = shown[shown.pop("suspicious")].sort_values("loss", ascending=False, kind="stable")
+    write_table(suspects, folder / "suspects.csv", overwrite=True)
