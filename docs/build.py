@@ -65,7 +65,7 @@ def pages() -> dict[Path, str]:
 
 def methods_page() -> str:
     """Cards, settings and presets of all methods."""
-    shared = {item.name for item in dataclasses.fields(Tuned)}
+    shared = {item.name: item.default for item in cards.settings(Tuned)}
     rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
     lines = [
         NOTE,
@@ -81,7 +81,7 @@ def methods_page() -> str:
         found = cards.settings(method)
         own = [item for item in found if not item.name.startswith("mixture.")]
         if issubclass(method, Tuned):
-            own = [item for item in own if item.name not in shared]
+            own = [item for item in own if shared.get(item.name) != item.default]
         lines += [f"## {name}", "", card(cards.card(method)), ""]
         lines += settings_table(own) if own else ["No settings of its own."]
         more = []
@@ -97,7 +97,7 @@ def methods_page() -> str:
         "## What is tuned",
         "",
         "Every method but CleaR, which is tied to LoRA, has these settings.",
-        f"Learning rates where none is given: {rates}.",
+        f"Learning rates where none is given: {rates}; NMTune has its own.",
         "",
         *settings_table(cards.settings(Tuned)),
         "",

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
 
 # --- fit -----------------------------------------------------------------------------------------
+
+
+def test_a_warning_of_ours_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where in our code it comes from is nothing to the user; of a library it is all they have."""
+
+    def command(words: list[str]) -> None:
+        place = Path(finetune.__file__)
+        warnings.warn_explicit("weak features", UserWarning, str(place), 1)
+        warnings.warn_explicit("old name", UserWarning, "/elsewhere/library.py", 7)
+
+    monkeypatch.setitem(COMMANDS, "methods", command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["methods"]) == 0
+    errors = capsys.readouterr().err
+    assert errors.startswith("noiseproof: warning: weak features\n")
+    assert "library.py:7: UserWarning: old name" in errors
 
 
 def test_fit_leaves_a_run_and_prints_what_came_out(done: Path, place: Place) -> None:
@@ -570,7 +590,7 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
     if command == "methods":
         works(*words)
     elif command != "demo":  # all but the files exists
-        assert re.search("tickets(.csv)? (does not exist|is not a run)", complaint(*words))
+        assert re.search("tickets(.csv|.toml)? (does not exist|is not a run)", complaint(*words))
 
 
 def test_the_version_and_the_commands_are_told() -> None:

@@ -606,7 +606,10 @@ def test_strings_read_like_a_list(piece: int, mapped: int, monkeypatch: pytest.M
     for rows in ([], [3], [13, 0, 0, 7], range(14), np.arange(13, -1, -1)):
         assert strings.take(rows) == [TEXTS[row] for row in rows]
     assert strings.series().tolist() == TEXTS
-    assert "שלום" in strings and "☕" not in strings and strings.index("text 3") == 8 and TEXTS[-1] in repr(strings[-2:])
+    assert "שלום" in strings
+    assert "☕" not in strings
+    assert strings.index("text 3") == 8
+    assert TEXTS[-1] in repr(strings[-2:])
     assert Strings.of([]) == [] and len(Strings.of([]).series()) == 0
 
 
@@ -695,7 +698,8 @@ def test_reading_a_table_holds_few_rows_as_objects(
     monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
     path, rows = tmp_path / "t.csv", 20_000
     lines = (
-        f"the sixty bytes of a short text as number {row:09},{'xy'[row % 2]}\n" for row in range(rows)
+        f"the sixty bytes of a short text as number {row:09},{'xy'[row % 2]}\n"
+        for row in range(rows)
     )
     path.write_text("text,label\n" + "".join(lines))
     read_examples(path, **TEXT_LABEL)  # imports

@@ -311,16 +311,16 @@ def test_training_a_head_on_cached_features_is_training_it_on_the_encoder(
 def test_no_features_are_cached_that_do_not_reproduce_the_logits(
     tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A head that reads the mean over all tokens cannot be trained on the first one."""
+    """A head that reads the maximum over all tokens cannot be trained on one vector."""
     model = copy.deepcopy(tiny_run.model)
 
-    def mean_pooling(**inputs: Tensor) -> Any:
+    def max_pooling(**inputs: Tensor) -> Any:
         hidden = model.bert(**inputs).last_hidden_state
         mask = inputs["attention_mask"][..., None]
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        pooled = hidden.masked_fill(mask == 0, -1e4).amax(1)
         return dataclasses.make_dataclass("Output", ["logits"])(model.classifier(pooled))
 
-    monkeypatch.setattr(model, "forward", mean_pooling)
+    monkeypatch.setattr(model, "forward", max_pooling)
     set_trainable(model, lambda name: name.startswith("classifier"))
     engine = Engine(train_settings())
     engine.start_stage(model, tiny_run.encoded, 1e-3)

@@ -255,7 +255,7 @@ def test_two_views_train_together(monkeypatch: pytest.MonkeyPatch) -> None:
     other = rows + 0.1 * np.random.default_rng(3).normal(size=rows.shape)
     fitted = quick(batch_size=32, learning_rate=1e-2).fit(rows, labels, X_view2=other)
     assert set(sizes) == {(64, 32, 2)}
-    assert fitted.score(rows, labels) > 0.9
+    assert fitted.score(rows, labels) > 0.8
     with pytest.raises(ValueError, match="another view"):
         quick().fit(rows, labels, X_view2=other[:5])
 

@@ -184,7 +184,7 @@ def test_what_is_wrong_is_said_in_one_line(changes: dict[str, Any], said: str) -
 
 def test_a_file_that_is_no_grid_is_named(tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
-    with pytest.raises(InputError, match=r"cannot read the grid .*grid\.toml"):
+    with pytest.raises(InputError, match=r"the grid .*grid\.toml does not exist"):
         read_grid(path)
     path.write_text("title = ", encoding="utf-8")
     with pytest.raises(InputError, match=r"grid\.toml is not valid TOML"):

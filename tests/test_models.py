@@ -44,6 +44,7 @@ from noiseproof.models import (
     save_model,
     set_dropout,
     set_trainable,
+    start_head,
     training_mode,
     trains_only_head,
     tune_model,
@@ -353,6 +354,18 @@ def test_the_head_on_cached_features_answers_like_the_whole_model(name: str, lef
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], found[1])
     assert encoder_of(model)[1] is not None and model(**inputs).logits.equal(wanted)
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_a_head_that_starts_from_zero_is_cached_with_what_it_will_read(name: str) -> None:
+    """Its logits are 0 whatever it reads: the first token of a decoder would pass for the last."""
+    model, inputs = classifier(name)
+    start_head(model)
+    before = weights(model)
+    state = torch.get_rng_state()
+    assert feature_position(model, inputs) == ("last" if name in DECODERS else "first")
+    assert all(torch.equal(before[key], value) for key, value in weights(model).items())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_head_that_reads_the_mean_is_cached_with_the_mean() -> None:

@@ -126,7 +126,7 @@ def test_the_reshaped_features_are_the_residual_form() -> None:
     ]
     assert bool((module.residual_scale == 1).all()) and bool((module.linear.bias == 0).all())
     assert bool((NMTune().head(6, 3).linear.weight == 0).all())
-    assert 0.1 < float(module.linear.weight.std()) < 1
+    assert 0.1 < float(module.linear.weight.detach().std()) < 1
     with torch.no_grad():
         module.residual_scale.fill_(0.5)
         module.eval()
@@ -186,7 +186,7 @@ def test_the_encoder_is_as_it_was_and_its_output_is_computed_once(
     outcome = tiny_run.fit(NMTune())
     assert set(modes) == {(True, False)}
     assert cached[0] == ["features"] and all(names == ["features"] for names in cached)
-    assert set(calls) == {"mean"} and len(calls) <= 1  # none when an earlier run left them
+    assert calls in ([], ["mean"])  # none when an earlier run left them
     assert same_weights(encoder_of(outcome.model)[1], encoder_of(tiny_run.model)[1])
     assert outcome.trainable == sum(p.numel() for p in outcome.model.classifier.parameters())
     assert outcome.history[-1]["loss_ce"] < outcome.history[0]["loss_ce"]

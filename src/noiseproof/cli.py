@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not sys.warnoptions:  # what one library tells the programmers of another
                 warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = _show_warning
             COMMANDS[words[0]](words[1:])
     except SystemExit as error:  # argparse, after --help
         return int(error.code or 0)
@@ -619,6 +620,21 @@ def _complain(message: object, code: int) -> int:
     if _is_main():
         print(f"{PROGRAM}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are one line for the user; those of libraries stay as Python shows them."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        _complain(f"warning: {message}", 0)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _is_main() -> bool:

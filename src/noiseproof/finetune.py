@@ -214,7 +214,12 @@ def _conclude(
         other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
         if logits is None or other:  # resumed at the end, other weights or another network
             logits = predict_logits(outcome.model, measure.sets["test"], prepared.job.train)
-        curve = [row["test_accuracy"] for row in outcome.history if "test_accuracy" in row]
+        stage = outcome.history[-1]["stage"]  # a probe before it is no epoch of fine-tuning
+        curve = [
+            row["test_accuracy"]
+            for row in outcome.history
+            if row["stage"] == stage and "test_accuracy" in row
+        ]
         test_metrics(record, prepared, logits, curve)
     detection_metrics(
         record, prepared, samples["loss"].to_numpy(), samples["suspicious"].to_numpy()

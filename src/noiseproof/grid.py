@@ -149,6 +149,8 @@ def read_grid(path: Path, only: Sequence[str] = ()) -> Grid:
         import tomli as tomllib
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"the grid {path} does not exist; expected a TOML file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the grid {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:

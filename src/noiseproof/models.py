@@ -545,9 +545,10 @@ def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> 
 def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
     """Which hidden state is enough for the head: ``first``, ``last``, ``mean``, or None.
 
-    Decided by trying: the logits from the cached features must equal those of the whole model.
+    Decided by trying: the logits from the cached features must equal those of the whole model. A
+    head that starts from 0 gives the same logits whatever it reads, so all heads are shaken first.
     """
-    with evaluation_mode(model):
+    with evaluation_mode(model), _shaken_head(model):
         wanted = model(**inputs).logits.float()
         for position in ("first", "last", "mean"):
             try:
@@ -557,6 +558,26 @@ def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
             if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-3, atol=1e-4):
                 return position
     return None
+
+
+@contextmanager
+def _shaken_head(model: nn.Module) -> Iterator[None]:
+    """Add fixed random numbers to the head for a while; afterwards it is as before, bit for bit."""
+    head = is_head(model)
+    random = torch.Generator().manual_seed(0)
+    before = {
+        parameter: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if head(name)
+    }
+    try:
+        for parameter, value in before.items():
+            noise = torch.randn(value.shape, generator=random)
+            parameter.copy_(value + 0.1 * noise.to(value.device, value.dtype))
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.copy_(value)
 
 
 def mean_pooled(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -22,8 +22,8 @@ Settings: weights 1.0, 0.04 and 0.001, svd_k = 5, the mean over elements, h, rat
 rates 2e-4 for adapters and 2e-5 for full (ours). Published runs: 30 epochs of 64 rows, cosine
 schedule without warm-up, decay 1e-4; give these as train settings. Presets: default and code (the
 same on text), paper, mlp (no terms), lp (linear probe on F), lora, full.
-Needs: no noise rate, no clean rows. It is not made for wrong labels in the data at hand, and on
-small studies of ours and of others it is not always better than its control mlp.
+Needs: no noise rate, no clean rows. It is not made for wrong labels in the data at hand, and
+re-runs by others do not always find it better than its control mlp.
 Cost: one pass for the features; then 8 D^2 weights train, more than it sounds (34 million at
 D = 2048), and the terms add a few products of n x n and n x D.
 Model: model/head.safetensors holds h and the classifier, the rest of model/ is the encoder;
@@ -482,8 +482,8 @@ class NMTune(Tuned):
 def root_mean_square(values: Tensor) -> float:
     """Root of the mean of the squares, in float64.
 
-    >>> root_mean_square(torch.tensor([3.0, 4.0, 5.0, 0.0])) ** 2
-    12.5
+    >>> root_mean_square(torch.tensor([3.0, -3.0]))
+    3.0
     """
     return float(values.double().square().mean().sqrt())
 
