@@ -208,7 +208,7 @@ def measure_point(args: argparse.Namespace) -> None:
         train=noiseproof.TrainSettings(
             epochs=EPOCHS, batch_size=args.batch_size, device="cpu", precision="fp32"
         ),
-        out=args.run,
+        out=args.folder,
     )
     meter.enter("end")
     found = {
@@ -236,7 +236,7 @@ def point(
 ) -> dict[str, Any]:
     """Measure one point in fresh processes: times of the first, the largest peak of all."""
     place = Path(tempfile.mkdtemp(dir=folder))
-    words = [str(HERE), "point", "--data", str(data), "--model", model, "--run", str(place / "run")]
+    words = [str(HERE), "point", "--data", str(data), "--model", model, "--folder", str(place / "run")]
     words += ["--batch-size", str(batch_size), "--threads", "1", "--dropout", dropout]
     words += ["--out", str(place / "found")]
     if processes > 1:
@@ -675,7 +675,7 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("results")
     table.add_argument("--into", help="page with the marks; without it, prints")
     inner = commands.add_parser("point")
-    for word in ("data", "model", "run", "out"):
+    for word in ("data", "model", "folder", "out"):
         inner.add_argument(f"--{word}", required=True)
     inner.add_argument("--batch-size", type=int, required=True)
     inner.add_argument("--threads", type=int, required=True)

@@ -145,7 +145,7 @@ def test_a_point_runs_the_whole_job_and_meters_each_phase(
     scaling.write_texts(tmp_path / "t.csv", 40, 8)
     scaling.build_encoder(tmp_path / "encoder")
     words = ["point", "--data", str(tmp_path / "t.csv"), "--model", str(tmp_path / "encoder")]
-    words += ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "found")]
+    words += ["--folder", str(tmp_path / "run"), "--out", str(tmp_path / "found")]
     monkeypatch.delenv("RANK", raising=False)
     scaling.main([*words, "--batch-size", "8", "--threads", "1", "--dropout", "own"])
     found = json.loads((tmp_path / "found.0").read_text())
