@@ -376,13 +376,14 @@ def test_the_probe_leaves_the_encoder_byte_for_byte(tune: str, tiny_run: Tiny) -
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_the_encoder_runs_once_per_row_in_the_whole_probe(
-    tune: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+    tune: str, tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Re-encoding in every epoch, or for the first scores, is what makes a probe slow.
 
     The counts: N for the features, of them a few twice to find out which token to keep; nothing
     for the first selection; N for each later one; the kept rows in training.
     """
+    monkeypatch.setenv("NOISEPROOF_CACHE", str(tmp_path))  # no features of an earlier run
     rows: list[tuple[str, bool, int]] = []
     encoder = type(tiny_run.model.bert)
     original = encoder.forward

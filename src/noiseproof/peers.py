@@ -634,8 +634,8 @@ def _quality_columns(quality: np.ndarray, keep: np.ndarray) -> Columns:
     """Columns of a label quality, the out-of-sample probability of the given label (N,)."""
     return {
         "loss": torch.from_numpy(-np.log(quality.clip(TINY))).float(),
-        "clean_prob": torch.from_numpy(quality).float(),
-        "keep": torch.from_numpy(keep),
+        "clean_prob": torch.tensor(quality, dtype=torch.float32),  # pandas may lend it read-only
+        "keep": torch.tensor(keep),
     }
 
 
