@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from noiseproof.losses import cross_entropy
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, write_history
-from noiseproof.tables import write_table
+from noiseproof.tables import PIECE, Strings, array_column, write_table
 
 CONFUSION_CLASSES = 200  # larger matrices stay out of the record
-SHOWN = ("row_id", "label", "suggested_label", "confidence", "clean_prob", "loss", "suspicious")
+SHOWN = ("label", "suggested_label", "confidence", "clean_prob", "loss")
 
 
 def set_metrics(prepared: Prepared, logits: Mapping[str, Tensor]) -> dict[str, float]:
@@ -64,7 +64,7 @@ def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tenso
     """
     import pandas as pd
 
-    data, names = prepared.data, np.asarray(prepared.data.label_names, dtype=object)
+    data, names = prepared.data, list(prepared.data.label_names)
     labels = torch.from_numpy(data.labels)
     confidence, predicted = torch.softmax(logits, dim=1).max(dim=1)
     known = dict(columns)
@@ -72,15 +72,16 @@ def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tenso
         known["loss"] = cross_entropy(logits, labels)
     if "clean_prob" not in known:
         known["clean_prob"] = fit_loss_mixture(known["loss"], labels, LossMixture()).clean_prob
-    table: dict[str, Any] = {"row_id": list(data.row_ids), "label": names[data.labels]}
-    if data.clean_labels is not None:
-        true = names[data.clean_labels]
-        true[data.clean_labels < 0] = None  # a foreign row: no class is right
-        table["clean_label"] = true
+    table: dict[str, Any] = {
+        "row_id": Strings.of(data.row_ids).series(),
+        "label": pd.Categorical.from_codes(data.labels, names),
+    }
+    if data.clean_labels is not None:  # -1 is a foreign row, which has none
+        table["clean_label"] = pd.Categorical.from_codes(data.clean_labels, names)
     for name, column in known.items():
         values = column.numpy()
-        table[name] = list(values) if values.ndim > 1 else values
-    table["suggested_label"] = names[predicted.numpy()]
+        table[name] = array_column(values) if values.ndim == 2 else values
+    table["suggested_label"] = pd.Categorical.from_codes(predicted.numpy(), names)
     table["confidence"] = confidence.numpy()
     table["suspicious"] = known["clean_prob"].numpy() < 0.5
     return pd.DataFrame(table)
@@ -140,9 +141,18 @@ def write_results(
     """Write ``history.csv``, ``samples.parquet`` and ``suspects.csv``, the most doubtful first."""
     write_history(folder, history)
     write_table(samples, folder / "samples.parquet", overwrite=True)
-    shown = samples[list(SHOWN)]
-    for place, texts in enumerate((prepared.data.texts, prepared.data.text_pairs)):
-        if texts is not None:
-            shown.insert(1 + place, ("text", "second_text")[place], texts)
-    suspects = shown[shown.pop("suspicious")].sort_values("loss", ascending=False, kind="stable")
-    write_table(suspects, folder / "suspects.csv", overwrite=True)
+    suspicious = np.flatnonzero(samples["suspicious"].to_numpy())
+    worst = np.argsort(-samples["loss"].to_numpy()[suspicious], kind="stable")
+    texts = {"row_id": prepared.data.row_ids, "text": prepared.data.texts}
+    if prepared.data.text_pairs is not None:
+        texts["second_text"] = prepared.data.text_pairs
+
+    def pieces() -> Iterator[Any]:
+        for start in range(0, max(1, len(worst)), PIECE):
+            rows = suspicious[worst[start : start + PIECE]]
+            piece = samples[list(SHOWN)].iloc[rows]
+            for place, (name, column) in enumerate(texts.items()):
+                piece.insert(place, name, list(Strings.of(column).take(rows)))
+            yield piece
+
+    write_table(pieces(), folder / "suspects.csv", overwrite=True)

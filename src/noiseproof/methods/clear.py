@@ -55,7 +55,7 @@ from noiseproof.models import (
     tune_model,
 )
 
-FROZEN_BYTES = 2**30  # the backbone's features of all rows may take this much
+FROZEN_BYTES = 2**27  # the backbone's features of all rows may take this much
 SALT_TRAIN, SALT_SCORE, SALT_EVAL, SALT_STEP = 11, 12, 13, 14
 
 
