@@ -62,13 +62,6 @@ def test_rows_of_numbers_stand_on_one_line(tmp_path: Path) -> None:
     assert "[ 1e-05, -1.5 ]" in text
 
 
-def test_seconds_of_several_legs_add_up() -> None:
-    record = RunRecord(SPEC)
-    record.add_seconds(total_s=2.0, cpu_s=1.0)
-    record.add_seconds(total_s=3.0)
-    assert record.timings == {"total_s": 5.0, "cpu_s": 1.0}
-
-
 def test_a_record_of_a_later_release_with_more_fields_is_read(tmp_path: Path) -> None:
     """Fields that are added do not need a new schema."""
     RunRecord(SPEC).write(tmp_path)

@@ -52,6 +52,24 @@ def row(rows: list[dict[str, str]], method: str) -> dict[str, str]:
 # --- numbers -------------------------------------------------------------------------------------
 
 
+def test_runs_without_test_rows_show_validation_and_no_test_accuracy(tmp_path: Path) -> None:
+    """Another measure under the name of the test accuracy would be a false result."""
+    for noise in ("none", "symmetric:0.4"):
+        for method, score in (("CrossEntropy", 0.4), ("GCE", 0.6)):
+            write_run(
+                tmp_path / "runs" / noise.replace(":", "-") / method,
+                method=method,
+                noise=noise,
+                metrics={"validation_accuracy": score, "memorization": 0.25, "suspicious": 7},
+                history=[],
+            )
+    text = made(tmp_path / "runs", tmp_path / "report.md")
+    assert "Test accuracy" not in text
+    assert "Won, tied, lost" not in text
+    found = row(tables(text)["news.csv · symmetric:0.4"], "GCE")
+    assert (found["Validation"], found["Memorised"]) == ("60.0", "25.0")
+
+
 def test_the_numbers_of_a_grid_by_hand(tmp_path: Path) -> None:
     """Mean, spread, paired interval, recovered gap, cost: computed here once more."""
     text = made(write_grid(tmp_path / "runs"), tmp_path / "report.md")

@@ -30,7 +30,7 @@ from noiseproof.finetune import run_job
 from noiseproof.grid import Cell, Grid, with_best
 from noiseproof.loop import Progress
 from noiseproof.peers import run_peer
-from noiseproof.record import RunRecord, write_atomic
+from noiseproof.record import RunRecord, make_writable, write_atomic
 
 
 @dataclass
@@ -41,7 +41,6 @@ class CellState:
         cell: What it runs.
         folder: Its run.
         state: waiting, running, done or failed.
-        before: Done when the grid was started.
         started: Clock (s) when it began, in this run of the grid.
         seconds: What it took.
         progress: Stage, epoch and loss in a few words.
@@ -51,7 +50,6 @@ class CellState:
     cell: Cell
     folder: Path
     state: str = "waiting"
-    before: bool = False
     started: float = 0.0
     seconds: float = 0.0
     progress: str = ""
@@ -154,13 +152,7 @@ def _prepare(folder: Path) -> None:
     known = {"grid.json", "cells", "trials"}
     if folder.is_dir() and any(folder.iterdir()) and not known & set(os.listdir(folder)):
         raise InputError(f"{folder} holds files but no grid; choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    make_writable(folder)
 
 
 def _board(grid: Grid, phase: str, folder: Path, cells: Sequence[Cell], workers: int) -> Board:
@@ -168,7 +160,6 @@ def _board(grid: Grid, phase: str, folder: Path, cells: Sequence[Cell], workers:
     for cell in cells:
         state = CellState(cell, _place(folder, cell))
         _look(state)
-        state.before = state.state == "done"
         board.states.append(state)
     return board
 
@@ -298,8 +289,7 @@ def _record_failure(state: CellState) -> None:
     found = _record(state.folder)
     if found is not None and found.status in ("failed", "interrupted"):
         return
-    job, peer = state.cell.made()
-    record = RunRecord(job.spec() | ({} if peer is None else {"method": peer.to_dict()}))
+    record = RunRecord(state.cell.spec())
     record.labels, record.search = dict(state.cell.labels), dict(state.cell.search)
     record.status, record.error = "failed", " ".join(state.error.split())
     state.folder.mkdir(parents=True, exist_ok=True)

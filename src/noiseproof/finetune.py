@@ -22,7 +22,7 @@ from noiseproof.job import Job
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
 from noiseproof.methods import find_method
-from noiseproof.models import save_model
+from noiseproof.models import merged, save_model
 from noiseproof.prediction import Predictor, predict_logits
 from noiseproof.preparation import Prepared
 from noiseproof.record import (
@@ -34,6 +34,7 @@ from noiseproof.record import (
 )
 from noiseproof.results import (
     detection_metrics,
+    epoch_metrics,
     sample_table,
     set_metrics,
     test_metrics,
@@ -154,9 +155,8 @@ def run_job(
         _conclude(record, prepared, outcome, samples, measure)
         predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.text)
         if folder is not None and main:
-            model: Any = outcome.model
-            if job.merge and hasattr(model, "merge_and_unload"):
-                predictor.model = model.merge_and_unload()
+            if job.merge:
+                predictor.model = merged(predictor.model)
             save_model(predictor.model, prepared.task.tokenizer, folder / "model")
             write_results(folder, outcome.history, samples, prepared)
         record.status = "done"
@@ -207,8 +207,7 @@ def _conclude(
     record.timings |= outcome.seconds
     record.peak_memory_mb = peak_memory_mb()
     last = outcome.history[-1 if outcome.best_epoch is None else outcome.best_epoch]
-    names = ("memorization", "clean_fit", "recovery", "validation_accuracy")
-    record.metrics = {name: last[name] for name in names if name in last}
+    epoch_metrics(record, last)
     if "test" in measure.sets:
         logits = measure.logits.get("test")
         other = outcome.best_epoch is not None or outcome.model is not outcome.run.model

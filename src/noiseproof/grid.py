@@ -21,6 +21,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -82,8 +83,16 @@ class Cell:
 
     def id(self) -> str:
         """Identifier of the run, from the specification alone."""
+        return self._id
+
+    @cached_property
+    def _id(self) -> str:
+        return spec_id(self.spec())
+
+    def spec(self) -> dict[str, Any]:
+        """The specification that the record of the run holds."""
         job, peer = self.made()
-        return spec_id(job.spec() | ({} if peer is None else {"method": peer.to_dict()}))
+        return job.spec() | ({} if peer is None else {"method": peer.to_dict()})
 
     def folder(self) -> str:
         """Name of the run's folder: readable, and another one for other settings."""

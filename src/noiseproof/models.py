@@ -608,6 +608,11 @@ def _mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 HEAD_FILE = "head.safetensors"  # in model/: a head that transformers and peft have no class for
 
 
+def merged(model: Any) -> Any:
+    """The plain model with its adapters merged into the weights; a plain model as it is."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write what transformers (and peft, for adapters) load without noiseproof, head included."""
     folder.mkdir(parents=True, exist_ok=True)

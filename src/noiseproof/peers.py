@@ -30,16 +30,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.checkpoint import Interrupted, StopSignals
+from noiseproof.checkpoint import Interrupted, StopSignals, Stopwatch
 from noiseproof.engine import TrainSettings, derive_seed, prediction_batches
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.job import Job
 from noiseproof.method import Columns, require, require_range
-from noiseproof.models import count_parameters, evaluation_mode, save_model
+from noiseproof.models import count_parameters, evaluation_mode, merged, save_model
 from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord, clear_run, peak_memory_mb, prepare_folder
 from noiseproof.results import (
     detection_metrics,
+    epoch_metrics,
     sample_table,
     set_metrics,
     test_metrics,
@@ -687,7 +688,7 @@ def run_peer(
         >>> job = Job("train.csv", test="test.csv", noise="symmetric:0.4")  # doctest: +SKIP
         >>> record = run_peer(job, CleanlabPrune(), out="runs/prune")  # doctest: +SKIP
     """
-    started, cpu_started = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     peer.check_installed()
     _check_job(job)
     folder = Path(out).expanduser()
@@ -728,9 +729,7 @@ def run_peer(
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        record.add_seconds(
-            total_s=time.perf_counter() - started, cpu_s=time.process_time() - cpu_started
-        )
+        record.timings |= watch.seconds()
         record.write(folder)
     return record
 
@@ -778,10 +777,9 @@ def _conclude(
         "processes": 1,
     }
     row, logits = measure.deployed(fitted.predict)
-    record.add_seconds(**fitted.seconds, eval_s=measure.seconds)
+    record.timings |= {**fitted.seconds, "eval_s": measure.seconds}
     record.peak_memory_mb = peak_memory_mb()
-    names = ("memorization", "clean_fit", "recovery", "validation_accuracy")
-    record.metrics = {name: row[name] for name in names if name in row}
+    epoch_metrics(record, row)
     if "test" in logits:
         curve = [row["test_accuracy"] for row in measure.history if "test_accuracy" in row]
         test_metrics(record, prepared, logits["test"], curve)
@@ -791,8 +789,6 @@ def _conclude(
     score, flagged = samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
     detection_metrics(record, prepared, score, flagged)
     if fitted.model is not None:
-        model: Any = fitted.model
-        if prepared.job.merge and hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload()
+        model = merged(fitted.model) if prepared.job.merge else fitted.model
         save_model(model, prepared.task.tokenizer, folder / "model")
     write_results(folder, measure.history, samples, prepared)

@@ -76,11 +76,6 @@ class RunRecord:
         """Fill in the identifier."""
         self.id = self.id or spec_id(self.spec)
 
-    def add_seconds(self, **seconds: float) -> None:
-        """Add to timings; a resumed run counts all its legs."""
-        for name, value in seconds.items():
-            self.timings[name] = self.timings.get(name, 0.0) + value
-
     def write(self, folder: Path) -> None:
         """Write ``record.json`` into the run's folder, atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
@@ -164,6 +159,16 @@ def prepare_folder(
             )
         if overwrite:
             _require_run(folder)
+    make_writable(folder)
+    return None
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, and try that it can be written to.
+
+    Raises:
+        InputError: It cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write.{os.getpid()}"
@@ -171,7 +176,6 @@ def prepare_folder(
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return None
 
 
 def same_data(earlier: RunRecord, record: RunRecord, folder: Path | None) -> None:

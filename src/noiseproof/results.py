@@ -80,11 +80,18 @@ def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tenso
         table["clean_label"] = pd.Categorical.from_codes(data.clean_labels, names)
     for name, column in known.items():
         values = column.numpy()
-        table[name] = array_column(values) if values.ndim == 2 else values
+        wide = array_column if values.ndim == 2 else list
+        table[name] = wide(values) if values.ndim > 1 else values
     table["suggested_label"] = pd.Categorical.from_codes(predicted.numpy(), names)
     table["confidence"] = confidence.numpy()
     table["suspicious"] = known["clean_prob"].numpy() < 0.5
     return pd.DataFrame(table)
+
+
+def epoch_metrics(record: RunRecord, row: Mapping[str, Any]) -> None:
+    """Start the metrics of the record from the history row of the epoch that is deployed."""
+    names = ("memorization", "clean_fit", "recovery", "validation_accuracy")
+    record.metrics = {name: row[name] for name in names if name in row}
 
 
 def detection_metrics(

@@ -56,9 +56,9 @@ def grid_report(found: Found, baseline: str | None, title: str | None) -> Report
 def _overview(grid: Grid, why: str) -> Section:
     """What was run in a few lines, accuracy in all settings, wins and losses."""
     section = Section("Overview", [facts(grid, why)])
-    if len(grid.cells) > 1:
+    if grid.tested and len(grid.cells) > 1:
         section.blocks.append(_all_settings(grid))
-    if grid.baseline is not None and len(grid.rows) > 1:
+    if grid.tested and grid.baseline is not None and len(grid.rows) > 1:
         section.blocks.append(_wins(grid))
     return section
 
@@ -73,9 +73,7 @@ def _all_settings(grid: Grid) -> Table:
         [Cell(row), *(part[index] for part in parts)] for index, row in enumerate(grid.rows)
     ]  # fmt: skip
     note = f"Test accuracy in percent ({grid.measures[0].title.lower()}), {_spread(grid)}."
-    return (
-        Table(columns, rows, note, "Accuracy in all settings") if grid.measures else Table([], [])
-    )
+    return Table(columns, rows, note, "Accuracy in all settings")
 
 
 def _wins(grid: Grid) -> Table:

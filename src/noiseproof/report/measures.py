@@ -68,6 +68,8 @@ OTHERS = (
         "and no result.",
         metric("test_accuracy_best"),
     ),
+    Measure("Validation", "Accuracy of the deployed model on the validation rows, by their labels.",
+            metric("validation_accuracy"), better=1),
     Measure("Macro F1", "F1 averaged over the classes, on the test set.",
             metric("test_macro_f1"), better=1),
     Measure("ECE", "Calibration error on the test set: mean gap of confidence and accuracy, "
@@ -124,6 +126,11 @@ class Grid:
         chosen = any(run.setting("train.select") == "best" for run in runs)
         head = [CHOSEN, LAST] if chosen else [ACCURACY]
         return [m for m in (*head, *OTHERS) if any(m.of(run) is not None for run in runs)]
+
+    @cached_property
+    def tested(self) -> bool:
+        """Whether any run had test rows: only then are there accuracies to compare."""
+        return any(ACCURACY.of(run) is not None for run in self.found.runs)
 
     def name(self, group: Group, *, short: bool = False) -> str:
         """What a setting is called: its data and noise, and what else differs between settings.
