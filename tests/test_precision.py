@@ -39,13 +39,18 @@ class Child:
 
 @pytest.fixture
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Child:
-    """A machine that lists AMX, with an empty cache and a faked child process."""
+    """A machine that lists bf16 instructions, with an empty cache and a faked child process."""
     faked = Child()
     monkeypatch.setenv("NOISEPROOF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    lists(monkeypatch, amx=True, avx512=True)
     monkeypatch.setattr(precision, "_machine", lambda: "this")
     monkeypatch.setattr(precision.subprocess, "run", faked.run)
     return faked
+
+
+def lists(monkeypatch: pytest.MonkeyPatch, *, amx: bool, avx512: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
 
 
 def test_an_illegal_instruction_means_fp32(child: Child) -> None:
@@ -106,11 +111,21 @@ def test_a_damaged_or_unwritable_memory_costs_a_second_probe(
     assert choose_precision("auto", "cpu") == "fp32" and child.calls == 3
 
 
+@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True)])
+def test_either_kind_of_instruction_is_worth_a_probe(
+    child: Child, monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
+) -> None:
+    """Server CPUs of one maker have AVX512-BF16 and no AMX: training would be half as fast."""
+    lists(monkeypatch, amx=amx, avx512=avx512)
+    child.output = json.dumps({"fp32": 2.0, "bf16": 1.0})
+    assert choose_precision("auto", "cpu") == "bf16" and child.calls == 1
+
+
 def test_without_the_instructions_nothing_is_probed(
     child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Most CPUs: no child process, no delay."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    lists(monkeypatch, amx=False, avx512=False)
     assert choose_precision("auto", "cpu") == "fp32"
     assert choose_precision("fp32", "cpu") == "fp32"
     assert child.calls == 0

@@ -1,9 +1,9 @@
 """Which floating-point precision this machine really runs.
 
 A CPU may list AMX or AVX512-BF16 and still kill the process with an illegal instruction (some
-virtual machines do), and where the instructions are missing bf16 is slower than fp32. So ``auto``
-on a CPU asks a child process to multiply two matrices of an encoder's size in both precisions, once
-per machine and version of torch, and believes what it sees.
+virtual machines do), and where the instructions are missing bf16 is slower than fp32. So where a
+CPU lists either, ``auto`` asks a child process to multiply two matrices of an encoder's size in
+both precisions, once per machine and version of torch, and believes what it sees.
 """
 
 from __future__ import annotations
@@ -58,9 +58,15 @@ def choose_precision(asked: str, device: str) -> str:
         return asked
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device == "cpu" and torch.cpu._is_amx_tile_supported() and _probe_cpu()["faster"]:
+    if device == "cpu" and _lists_bf16() and _probe_cpu()["faster"]:
         return "bf16"
     return "fp32"
+
+
+def _lists_bf16() -> bool:
+    """Whether the CPU names instructions for bf16 products; without them no probe is worth it."""
+    listed = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
+    return any(bool(ask()) for ask in listed)
 
 
 def _probe_cpu() -> dict[str, bool]:
