@@ -23,18 +23,17 @@ from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.method import Batch, Run, Stage
 from noiseproof.methods.baselines import CrossEntropy
-from noiseproof.methods.clear import (
+from noiseproof.methods.clear import SALT_SCORE, SALT_TRAIN, CleaR
+from noiseproof.methods.clear_gates import (
     SALT_EVAL,
-    SALT_SCORE,
-    SALT_TRAIN,
-    CleaR,
     Routing,
     gate_table,
     open_gates,
     route,
 )
 from noiseproof.mixture import LossMixture
-from noiseproof.models import count_parameters, encoder_layers, plain_model, tune_model
+from noiseproof.models import count_parameters, encoder_layers, is_head, plain_model
+from noiseproof.tuning import tune_model
 from tiny import (
     LABELS,
     Answers,
@@ -357,17 +356,32 @@ def test_both_modules_of_a_layer_get_the_same_gate(tiny_run: Tiny) -> None:
     seen: dict[tuple[int, str], Tensor] = {}
     for number, block in enumerate(encoder_layers(model)):
         for part in ("query", "value"):
-            projection = getattr(block.attention.self, part).lora_B["default"]
+            adapted = getattr(block.attention.self, part)
 
-            def hook(_: Any, __: Any, output: Tensor, key: Any = (number, part)) -> None:
-                seen[key] = output.detach().flatten(1).abs().sum(dim=1) > 0
+            def hook(module: Any, args: Any, output: Tensor, key: Any = (number, part)) -> None:
+                frozen = F.linear(args[0], module.base_layer.weight, module.base_layer.bias)
+                seen[key] = (output - frozen).flatten(1).abs().amax(dim=1) > 1e-4
 
-            projection.register_forward_hook(hook)  # runs after the gate's hook
+            adapted.register_forward_hook(hook)  # runs after the gate's hook
     gate = torch.tensor([[0.0, 1], [1, 0], [1, 1], [0, 0]])
     gated(model, tiny_run.encoded.inputs(np.arange(4)), gate)
     for number in range(LAYERS):
         for part in ("query", "value"):
             assert torch.equal(seen[number, part], gate[:, number].bool())
+
+
+def test_a_gate_for_every_module_opens_them_one_by_one(tiny_run: Tiny) -> None:
+    """Four LoRA modules in two layers: four columns; with all equal it is one gate a layer."""
+    model = routed(tiny_run, gate_unit="module")
+    inputs = tiny_run.encoded.inputs(np.arange(4))
+    assert model.noiseproof_routing.units == 4  # type: ignore[union-attr]
+    by_layer = routed(tiny_run)
+    by_layer.load_state_dict(model.state_dict())
+    gate = torch.tensor([[0.0, 1], [1, 0], [1, 1], [0, 0]])
+    wide = gate.repeat_interleave(2, dim=1)  # query and value of a layer stand together
+    assert torch.equal(gated(model, inputs, wide), gated(by_layer, inputs, gate))
+    alone = gated(model, inputs, torch.eye(4))
+    assert len({tuple(row.tolist()) for row in alone}) == 4
 
 
 def test_gates_depend_on_seed_epoch_and_row_alone() -> None:
@@ -785,18 +799,27 @@ def test_dropout_after_the_warm_up_can_be_turned_off(tiny_run: Tiny, keeps: bool
 # --- settings ------------------------------------------------------------------------------------
 
 
-def test_a_bert_base_gets_147456_lora_parameters() -> None:
-    """12 layers x 2 modules x (4 x 768 + 768 x 4); more means that more than q and v adapt."""
+COUNTS = {  # specs/clear.md, section 2.8: BERT-base without its head
+    "lora": ({"rank": 4}, 147_456),  # 12 layers x 2 modules x (4 x 768 + 768 x 4)
+    "adapter": ({}, 608_640),
+    "bitfit": ({}, 102_144),
+    "prompt": ({}, 184_320),
+    "prefix": ({}, 2 * 184_320),
+}
+
+
+@pytest.mark.parametrize("peft_family", COUNTS)
+def test_a_bert_base_trains_as_many_parameters_as_published(peft_family: str) -> None:
+    """More means that something adapts which should not."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    with torch.device("meta"):
-        adapted = CleaR(rank=4).prepare_model(BertForSequenceClassification(BertConfig()))
-    lora = [p for name, p in adapted.named_parameters() if "lora_" in name and p.requires_grad]
-    assert count_parameters(lora) == 147_456
-    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert {name for name in trained if "lora_" not in name} == {
-        f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
-    }
+    settings, wanted = COUNTS[peft_family]
+    base = BertForSequenceClassification(BertConfig(vocab_size=60))
+    adapted = CleaR(peft=peft_family, **settings).prepare_model(base)
+    head = is_head(adapted)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert count_parameters(p for name, p in trained.items() if not head(name)) == wanted
+    assert count_parameters(p for name, p in trained.items() if head(name)) == 2 * 768 + 2
 
 
 def test_presets_keep_the_values_of_the_specification() -> None:
@@ -806,33 +829,44 @@ def test_presets_keep_the_values_of_the_specification() -> None:
     assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, 3, 1)
     assert (CleaR().temperature, CleaR().temperature_squared) == (1.0, True)
     assert (CleaR().lambda_consistency, CleaR().loss_ema, CleaR().eval_gate) == (1.0, 0, "all_on")
-    assert (CleaR().routing, CleaR().free_gate, CleaR().learning_rate) == (
-        "bernoulli",
-        "sample",
-        2e-3,
+    assert (CleaR().routing, CleaR().free_gate) == ("bernoulli", "sample")
+    code = CleaR(
+        rank=4, mixture=published, dropout_after_warmup=False, eval_gate="sample", dropout=None
     )
     assert CleaR.presets() == {
         "default": CleaR(),
         "plain": CleaR(routing="none", lambda_consistency=0.0, dropout=None),
         "paper": CleaR(scoring_passes=5, mixture=published, dropout=None),
         "fast": CleaR(scoring="reuse", loss_ema=0.5),
-        "code": CleaR(
+        "code": dataclasses.replace(
+            code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0
+        ),
+        "code-adapter": dataclasses.replace(
+            code,
+            peft="adapter",
+            gamma=0.7,
+            loss_ema=0.9,
+            temperature=0.5,
+            temperature_squared=False,
+            bottleneck_size=16,
+            adapter_init="linear",
+        ),
+        "code-bitfit": dataclasses.replace(code, peft="bitfit", gamma=0.9, train_pooler=True),
+        "code-prompt": dataclasses.replace(
+            code,
+            peft="prompt",
             gamma=0.85,
-            scoring_passes=2,
             free_gate="batch",
-            rank=4,
-            alpha=1.0,
-            mixture=published,
-            dropout_after_warmup=False,
-            eval_gate="sample",
-            dropout=None,
+            num_virtual_tokens=20,
+            prompt_depth="deep",
+            train_pooler=True,
         ),
     }
     for method in CleaR.presets().values():
         assert CleaR.from_dict(method.to_dict()) == method
 
 
-@pytest.mark.parametrize("preset", ["default", "plain", "paper", "fast", "code"])
+@pytest.mark.parametrize("preset", CleaR.presets())
 def test_every_preset_runs(tiny_run: Tiny, preset: str) -> None:
     """A preset that names settings which do not work together is worse than none."""
     outcome = tiny_run.fit(CleaR.preset(preset, warmup_epochs=1), epochs=2)
@@ -842,7 +876,7 @@ def test_every_preset_runs(tiny_run: Tiny, preset: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("peft", "adapter"),
+        ("peft", "full"),
         ("gamma", 0.0),
         ("gamma", 1.1),
         ("gamma", float("nan")),
@@ -867,6 +901,10 @@ def test_every_preset_runs(tiny_run: Tiny, preset: str) -> None:
         ("rank", 0),
         ("alpha", 0.0),
         ("lora_dropout", 1.0),
+        ("bottleneck_size", 0),
+        ("num_virtual_tokens", 0),
+        ("adapter_init", "one"),
+        ("prompt_depth", "middle"),
         ("dropout", 1.0),
     ],
 )
@@ -889,21 +927,18 @@ def test_lora_that_no_gate_can_reach_is_refused(tiny_run: Tiny) -> None:
     for modules in (["query", "pooler.dense"], ["query", "word_embeddings"]):
         with pytest.raises(InputError, match="outside the numbered layers"):
             CleaR(target_modules=tuple(modules)).prepare_model(copy.deepcopy(tiny_run.model))
-    with pytest.raises(InputError, match="found no LoRA module"):
+    with pytest.raises(InputError, match="found no adapter to gate"):
         route(copy.deepcopy(tiny_run.model), Routing(LAYERS))
     with pytest.raises(InputError, match=r"tune='lora'.*target_modules"):
         CleaR(target_modules=("nothing_like_it",)).prepare_model(copy.deepcopy(tiny_run.model))
 
 
-def test_merged_lora_and_dora_are_refused(tiny_run: Tiny) -> None:
-    """A merged layer never calls the projection whose output the gate multiplies."""
+def test_a_merged_adapter_is_refused(tiny_run: Tiny) -> None:
+    """Its update sits in the frozen weights, where no gate reaches it."""
     merged = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=2)
     merged.merge_adapter()  # type: ignore[operator]
-    with pytest.raises(InputError, match="no exact bypass"):
-        route(merged, Routing(LAYERS))
-    dora = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=2, settings={"use_dora": True})
-    with pytest.raises(InputError, match="no exact bypass"):
-        route(dora, Routing(LAYERS))
+    with pytest.raises(InputError, match="a merged adapter has no bypass"):
+        route(merged, Routing())
 
 
 # --- whole runs ----------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from noiseproof.job import Job
 from noiseproof.loop import Progress
 from noiseproof.methods.baselines import CrossEntropy, SmallLoss
 from noiseproof.methods.clear import CleaR
-from noiseproof.models import VIRTUAL_TOKENS, mean_pooled
+from noiseproof.models import mean_pooled
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, prepare_folder, spec_id
+from noiseproof.tuning import VIRTUAL_TOKENS
 from tiny import LABELS, numbers, table, train_settings
 
 PLAIN = CrossEntropy()

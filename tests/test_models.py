@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 import noiseproof
 from families import ALL, CLASSES, DECODERS, ENCODERS, classifier, config, text_inputs
+from noiseproof.adapters import restored
 from noiseproof.errors import InputError
 from noiseproof.loop import train
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
 from noiseproof.models import (
     DEFAULT_ENCODER,
-    NOT_OFFERED,
-    VIRTUAL_TOKENS,
     HeadOnly,
     encode_batch,
     encoder_layers,
@@ -47,11 +46,15 @@ from noiseproof.models import (
     start_head,
     training_mode,
     trains_only_head,
+)
+from noiseproof.tasks import TextClassification
+from noiseproof.tuning import (
+    NOT_OFFERED,
+    VIRTUAL_TOKENS,
     tune_model,
     tuning_names,
     virtual_tokens,
 )
-from noiseproof.tasks import TextClassification
 from tiny import LABELS, Tiny, build_model, environment, table, train_settings, weights
 
 TEXT_FAMILIES = (*ENCODERS, *DECODERS)
@@ -251,7 +254,7 @@ def test_every_tuning_trains_saves_and_loads_or_says_why_not(
     assert wanted.shape == before.shape and not torch.allclose(wanted, before)
     save_model(tuned, tokenizer, tmp_path)
     torch.manual_seed(99)  # whatever is drawn on loading must be overwritten
-    loaded, _ = load_saved_model(tmp_path)
+    loaded = restored(load_saved_model(tmp_path)[0], tmp_path)
     assert torch.equal(loaded(**inputs).logits, wanted)
 
 

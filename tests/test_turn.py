@@ -28,10 +28,10 @@ from noiseproof.loop import Outcome, Progress
 from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import Method, Run, Stage
 from noiseproof.methods import GCE, TURN
-from noiseproof.methods.baselines import LEARNING_RATES
 from noiseproof.methods.turn import LEAST_AGREEMENT, MOST_OVERLAP, class_name, probe_signals
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import plain_model, start_head
+from noiseproof.tuning import usual_rate
 from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, weights
 
 BY_CLASS = LossMixture(scope="per_class", min_samples=4, min_gap=0.0)
@@ -448,7 +448,7 @@ def test_the_probe_has_its_own_settings_and_the_last_step_those_of_the_run() -> 
             "warmup_share": 0.05,
         },
     )
-    assert tune == Stage("tune", 5, learning_rate=LEARNING_RATES["adapter"])
+    assert tune == Stage("tune", 5, learning_rate=usual_rate("lora"))
     assert [stage.name for stage in TURN(probe_epochs=0).stages(5)] == ["tune"]
     assert [(stage.name, stage.epochs) for stage in TURN(tune_epochs=4).stages(9)] == [
         ("probe", 20),

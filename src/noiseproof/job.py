@@ -13,7 +13,7 @@ from noiseproof.methods import CleaR
 from noiseproof.noise import parse_noise
 
 TASKS = ("text",)
-MERGEABLE = ("full", "head", "lora")
+MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
 
 
@@ -103,10 +103,10 @@ class Job:
             self.train.select != "best" or self.validation is not None,
             "train.select=best needs validation rows; give validation, or use select=last",
         )
-        tune = getattr(self.method, "tune", "lora")
+        tune = getattr(self.method, "tune", getattr(self.method, "peft", "full"))
         require(
             not self.merge or tune in MERGEABLE,
-            f"merge works with tune={', '.join(MERGEABLE)}; tune={tune} stays an adapter of peft",
+            f"merge works with {', '.join(MERGEABLE)}; {tune} stays an adapter beside the encoder",
         )
         require(
             self.noise_seed is None or 0 <= self.noise_seed < 2**32,

@@ -7,7 +7,8 @@ equal blocks inside it.
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,29 @@ def cannot_load(name: str, error: Exception) -> str:
 # --- parts ---------------------------------------------------------------------------------------
 
 
+def trial_inputs(model: nn.Module, rows: int = 3) -> dict[str, Tensor]:
+    """A tiny input that the model can be called with, to see what runs in it.
+
+    Raises:
+        InputError: It takes neither tokens nor pixels.
+    """
+    inner: Any = plain_model(model)
+    config, name = inner.config, str(getattr(inner, "main_input_name", "input_ids"))
+    device = next(inner.parameters()).device
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (rows, int(getattr(config, "num_channels", 3)), height, width)
+        return {name: torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)}
+    if name != "input_ids":
+        raise InputError(
+            f"{type(inner).__name__} takes {name}; expected a model of tokens or of pixels"
+        )
+    tokens = [token for token in range(4 * rows + 1) if token != config.pad_token_id][: 4 * rows]
+    ids = torch.tensor(tokens, device=device).view(rows, 4) % int(config.vocab_size)
+    return {name: ids, "attention_mask": torch.ones_like(ids)}
+
+
 def plain_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a peft model, or the model itself."""
     get_base = getattr(model, "get_base_model", None)
@@ -174,6 +198,13 @@ def new_modules(model: nn.Module) -> list[str]:
         return []
     inside = {id(module) for block in encoder_layers(model) for module in block.modules()}
     return [name for name in new if id(inner.get_submodule(name)) not in inside]
+
+
+def pooler_name(model: nn.Module) -> list[str]:
+    """Name of the encoder's pooler, in a list; empty where it has none."""
+    encoder_name, encoder = encoder_of(model)
+    has_one = isinstance(getattr(encoder, "pooler", None), nn.Module)
+    return [f"{encoder_name}.pooler"] if has_one else []
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -353,123 +384,6 @@ def fast_dropout(model: nn.Module) -> Iterator[None]:
             module.__class__ = nn.Dropout
 
 
-# --- tuning --------------------------------------------------------------------------------------
-
-PLAIN_TUNING = ("full", "head")
-VIRTUAL_TOKENS = 20  # that prompt-like families put before every text
-NOT_OFFERED = {
-    "adalora": "its rank budget must be told the number of steps and be updated in each of them",
-    "cpt": "it is made for causal language models",
-    "multitask_prompt_tuning": "it needs a task number per row",
-    "poly": "it needs a task number per row",
-    "trainable_tokens": "it needs a list of token numbers",
-    "xlora": "it mixes adapters that are trained already",
-}
-
-
-def tuning_names() -> tuple[str, ...]:
-    """All values of ``tune``: full, head, and the adapter types of peft that need nothing else."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    kinds = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    return (*PLAIN_TUNING, *sorted(kinds - set(NOT_OFFERED)))
-
-
-def virtual_tokens(tune: str) -> int:
-    """Number of learned tokens that a value of ``tune`` puts before every text.
-
-    They take positions like others, so as many fewer are left for the text.
-
-    >>> virtual_tokens("prompt_tuning"), virtual_tokens("lora")
-    (20, 0)
-    """
-    if tune in PLAIN_TUNING:
-        return 0
-    import peft
-
-    for kind, config_class in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        if kind.value.lower() == tune:
-            fields = {field.name for field in dataclasses.fields(config_class)}
-            return VIRTUAL_TOKENS if "num_virtual_tokens" in fields else 0
-    return 0
-
-
-def tune_model(
-    model: nn.Module,
-    tune: str,
-    *,
-    rank: int,
-    alpha: float | None = None,
-    target_modules: Sequence[str] | None = None,
-    settings: dict[str, Any] | None = None,
-) -> nn.Module:
-    """Make the part of ``model`` trainable that ``tune`` names.
-
-    Args:
-        model: A transformers classifier.
-        tune: ``full``, ``head`` (linear probe), or a peft type in lower case such as ``lora``.
-        rank: Rank of the low-rank families; families without one do not read it.
-        alpha: Scaling numerator of LoRA-like families; None is twice the rank.
-        target_modules: Module names to adapt; None takes peft's choice for the architecture, and
-            where it has none every linear module of the layers.
-        settings: Further fields of the peft config of this family.
-
-    Raises:
-        InputError: Unknown family, or peft refuses the settings.
-    """
-    if tune == "full":
-        return model
-    if tune == "head":
-        set_trainable(model, is_head(model))
-        return model
-    import peft
-
-    kinds = {kind.value.lower(): kind for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING}
-    if tune in NOT_OFFERED:
-        raise InputError(
-            f"tune={tune!r} is not offered: {NOT_OFFERED[tune]}; lora is the usual one"
-        )
-    if tune not in kinds:
-        from noiseproof.errors import unknown_name
-
-        raise InputError(unknown_name("tune", tune, tuning_names()))
-    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[tune]]
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    given: dict[str, Any] = {
-        "task_type": peft.TaskType.SEQ_CLS,
-        "r": rank,
-        "rank": rank,
-        "lora_alpha": 2 * rank if alpha is None else alpha,
-        "alpha": 2 * rank if alpha is None else alpha,
-        "num_virtual_tokens": VIRTUAL_TOKENS,
-        "oft_block_size": 0,  # follows from the rank
-        "modules_to_save": head_modules(model) + new_modules(model),
-    }
-    if target_modules is not None:
-        given["target_modules"] = list(target_modules)
-    given = {name: value for name, value in given.items() if name in fields} | (settings or {})
-    try:
-        try:
-            return _adapted(model, config_class(**given))
-        except ValueError as error:
-            if "target_modules" in given or "specify `target_modules`" not in str(error):
-                raise
-        kind = nn.LayerNorm if tune == "ln_tuning" else nn.Linear
-        given["target_modules"] = layer_modules(model, kind)
-        return _adapted(model, config_class(**given))
-    except Exception as error:  # peft raises many types for what does not fit the model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"peft cannot apply tune={tune!r} to this model: {reason}") from error
-
-
-def _adapted(model: nn.Module, config: Any) -> nn.Module:
-    import peft
-
-    with _quiet():
-        adapted: nn.Module = peft.get_peft_model(model, config)
-    return adapted
-
-
 # --- cached features -----------------------------------------------------------------------------
 
 
@@ -548,7 +462,7 @@ def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
     Decided by trying: the logits from the cached features must equal those of the whole model. A
     head that starts from 0 gives the same logits whatever it reads, so all heads are shaken first.
     """
-    with evaluation_mode(model), _shaken_head(model):
+    with evaluation_mode(model), shaken(model, is_head(model)):
         wanted = model(**inputs).logits.float()
         for position in ("first", "last", "mean"):
             try:
@@ -561,23 +475,24 @@ def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
 
 
 @contextmanager
-def _shaken_head(model: nn.Module) -> Iterator[None]:
-    """Add fixed random numbers to the head for a while; afterwards it is as before, bit for bit."""
-    head = is_head(model)
+def shaken(model: nn.Module, chosen: Callable[[str], bool]) -> Iterator[None]:
+    """Add fixed random numbers to the chosen parameters for a while; then all is as it was."""
     random = torch.Generator().manual_seed(0)
     before = {
         parameter: parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if head(name)
+        if chosen(name)
     }
     try:
-        for parameter, value in before.items():
-            noise = torch.randn(value.shape, generator=random)
-            parameter.copy_(value + 0.1 * noise.to(value.device, value.dtype))
+        with torch.no_grad():
+            for parameter, value in before.items():
+                noise = torch.randn(value.shape, generator=random)
+                parameter.copy_(value + 0.1 * noise.to(value.device, value.dtype))
         yield
     finally:
-        for parameter, value in before.items():
-            parameter.copy_(value)
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
 
 
 def mean_pooled(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -606,17 +521,20 @@ def _mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 # --- saving --------------------------------------------------------------------------------------
 
 HEAD_FILE = "head.safetensors"  # in model/: a head that transformers and peft have no class for
+ADAPTERS_CONFIG = "adapters.json"  # in model/: settings and encoder of an adapter of our own
+ADAPTERS = ("adapter_config.json", ADAPTERS_CONFIG)  # peft's, and ours
 
 
-def merged(model: Any) -> Any:
+def merged(model: Any) -> nn.Module:
     """The plain model with its adapters merged into the weights; a plain model as it is."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    plain: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return plain
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write what transformers (and peft, for adapters) load without noiseproof, head included."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quiet():
         model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
         inner = plain_model(model)
         if inner is not model:
@@ -627,6 +545,8 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Module, Any]:
     """Load a saved ``model/`` folder: a plain transformers model or a peft adapter.
+
+    Of an adapter of our own this gives its encoder alone; `noiseproof.adapters.restored` adds it.
 
     Args:
         folder: Where `save_model` wrote.
@@ -642,20 +562,22 @@ def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Modul
         raise InputError(f"{folder} holds no model (config.json is missing); expected RUN/model")
     base, place = str(folder), folder
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(str(folder))
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            if (folder / "adapter_config.json").exists():
-                from peft import PeftConfig, PeftModel
-
-                base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+            about = next((folder / name for name in ADAPTERS if (folder / name).exists()), None)
+            if about is not None:
+                base = str(json.loads(about.read_bytes())["base_model_name_or_path"])
                 place = Path(base)
                 if encoder is not None and not place.is_dir():
                     base = resolve_model(encoder)
-                plain = AutoModelForSequenceClassification.from_pretrained(
+                model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                     base, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
                 )
-                model: nn.Module = PeftModel.from_pretrained(plain, str(folder))
+                if about.name != ADAPTERS_CONFIG:
+                    from peft import PeftModel
+
+                    model = PeftModel.from_pretrained(model, str(folder))
             else:
                 model = AutoModelForSequenceClassification.from_pretrained(
                     str(folder), dtype=torch.float32
@@ -673,7 +595,8 @@ def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Modul
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep transformers and peft from talking about what the user did not ask for."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noiseproof.adapters import restored
 from noiseproof.data import read_table, read_texts
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.errors import InputError
@@ -55,9 +56,10 @@ class Predictor:
         pairs: Sequence[str] | None = None,
         settings: TrainSettings | None = None,
     ) -> np.ndarray:
-        """Class probabilities (N, C)."""
+        """Class probabilities (N, C); in fp32 unless told otherwise, as transformers would."""
         encoded = self.task.encode(texts, pairs)
-        logits = predict_logits(self.model, encoded, settings or TrainSettings())
+        exact = TrainSettings(precision="fp32")
+        logits = predict_logits(self.model, encoded, settings or exact)
         return torch.softmax(logits, dim=1).numpy()
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[str]:
@@ -76,6 +78,7 @@ def load(run: str | Path) -> Predictor:
     if record.status != "done":
         raise InputError(f"the run in {folder} is {record.status}; finish it with --resume")
     model, tokenizer = load_saved_model(folder / "model", record.spec["model"])
+    model = restored(model, folder / "model")
     gated = record.spec["method"].get("eval_gate", "all_on") != "all_on"
     if (gated and not record.spec["merge"]) or (folder / "model" / HEAD_FILE).exists():
         model = method_from_dict(record.spec["method"]).restore_model(model)

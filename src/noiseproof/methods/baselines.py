@@ -34,11 +34,10 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.models import PLAIN_TUNING, set_dropout, tune_model, virtual_tokens
+from noiseproof.models import set_dropout
 from noiseproof.noise import load_transition
 from noiseproof.selection import estimate_transition, lowest
-
-LEARNING_RATES = {"full": 5e-5, "head": 5e-3, "adapter": 2e-3}  # ours: docs/results/foundation.md
+from noiseproof.tuning import tune_model, usual_rate, virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,13 @@ class Tuned(Method):
     """Shared settings of the baselines.
 
     Attributes:
-        tune: full, head, or an adapter type of peft in lower case (lora, loha, vera, ia3, ...).
-        rank: Rank of low-rank adapters.
+        tune: full, head, adapter (bottlenecks), bitfit (biases), prompt, prefix, or an adapter type
+            of peft in lower case (lora, loha, vera, ia3, ...).
+        rank: Rank of low-rank adapters, width of bottlenecks.
         alpha: Scaling numerator of LoRA-like adapters; None is twice the rank.
         target_modules: Module names that get adapters; None takes peft's choice.
         dropout: Dropout of the encoder; None keeps the model's own.
-        learning_rate: None is 5e-5 (full), 5e-3 (head) or 2e-3 (adapters).
+        learning_rate: None is 5e-5 (full), 5e-3 (head, bitfit), 1e-2 (prompt, prefix) or 2e-3.
     """
 
     tune: str = "full"
@@ -94,8 +94,7 @@ class Tuned(Method):
 
     def stages(self, epochs: int) -> list[Stage]:
         """One stage, at the rate of the tuned part."""
-        kind = self.tune if self.tune in PLAIN_TUNING else "adapter"
-        return [Stage("train", epochs, learning_rate=self.learning_rate or LEARNING_RATES[kind])]
+        return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.tune))]
 
 
 def require_warmup(method: Method, warmup_epochs: int, epochs: int) -> None:

@@ -23,16 +23,13 @@ Cost: scoring_passes forward passes per epoch after the warm-up; none with scori
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.errors import InputError
+from noiseproof.adapters import FAMILIES, AdaptedModel, Adapter
 from noiseproof.losses import consistency, cross_entropy
 from noiseproof.method import (
     Batch,
@@ -45,178 +42,21 @@ from noiseproof.method import (
     require,
     require_range,
 )
-from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.models import (
-    HeadOnly,
-    encoder_layers,
-    encoder_of,
-    feature_position,
-    set_dropout,
-    tune_model,
+from noiseproof.methods.clear_gates import (
+    Routing,
+    gate_table,
+    only_gated_trains,
+    open_gates,
+    route,
+    row_wise_targets,
+    unroute,
 )
+from noiseproof.mixture import LossMixture, fit_loss_mixture
+from noiseproof.models import HeadOnly, feature_position, merged, set_dropout
+from noiseproof.tuning import PLAIN_TUNING, tune_model, usual_rate
 
 FROZEN_BYTES = 2**27  # the backbone's features of all rows may take this much
-SALT_TRAIN, SALT_SCORE, SALT_EVAL, SALT_STEP = 11, 12, 13, 14
-
-
-def gate_table(rows: int, layers: int, *words: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), one per row and layer, from these words alone.  -> (N, L) fp32."""
-    return np.random.default_rng(list(words)).random((rows, layers), dtype=np.float32)
-
-
-def open_gates(uniform: Tensor, rate: Tensor) -> Tensor:
-    """Bernoulli gates from uniform numbers: rate 1 is always open, rate 0 never.
-
-    (B, L), (B,) -> (B, L) of zeros and ones.
-    """
-    return (uniform < rate[:, None]).to(torch.float32)
-
-
-class Routing:
-    """The gates of one model: which rows pass through which layer's adapters.
-
-    It lives beside the model as a plain object; it is no parameter and no buffer. A call of the
-    model uses the gate that `set` left, once; it stays valid until the next call, because gradient
-    checkpointing runs layers again in the backward pass.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        gamma: float = 1.0,
-        eval_gate: str = "all_on",
-        eval_passes: int = 1,
-        free: str = "sample",
-        unit: str = "layer",
-    ) -> None:
-        self.layers = layers
-        self.gamma = gamma
-        self.eval_gate = eval_gate
-        self.eval_passes = eval_passes
-        self.free = free
-        self.unit = unit
-        self.gate: Tensor | None = None  # (B, L); None is all open
-        self.pending = False
-        self.frozen: Tensor | None = None  # (N, D, 2), see CleaR._logits; empty where impossible
-        self._table: tuple[tuple[int, ...], Tensor] | None = None
-
-    def set(self, gate: Tensor | None) -> None:
-        """Use this gate in the next call of the model."""
-        self.gate = gate
-        self.pending = True
-
-    def table(self, rows: int, *words: int) -> Tensor:
-        """`gate_table` of the training rows, kept for the epoch."""
-        key = (rows, *words)
-        if self._table is None or self._table[0] != key:
-            self._table = (key, torch.from_numpy(gate_table(rows, self.layers, *words)))
-        return self._table[1]
-
-    def eval_gates(self, inputs: dict[str, Tensor], number: int) -> Tensor | None:
-        """Gates of a call that nobody set gates for, by ``eval_gate``.
-
-        Sampled gates are keyed by the content of the row, so they do not depend on the order of
-        the rows, on the batch, on the process, or on whether the model was saved in between.
-        """
-        if self.eval_gate == "all_on":
-            return None
-        some = next(iter(inputs.values()))
-        if self.eval_gate == "expected":
-            return torch.full((len(some), self.layers), self.gamma, device=some.device)
-        keys = [0] * len(some) if self.free == "batch" else row_keys(inputs)
-        uniform = np.stack([gate_table(1, self.layers, SALT_EVAL, number, key)[0] for key in keys])
-        if self.unit == "network":
-            uniform = np.repeat(uniform[:, :1], self.layers, axis=1)
-        rate = torch.full((len(some),), self.gamma)
-        return open_gates(torch.from_numpy(uniform), rate).to(some.device)
-
-
-def row_keys(inputs: dict[str, Tensor]) -> list[int]:
-    """A number per row that depends on its content, not on its padding."""
-    ids = inputs.get("input_ids")
-    if ids is None:
-        rows = next(iter(inputs.values())).detach().cpu().float().numpy()
-        return [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in rows]
-    mask = inputs["attention_mask"].cpu().numpy().astype(bool)
-    return [
-        zlib.crc32(row[real].tobytes())
-        for row, real in zip(ids.cpu().numpy().astype(np.int64), mask, strict=True)
-    ]
-
-
-def route(model: nn.Module, routing: Routing) -> None:
-    """Let ``routing`` gate every LoRA module of a peft model.
-
-    The gate multiplies the output of the B projection, which is the exact bypass of the layer's
-    update; the stored model stays an ordinary peft LoRA.
-
-    Raises:
-        InputError: The model has no LoRA in numbered layers, or one that cannot be gated exactly.
-    """
-    layer_of = {
-        id(module): number
-        for number, block in enumerate(encoder_layers(model))
-        for module in block.modules()
-    }
-    count = 0
-    for name, module in model.named_modules():
-        projections = getattr(module, "lora_B", None)
-        embeddings = getattr(module, "lora_embedding_B", ())
-        if not isinstance(projections, nn.ModuleDict) or not (len(projections) or len(embeddings)):
-            continue
-        if id(module) not in layer_of or len(embeddings):
-            raise InputError(f"CleaR cannot gate {name}: it lies outside the numbered layers")
-        if getattr(module, "merged", False) or any(getattr(module, "use_dora", {}).values()):
-            raise InputError(f"CleaR cannot gate {name}: merged LoRA and DoRA have no exact bypass")
-        for projection in projections.values():
-            projection.register_forward_hook(_gate_hook(routing, layer_of[id(module)]))
-            count += 1
-    if not count:
-        raise InputError("CleaR found no LoRA module to gate; check target_modules")
-    model.noiseproof_routing = routing  # type: ignore[assignment]
-    model.forward = _routed(model.forward, model, routing)
-
-
-def unroute(model: nn.Module) -> None:
-    """Remove the gates: afterwards the model is what peft made."""
-    for module in model.modules():
-        for projection in getattr(module, "lora_B", {}).values():
-            for key, hook in list(projection._forward_hooks.items()):
-                if getattr(hook, "is_gate", False):
-                    del projection._forward_hooks[key]
-    model.__dict__.pop("forward", None)
-    model.__dict__.pop("noiseproof_routing", None)
-
-
-def _gate_hook(routing: Routing, layer: int) -> Callable[..., Tensor | None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if routing.gate is None:
-            return None
-        shape = (-1, *[1] * (output.ndim - 1))
-        return output * routing.gate[:, layer].view(shape).to(output.dtype)  # (B, 1, 1)
-
-    hook.is_gate = True  # type: ignore[attr-defined]
-    return hook
-
-
-def _routed(forward: Callable[..., Any], model: nn.Module, routing: Routing) -> Callable[..., Any]:
-    def routed_forward(**inputs: Any) -> Any:
-        if routing.pending:
-            routing.pending = False
-            return forward(**inputs)
-        if model.training:
-            raise RuntimeError("CleaR: no gates were set for this training step")
-        passes = routing.eval_passes if routing.eval_gate == "mean" else 1
-        routing.gate = routing.eval_gates(inputs, 0)
-        output = forward(**inputs)
-        for number in range(1, passes):
-            routing.gate = routing.eval_gates(inputs, number)
-            output.logits = output.logits + forward(**inputs).logits
-        if passes > 1:
-            output.logits = output.logits / passes
-        return output
-
-    return routed_forward
+SALT_TRAIN, SALT_SCORE, SALT_STEP = 11, 12, 14
 
 
 @dataclass(frozen=True)
@@ -224,13 +64,14 @@ class CleaR(Method):
     """Route probably clean rows through the adapters, the others around them.
 
     Attributes:
-        peft: Adapter family; lora.
+        peft: Adapter family: lora, adapter (bottlenecks), bitfit (biases), prompt, prefix (keys and
+            values), or another kind of peft that adds to the output of linear modules (loha, vera).
         gamma: Ceiling of the gate rate; also the rate of draws that ignore the label.
         warmup_epochs: Epochs before routing begins; use 5 or more with 20 or more classes.
         routing: bernoulli, soft (gate = gamma * p), hard (gate = p > threshold), random (ignores
             p), none (all gates open).
         threshold: Cut of routing=hard, and of the logged selection.
-        gate_unit: A gate per layer, or one for the whole network.
+        gate_unit: A gate per layer, per module, or one for the whole network.
         free_gate: Draws that ignore the label: one per sample, or one per batch.
         scoring: passes (extra forward passes), or reuse (logits of the last epoch's steps).
         scoring_passes: Gated passes whose logits are averaged.
@@ -245,11 +86,18 @@ class CleaR(Method):
         dropout_after_warmup: False turns dropout off in routed epochs, as the released code does.
         eval_gate: all_on, expected (gate = gamma), sample, or mean (of eval_passes samples).
         eval_passes: Passes of eval_gate=mean.
-        learning_rate: Peak rate.
-        rank: LoRA rank.
+        learning_rate: Peak rate; None is 2e-3, 5e-3 (bitfit) or 1e-2 (prompt, prefix).
+        rank: Rank of LoRA and other low-rank families.
         alpha: LoRA scaling numerator; None is twice the rank.
         lora_dropout: Dropout on the input of LoRA's A.
-        target_modules: Module names that get LoRA; None takes peft's choice (query, value).
+        bottleneck_size: Width of the bottlenecks of adapter.
+        adapter_init: Start of a bottleneck: zero (the bare encoder) or linear (released code).
+        num_virtual_tokens: Vectors of prompt and prefix.
+        prompt_depth: Prompts deep in every layer, or shallow before the first.
+        train_pooler: Train the encoder's pooler as well; it has no gate.
+        train_outer_biases: bitfit trains the biases outside the layers as well; they have no gate.
+        target_modules: Module names inside a layer that get LoRA or bottlenecks; None takes peft's
+            choice (query, value), or the ends of attention and feed-forward.
         dropout: Dropout of the encoder; None keeps the model's own. Gates already leave parts out.
     """
 
@@ -273,10 +121,16 @@ class CleaR(Method):
     dropout_after_warmup: bool = True
     eval_gate: str = "all_on"
     eval_passes: int = 5
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     rank: int = 8
     alpha: float | None = None
     lora_dropout: float = 0.0
+    bottleneck_size: int = 16
+    adapter_init: str = "zero"
+    num_virtual_tokens: int = 20
+    prompt_depth: str = "deep"
+    train_pooler: bool = False
+    train_outer_biases: bool = True
     target_modules: tuple[str, ...] | None = None
     dropout: float | None = 0.0
 
@@ -285,20 +139,28 @@ class CleaR(Method):
     def __post_init__(self) -> None:
         """Check every setting where it stands."""
         for name, choices in (
-            ("peft", ("lora",)),
             ("routing", ("bernoulli", "soft", "hard", "random", "none")),
-            ("gate_unit", ("layer", "network")),
+            ("gate_unit", ("layer", "module", "network")),
             ("free_gate", ("sample", "batch")),
             ("scoring", ("passes", "reuse")),
             ("ce_weight", ("none", "clean_prob")),
             ("consistency_weight", ("none", "noisy_prob")),
             ("eval_gate", ("all_on", "expected", "sample", "mean")),
+            ("adapter_init", ("zero", "linear")),
+            ("prompt_depth", ("deep", "shallow")),
         ):
             value = getattr(self, name)
             require(
                 value in choices, f"CleaR.{name} must be one of {', '.join(choices)}; got {value!r}"
             )
-        for name in ("warmup_epochs", "scoring_passes", "eval_passes", "rank"):
+        for name in (
+            "warmup_epochs",
+            "scoring_passes",
+            "eval_passes",
+            "rank",
+            "bottleneck_size",
+            "num_virtual_tokens",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"CleaR.{name} must be at least 1, got {value}")
         require(self.consistency_ramp >= 0, "CleaR.consistency_ramp must be at least 0")
@@ -307,7 +169,12 @@ class CleaR(Method):
         require_range("CleaR", "loss_ema", self.loss_ema, 0, 1, open_high=True)
         require_range("CleaR", "lambda_consistency", self.lambda_consistency, 0, 1e3)
         require_range("CleaR", "temperature", self.temperature, 0, 1e3, open_low=True)
-        require_range("CleaR", "learning_rate", self.learning_rate, 0, 10, open_low=True)
+        if self.learning_rate is not None:
+            require_range("CleaR", "learning_rate", self.learning_rate, 0, 10, open_low=True)
+        require(
+            self.peft not in PLAIN_TUNING,
+            f"CleaR.peft must be an adapter such as lora, {', '.join(FAMILIES)}; got {self.peft!r}",
+        )
         require_range("CleaR", "lora_dropout", self.lora_dropout, 0, 1, open_high=True)
         if self.dropout is not None:
             require_range("CleaR", "dropout", self.dropout, 0, 1, open_high=True)
@@ -316,50 +183,76 @@ class CleaR(Method):
 
     @classmethod
     def presets(cls) -> dict[str, CleaR]:
-        """Default, plain (ordinary LoRA), paper, fast (no extra pass), code (released LoRA)."""
+        """Default, plain (the adapter alone), paper, fast (no extra pass), and the released code.
+
+        The released code has other values for each family: code is that of lora.
+        """
         published = LossMixture(monotone=False, guard="off")
+        code = cls(
+            mixture=published, dropout_after_warmup=False, eval_gate="sample", dropout=None, rank=4
+        )
         return {
             "default": cls(),
             "plain": cls(routing="none", lambda_consistency=0.0, dropout=None),
             "paper": cls(scoring_passes=5, mixture=published, dropout=None),
             "fast": cls(scoring="reuse", loss_ema=0.5),
-            "code": cls(
-                gamma=0.85,
-                scoring_passes=2,
-                free_gate="batch",
-                rank=4,
-                alpha=1.0,
-                mixture=published,
-                dropout_after_warmup=False,
-                eval_gate="sample",
-                dropout=None,
+            "code": replace(code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0),
+            "code-adapter": replace(
+                code,
+                peft="adapter",
+                gamma=0.7,
+                loss_ema=0.9,
+                temperature=0.5,
+                temperature_squared=False,
+                adapter_init="linear",
+            ),
+            "code-bitfit": replace(code, peft="bitfit", gamma=0.9, train_pooler=True),
+            "code-prompt": replace(
+                code, peft="prompt", gamma=0.85, free_gate="batch", train_pooler=True
             ),
         }
 
     # --- hooks -----------------------------------------------------------------------------------
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Add LoRA and its gates; the encoder is frozen, the head trains."""
+        """Add the adapters and their gates; the encoder is frozen, the head trains."""
         if self.dropout is not None:
             set_dropout(model, self.dropout)
+        if self.peft in FAMILIES:
+            size = self.bottleneck_size if self.peft == "adapter" else self.num_virtual_tokens
+            adapter = Adapter(
+                self.peft,
+                size,
+                self.adapter_init,
+                self.prompt_depth,
+                self.train_outer_biases,
+                self.train_pooler,
+                self.target_modules,
+            )
+            return self.restore_model(AdaptedModel(model, adapter))
+        targets = self.target_modules or row_wise_targets(model)
         adapted = tune_model(
             model,
             self.peft,
             rank=self.rank,
             alpha=self.alpha,
-            target_modules=self.target_modules,
-            settings={"lora_dropout": self.lora_dropout},
+            target_modules=targets,
+            settings={"lora_dropout": self.lora_dropout} if self.peft == "lora" else None,
+            pooler=self.train_pooler,
         )
         return self.restore_model(adapted)
 
     def restore_model(self, model: nn.Module) -> nn.Module:
-        """Put the gates around the adapters of a peft model."""
-        layers = len(encoder_layers(model))
+        """Put the gates around the adapters of a model."""
         eval_gate = "all_on" if self.routing == "none" else self.eval_gate
         route(
             model,
             Routing(
-                layers, self.gamma, eval_gate, self.eval_passes, self.free_gate, self.gate_unit
+                gamma=self.gamma,
+                eval_gate=eval_gate,
+                eval_passes=self.eval_passes,
+                free=self.free_gate,
+                unit=self.gate_unit,
             ),
         )
         return model
@@ -371,7 +264,7 @@ class CleaR(Method):
             f"CleaR would never route: train.epochs={epochs} must exceed "
             f"warmup_epochs={self.warmup_epochs}",
         )
-        return [Stage("train", epochs, learning_rate=self.learning_rate)]
+        return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.peft))]
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Columns ``loss``, ``clean_prob`` (N,), ``target_logits`` (N, C); fixed for the epoch."""
@@ -415,10 +308,11 @@ class CleaR(Method):
         return loss.mean()
 
     def finalize_model(self, run: Run) -> nn.Module:
-        """An ordinary peft LoRA when gates are all open at test; else the gates stay in place."""
-        if routing_of(run).eval_gate == "all_on":
-            unroute(run.model)
-        return run.model
+        """Without gates when they are all open at test; else they stay in place."""
+        if routing_of(run).eval_gate != "all_on":
+            return run.model
+        unroute(run.model)
+        return merged(run.model) if self.peft == "bitfit" else run.model
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -450,22 +344,22 @@ class CleaR(Method):
         return min(1.0, (run.epoch - self.warmup_epochs + 1) / self.consistency_ramp)
 
     def _train_gates(self, batch: Batch, run: Run, routed: bool) -> Tensor | None:
-        """Gates (B, L) of one training step; None is all open."""
+        """Gates (B, U) of one training step; None is all open."""
         if self.routing == "none":
             return None
         device = batch.labels.device
         rate = torch.full((len(batch.rows),), self.gamma, device=device)
         follows = routed and self.routing != "random"
         if follows and self.routing == "hard":
-            layers = routing_of(run).layers
+            units = routing_of(run).units
             kept = (batch.columns["clean_prob"] > self.threshold).float()
-            return kept[:, None].expand(-1, layers)
+            return kept[:, None].expand(-1, units)
         if follows:
             rate = rate * batch.columns["clean_prob"]
         return self._gates(run, batch.rows, rate, not follows, SALT_TRAIN, run.epoch, run.step)
 
     def _logits(self, model: nn.Module, batch: Batch, run: Run, gate: Tensor | None) -> Tensor:
-        """Logits (B, C) at these gates (B, L).
+        """Logits (B, C) at these gates (B, U).
 
         A row whose gates are all closed sees the frozen backbone and nothing else. Its features
         never change, so they are computed once for the whole run and only the head runs.
@@ -499,13 +393,13 @@ class CleaR(Method):
         if routing.frozen is None:
             routing.frozen = torch.empty(0)
             some = {name: tensor[:4] for name, tensor in batch.inputs.items()}
-            position = feature_position(run.model, some) if only_lora_trains(run.model) else None
+            position = feature_position(run.model, some) if only_gated_trains(run.model) else None
             width = int(getattr(run.model.config, "hidden_size", 0))
             if position is not None and len(run.labels) * width * 8 <= FROZEN_BYTES:
                 device = batch.labels.device
 
                 def close(rows: Tensor) -> None:
-                    routing.gate = torch.zeros(len(rows), routing.layers, device=device)
+                    routing.gate = torch.zeros(len(rows), routing.units, device=device)
 
                 routing.frozen = run.encode(position, before_batch=close)
         return len(routing.frozen) > 0
@@ -513,17 +407,17 @@ class CleaR(Method):
     def _gates(
         self, run: Run, rows: Tensor, rate: Tensor, free: bool, salt: int, epoch: int, step: int
     ) -> Tensor:
-        """Gates (B, L) at these rates (B,): soft, or drawn from (seed, epoch, row)."""
+        """Gates (B, U) at these rates (B,): soft, or drawn from (seed, epoch, row)."""
         routing = routing_of(run)
         if self.routing == "soft":
-            return rate[:, None].expand(-1, routing.layers)
+            return rate[:, None].expand(-1, routing.units)
         if free and self.free_gate == "batch":
-            one = gate_table(1, routing.layers, run.seed, SALT_STEP, salt, epoch, step)
+            one = gate_table(1, routing.units, run.seed, SALT_STEP, salt, epoch, step)
             uniform = torch.from_numpy(one).expand(len(rows), -1)
         else:
             uniform = routing.table(len(run.labels), run.seed, salt, epoch)[rows]
         if self.gate_unit == "network":
-            uniform = uniform[:, :1].expand(-1, routing.layers)
+            uniform = uniform[:, :1].expand(-1, routing.units)
         return open_gates(uniform.to(rate.device), rate)
 
     def _score(self, run: Run) -> Tensor:
@@ -556,12 +450,6 @@ class CleaR(Method):
 
         prepared: BeforeBatch = before_batch
         return run.predict(before_batch=prepared)
-
-
-def only_lora_trains(model: nn.Module) -> bool:
-    """Whether nothing inside the encoder trains but LoRA."""
-    _, encoder = encoder_of(model)
-    return all("lora_" in name for name, part in encoder.named_parameters() if part.requires_grad)
 
 
 def routing_of(run: Run) -> Routing:

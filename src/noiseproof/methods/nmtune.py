@@ -59,7 +59,6 @@ from noiseproof.models import (
     plain_model,
     set_dropout,
     set_trainable,
-    tune_model,
 )
 from noiseproof.regularizers import (
     COV_ROUTES,
@@ -70,6 +69,7 @@ from noiseproof.regularizers import (
     require_choice,
     singular_value_penalty,
 )
+from noiseproof.tuning import tune_model
 
 RATES = {"head": 1e-3, "full": 2e-5, "adapter": 2e-4}
 SMALLEST_RMS = 0.1  # below it the covariance term, of the fourth power of the scale, is nothing
