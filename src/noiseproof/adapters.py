@@ -161,7 +161,7 @@ class Columns(Part):
         raise NotImplementedError
 
     def extend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put the columns before keys and values, and their gates before the mask."""
         if self.capturing:
@@ -173,18 +173,10 @@ class Columns(Part):
         rows, count = len(key), more[0].shape[2]
         wide = torch.cat([more[0].to(key.dtype).expand(rows, -1, -1, -1), key], dim=2)
         deep = torch.cat([more[1].to(value.dtype).expand(rows, -1, -1, -1), value], dim=2)
-        if mask is None and causal:
-            mask = causal_mask(query, key)
         if gate is None and mask is None:
             return wide, deep, None
         bias = additive(mask, query, key).expand(rows, -1, query.shape[2], -1)
         return wide, deep, torch.cat([self.front(bias, count), bias], dim=3)
-
-
-def causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Which key each query may see, by its place.  -> (1, 1, Tq, Tk) bool."""
-    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-    return seen.tril(key.shape[2] - query.shape[2])[None, None]
 
 
 def additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -224,12 +216,12 @@ class DeepPrompt(Columns):
         self.projected: tuple[Tensor, Tensor] | None = None
 
     def columns(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of this call."""
-        projected, self.projected = self.projected, None
-        return projected
+        """Keys and values of this call; kept, as layers may run again in the backward pass."""
+        return self.projected
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Project the vectors with the layer's own weights, just before it runs."""
+        self.projected = None
         if self.gates.off or self.shut():
             return
         given = inspect.signature(block.forward).bind(*args, **kwargs)
@@ -301,15 +293,13 @@ class ShallowPrompt(Part):
         return (without(output[0], len(self.vectors)), *output[1:])
 
     def extend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Make room for the vectors in the mask; a closed row's tokens do not see them."""
         gate, count = self.gates.gate, len(self.vectors)
-        if not self.inside or (mask is None and gate is None and not causal):
+        if not self.inside or (mask is None and gate is None):
             return key, value, mask
         tokens = query[:, :, count:]
-        if mask is None and causal:
-            mask = causal_mask(tokens, tokens)
         bias = additive(mask, tokens, tokens).expand(len(query), -1, tokens.shape[2], -1)
         first, rest = bias[:, :, :1], bias[:, :, 1:]
         bias = torch.cat([first, first.expand(-1, -1, count, -1), rest], dim=2)
@@ -533,6 +523,12 @@ class AdaptedModel(nn.Module):
                 "which does not use the attention interface of transformers; "
                 "use adapter, lora or bitfit"
             )
+        if any(bool(getattr(module, "is_causal", False)) for module, _ in found):
+            # Rows are padded at the front there, and what has no position would tell by how much.
+            raise InputError(
+                f"{self.adapter.family} is for encoders, {type(inner).__name__} is a decoder; "
+                "use adapter, lora or bitfit"
+            )
         return found
 
 
@@ -700,10 +696,7 @@ def attend(
         seen.append((module, key.shape))
     part = module.__dict__.get(ATTENTION)
     if part is not None:
-        causal = settings.get("is_causal")
-        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        causal = causal and query.shape[2] > 1
-        key, value, attention_mask = part.extend(query, key, value, attention_mask, causal)
+        key, value, attention_mask = part.extend(query, key, value, attention_mask)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 

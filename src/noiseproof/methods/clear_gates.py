@@ -157,6 +157,11 @@ class PeftGate:
             raise InputError(
                 f"CleaR cannot gate {self.name}: its adapter changes what the frozen module gets"
             )
+        if len(output) != len(gate):
+            raise InputError(
+                f"CleaR cannot gate {self.name}: it serves all rows at once; choose other "
+                "target_modules"
+            )
         frozen = frozen.to(output.dtype)
         if self.routing.soft:
             return frozen + gate * (output - frozen)
