@@ -22,9 +22,10 @@ from noiseproof import cards, cli  # noqa: E402
 from noiseproof.engine import TrainSettings  # noqa: E402
 from noiseproof.method import Method  # noqa: E402
 from noiseproof.methods import METHODS  # noqa: E402
-from noiseproof.methods.baselines import LEARNING_RATES, Tuned  # noqa: E402
+from noiseproof.methods.baselines import Tuned  # noqa: E402
 from noiseproof.mixture import LossMixture  # noqa: E402
 from noiseproof.noise import NOISE_MODELS, Mixture, NoiseModel  # noqa: E402
+from noiseproof.tuning import ADAPTER_RATE, RATES  # noqa: E402
 
 NOTE = (
     "<!-- Written by docs/build.py from the code. Change the docstrings there, not this file. -->"
@@ -66,7 +67,8 @@ def pages() -> dict[Path, str]:
 def methods_page() -> str:
     """Cards, settings and presets of all methods."""
     shared = {item.name: item.default for item in cards.settings(Tuned)}
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items())
+    rates += f", others {ADAPTER_RATE:g}"
     lines = [
         NOTE,
         "# Methods",

@@ -48,6 +48,10 @@ BY_CLASS = dataclasses.replace(SMALL, scope="per_class")
 
 CASES: dict[str, Method] = {
     "CleaR": CleaR(warmup_epochs=1, scoring_passes=2, mixture=SMALL),
+    "CleaR(adapter)": CleaR(warmup_epochs=1, peft="adapter", mixture=SMALL),
+    "CleaR(bitfit)": CleaR(warmup_epochs=1, peft="bitfit", mixture=SMALL),
+    "CleaR(prompt)": CleaR(warmup_epochs=1, peft="prompt", num_virtual_tokens=3, mixture=SMALL),
+    "CleaR(prefix)": CleaR(warmup_epochs=1, peft="prefix", num_virtual_tokens=3, mixture=SMALL),
     "CleaR(reuse)": CleaR(warmup_epochs=1, scoring="reuse", loss_ema=0.5, mixture=SMALL),
     "TURN": TURN(probe_epochs=2, probe_batch_size=24, mixture=BY_CLASS, precondition="off"),
     "NMTune": NMTune(),
@@ -191,7 +195,7 @@ def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
             ("head", ("classifier.",)),
             ("lora", (".lora_A.", ".lora_B.", ".classifier.modules_to_save.")),
         )
-        if isinstance(method, Tuned) or tune == "lora"
+        if isinstance(method, Tuned) or tune == getattr(method, "peft", "")
     ],
 )
 def test_only_the_part_that_is_tuned_changes(

@@ -215,6 +215,10 @@ class DeepPrompt(Columns):
         self.vectors = nn.Parameter(torch.randn(size, width) * START_STD)
         self.projected: tuple[Tensor, Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model starts without what the last call left."""
+        return self.__dict__ | {"projected": None}
+
     def columns(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values of this call; kept, as layers may run again in the backward pass."""
         return self.projected
