@@ -91,7 +91,7 @@ def run_of(model: nn.Module, rows: int, epoch: int = 0, seed: int = 0, **columns
     def predict(before_batch: Any = None) -> Tensor:
         raise AssertionError("this test predicts nothing")
 
-    run = Run(model, labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch)
+    run = Run(model, labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch, epochs=6)
     run.columns = dict(columns)
     return run
 
@@ -125,7 +125,8 @@ def at_epoch(tiny_run: Tiny, model: nn.Module, epoch: int, seed: int = 0) -> Run
     def encode(position: str, before_batch: Any = None) -> Tensor:
         return engine.encode(model, tiny_run.encoded, position, before_batch)
 
-    run = Run(model, tiny_run.labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch)
+    source = torch.Generator()
+    run = Run(model, tiny_run.labels, CLASSES, predict, source, seed=seed, epoch=epoch, epochs=6)
     run.encode = encode
     return run
 
@@ -826,17 +827,22 @@ def test_presets_keep_the_values_of_the_specification() -> None:
     """Origins: specs/clear.md, section 5; what differs is measured by us."""
     published = LossMixture(monotone=False, guard="off")
     assert CleaR() == CleaR.preset("default")
-    assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, 3, 1)
+    assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, None, 1)
     assert (CleaR().temperature, CleaR().temperature_squared) == (1.0, True)
     assert (CleaR().lambda_consistency, CleaR().loss_ema, CleaR().eval_gate) == (1.0, 0, "all_on")
     assert (CleaR().routing, CleaR().free_gate) == ("bernoulli", "sample")
     code = CleaR(
-        rank=4, mixture=published, dropout_after_warmup=False, eval_gate="sample", dropout=None
+        warmup_epochs=3,
+        rank=4,
+        mixture=published,
+        dropout_after_warmup=False,
+        eval_gate="sample",
+        dropout=None,
     )
     assert CleaR.presets() == {
         "default": CleaR(),
         "plain": CleaR(routing="none", lambda_consistency=0.0, dropout=None),
-        "paper": CleaR(scoring_passes=5, mixture=published, dropout=None),
+        "paper": CleaR(warmup_epochs=3, scoring_passes=5, mixture=published, dropout=None),
         "fast": CleaR(scoring="reuse", loss_ema=0.5),
         "code": dataclasses.replace(
             code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0
@@ -918,8 +924,16 @@ def test_a_run_that_ends_in_the_warm_up_is_refused() -> None:
     """Routing would never start, and the result would be called CleaR."""
     for epochs in (1, 3):
         with pytest.raises(InputError, match=rf"train\.epochs={epochs} .*warmup_epochs=3"):
-            CleaR().stages(epochs)
-    assert CleaR().stages(4) == [Stage("train", 4, learning_rate=2e-3)]
+            CleaR(warmup_epochs=3).stages(epochs)
+    assert CleaR(warmup_epochs=3).stages(4) == [Stage("train", 4, learning_rate=2e-3)]
+    with pytest.raises(InputError, match=r"train\.epochs=1 must exceed warmup_epochs=1"):
+        CleaR().stages(1)
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(2, 1), (3, 1), (6, 3), (10, 5), (20, 10)])
+def test_the_warm_up_is_half_of_the_epochs(epochs: int, warmup: int) -> None:
+    """Within the 3 to 10 of 20 that the paper sweeps; short runs still route."""
+    assert CleaR().warmup(epochs) == warmup and CleaR().stages(epochs)[0].epochs == epochs
 
 
 def test_lora_that_no_gate_can_reach_is_refused(tiny_run: Tiny) -> None:
