@@ -30,17 +30,18 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "charts",
     ),
     2: ("method", "tasks", "models", "data"),
-    3: ("methods", "precision", "features"),
+    3: ("methods", "precision", "features", "gradients"),
     4: ("engine", "checkpoint", "record", "cards"),
     5: ("loop", "job", "prediction"),
     6: ("preparation", "estimators"),
     7: ("results", "corruption"),
     8: ("finetune", "audit", "report"),
-    9: ("peers", "study", "demo"),
+    9: ("peers", "demo"),
     10: ("grid",),
     11: ("benchmark",),
-    12: ("cli",),
-    13: ("__main__",),
+    12: ("study",),
+    13: ("cli",),
+    14: ("__main__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 PURE = {"torch", "numpy", "scipy", "sklearn"}  # what floor 1 may import on loading
