@@ -15,7 +15,7 @@ from noiseproof.cli import main
 from noiseproof.errors import InputError
 from noiseproof.report.runs import find_runs
 from noiseproof.study import STUDIES, Asked, find_study, plan, write_pages
-from noiseproof.study.peft_under_noise import RANDOM_LABELS
+from noiseproof.study.peft_under_noise import RANDOM_LABELS, PeftUnderNoise
 from noiseproof.study.peft_under_noise.analysis import Records, claim
 from noiseproof.study.running import estimate
 from reports import write_run
@@ -196,11 +196,23 @@ def test_without_a_name_the_command_lists_the_studies() -> None:
     assert code == 2 and "unknown study" in said
 
 
+class Few(PeftUnderNoise):
+    """Three cells of it."""
+
+    def grid(self, asked: Asked) -> dict[str, Any]:
+        values = super().grid(asked)
+        noisy, alone = values["part"][:2]
+        return values | {
+            "part": [noisy | {"methods": ["full", "lora"]}, alone | {"methods": ["lora"]}]
+        }
+
+
 def test_a_study_runs_from_the_command_line_and_goes_on_where_it_stopped(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setattr("noiseproof.study.peft_under_noise.PROBED_ROWS", 4)
+    monkeypatch.setitem(STUDIES, Few.name, Few())
     table(24).to_csv(tmp_path / "train.csv", index=False)
     words = (
         *("study", "peft-under-noise", tmp_path / "train.csv", "--model", tiny_model),
@@ -208,12 +220,12 @@ def test_a_study_runs_from_the_command_line_and_goes_on_where_it_stopped(
         *("--device", "cpu", "--parts", "lora", "--out", tmp_path / "out"),
     )
     code, said = called(*words, "--list")
-    assert code == 0 and "12 cells" in said and not (tmp_path / "out").exists()
+    assert code == 0 and "3 cells" in said and not (tmp_path / "out").exists()
     code, said = called(*words, "--workers", "2")
     assert code == 0, said
-    assert "12 of 12 cells done" in said
+    assert "3 of 3 cells done" in said
     text = (tmp_path / "out/study.md").read_text(encoding="utf-8")
-    assert "too few seeds for a claim" in text and "CleaR lora" in text
+    assert "too few seeds for a claim" in text and "| lora, right rows alone |" in text
     before = (tmp_path / "out/study.md").read_bytes()
     code, said = called(*words, "--pages")
     assert code == 0 and (tmp_path / "out/study.md").read_bytes() == before
