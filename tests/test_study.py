@@ -152,7 +152,7 @@ def test_the_page_says_the_verdicts_and_draws_what_they_rest_on(tmp_path: Path) 
 def test_missing_controls_are_said_and_not_guessed(tmp_path: Path) -> None:
     text = write_pages(STUDY, write_study(tmp_path, control=False))[1].read_text(encoding="utf-8")
     assert "nothing to compare for lora" in text
-    assert "Interference: too few seeds for a claim" in text
+    assert "Interference: too few runs for a claim" in text
 
 
 # --- the grid and the command --------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_a_study_runs_from_the_command_line_and_goes_on_where_it_stopped(
     assert code == 0, said
     assert "3 of 3 cells done" in said
     text = (tmp_path / "out/study.md").read_text(encoding="utf-8")
-    assert "too few seeds for a claim" in text and "| lora, right rows alone |" in text
+    assert "too few runs for a claim" in text and "| lora, right rows alone |" in text
     before = (tmp_path / "out/study.md").read_bytes()
     code, said = called(*words, "--pages")
     assert code == 0 and (tmp_path / "out/study.md").read_bytes() == before

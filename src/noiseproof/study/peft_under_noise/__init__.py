@@ -23,7 +23,7 @@ from noiseproof.study.peft_under_noise.families import FULL, PROBE, Family, offe
 from noiseproof.study.peft_under_noise.page import page
 
 RANDOM_LABELS = "symmetric-redraw:1.0"
-PROBED_ROWS = 64
+PROBED_ROWS = 32
 
 
 @dataclass(frozen=True)

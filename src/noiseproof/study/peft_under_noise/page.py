@@ -40,19 +40,19 @@ SAID: dict[str, dict[Verdict, str]] = {
         "holds": "Smaller adapters memorise less",
         "contradicted": "Smaller adapters memorise more",
         "open": "Capacity makes no clear difference to what is memorised",
-        "no claim": "Memorisation over capacity: too few seeds for a claim",
+        "no claim": "Memorisation over capacity: too few runs for a claim",
     },
     "interference": {
         "holds": "Wrong labels disturb adapters more than full fine-tuning",
         "contradicted": "Wrong labels disturb adapters less than full fine-tuning",
         "open": "Wrong labels disturb adapters and full fine-tuning alike, as far as one can see",
-        "no claim": "Interference: too few seeds for a claim",
+        "no claim": "Interference: too few runs for a claim",
     },
     "full": {
         "holds": "Adapters memorise less than full fine-tuning",
         "contradicted": "Adapters memorise more than full fine-tuning",
         "open": "Adapters and full fine-tuning memorise alike, as far as one can see",
-        "no claim": "Adapters against full fine-tuning: too few seeds for a claim",
+        "no claim": "Adapters against full fine-tuning: too few runs for a claim",
     },
 }
 RESULTS = (
