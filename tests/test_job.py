@@ -20,10 +20,10 @@ import torch
 
 import noiseproof
 from noiseproof import metrics
-from noiseproof.checkpoint import load_checkpoint
+from noiseproof.checkpoint import Interrupted, load_checkpoint
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
-from noiseproof.job import Job
+from noiseproof.job import OPT_IN, Job
 from noiseproof.loop import Progress
 from noiseproof.methods.baselines import CrossEntropy, SmallLoss
 from noiseproof.methods.clear import CleaR
@@ -31,7 +31,7 @@ from noiseproof.models import mean_pooled
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, prepare_folder, spec_id
 from noiseproof.tuning import VIRTUAL_TOKENS
-from tiny import LABELS, numbers, table, train_settings
+from tiny import LABELS, numbers, same_weights, table, train_settings
 
 PLAIN = CrossEntropy()
 Fit = Callable[..., FitResult]
@@ -643,7 +643,7 @@ def test_the_specification_is_plain_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(spec)) == spec
     assert spec["data"] == "<DataFrame>" and spec["test"] == str(tmp_path / "t.csv")
     assert spec["method"]["name"] == "CrossEntropy" and spec["train"]["seed"] == 0
-    assert set(spec) == {field.name for field in dataclasses.fields(Job)}
+    assert set(spec) == {field.name for field in dataclasses.fields(Job)} - set(OPT_IN)
 
 
 # --- the real encoder ----------------------------------------------------------------------------
@@ -740,3 +740,83 @@ def test_a_run_loads_where_its_encoder_has_moved(
         noiseproof.load(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "b")
     noiseproof.load(tmp_path / "run")
+
+
+# --- the rows with right labels alone ------------------------------------------------------------
+
+
+def control(tiny_model: Path, **changes: Any) -> FitResult:
+    """A run on 24 rows, half of them wrong, or on the right ones alone."""
+    frame = table(24, wrong=0.5)
+    return noiseproof.fit(
+        frame, model=str(tiny_model), clean_label="clean_label", method=CrossEntropy(),
+        train=train_settings(epochs=2, batch_size=5), **changes,
+    )  # fmt: skip
+
+
+def test_right_rows_alone_take_as_many_steps_as_all_rows(tiny_model: Path) -> None:
+    """Else a control on fewer rows would also have learned for a shorter time."""
+    noisy, clean = control(tiny_model), control(tiny_model, only_clean_rows=True)
+    for one, two in zip(noisy.history, clean.history, strict=True):
+        assert (one["steps"], one["rows"]) == (two["steps"], two["rows"]) == (5, 24)
+        assert one["learning_rate"] == two["learning_rate"]
+    right = noisy.samples["label"].astype(str) == noisy.samples["clean_label"].astype(str)
+    assert clean.samples["row_id"].tolist() == noisy.samples["row_id"][right].tolist()
+    assert clean.record.data["rows"] == right.sum() == 12
+    assert clean.record.data["passes"] == 2.0
+    assert clean.record.noise["noise_rate"] == 0.0
+    assert clean.record.metrics["memorization"] is None
+    assert clean.record.metrics["clean_fit"] is not None
+
+
+def test_right_rows_alone_are_another_run_and_leave_the_identifier_of_others(
+    tiny_model: Path,
+) -> None:
+    """Cells of grids that ran before these options existed must still be found."""
+    noisy, clean = control(tiny_model).record, control(tiny_model, only_clean_rows=True).record
+    assert clean.spec == noisy.spec | {"only_clean_rows": True}
+    assert clean.id != noisy.id
+    assert not {"only_clean_rows", "probe_gradients"} & set(noisy.spec)
+    assert "passes" not in noisy.data
+
+
+def test_a_training_set_without_a_right_label_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="leaves no row"):
+        noiseproof.fit(table(12), model=str(tiny_model), noise="symmetric:1.0",
+                       method=CrossEntropy(), train=train_settings(epochs=1),
+                       only_clean_rows=True)  # fmt: skip
+
+
+def test_a_control_that_was_interrupted_ends_with_the_same_weights(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The repeated rows of an epoch must be the same after resuming inside it."""
+    frame = table(20, wrong=0.4)
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    asked = {
+        "data": tmp_path / "train.csv", "model": str(tiny_model), "clean_label": "clean_label",
+        "method": CrossEntropy(), "train": train_settings(epochs=2, batch_size=3),
+        "only_clean_rows": True,
+    }  # fmt: skip
+
+    def stop(progress: Progress) -> None:
+        if (progress.epoch, progress.step, progress.history) == (1, 4, None):
+            signal.raise_signal(signal.SIGTERM)
+
+    whole = noiseproof.fit(**asked)
+    with pytest.raises(Interrupted):
+        noiseproof.fit(**asked, out=tmp_path / "run", report=stop)
+    again = noiseproof.fit(**asked, out=tmp_path / "run", resume=True)
+    assert again.record.metrics == whole.record.metrics
+    assert same_weights(again.predictor.model, whole.predictor.model)
+
+
+def test_every_epoch_judges_the_clean_probability(whole: Whole) -> None:
+    history = pd.read_csv(whole.folder / "history.csv")
+    names = ["detection_ap", "clean_prob_ece", "clean_prob_purity", "clean_prob_recall"]
+    assert history[names].notna().all(axis=None)
+    samples = pd.read_parquet(whole.folder / "samples.parquet")
+    wrong = (samples["label"].astype(str) != samples["clean_label"].astype(str)).to_numpy()
+    judged = metrics.clean_probability(samples["clean_prob"].to_numpy(), wrong)
+    found = whole.result.record.metrics
+    assert {name: found[f"clean_prob_{name}"] for name in judged} == judged

@@ -31,17 +31,18 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: ("method", "tasks", "models", "data"),
     3: ("adapters", "precision", "features"),
-    4: ("tuning", "engine", "checkpoint", "record"),
+    4: ("tuning", "engine", "checkpoint", "record", "gradients"),
     5: ("methods", "loop"),
     6: ("job", "prediction", "cards"),
     7: ("preparation", "estimators"),
     8: ("results", "corruption"),
     9: ("finetune", "audit", "report"),
-    10: ("peers", "study", "demo"),
+    10: ("demo", "peers"),
     11: ("grid",),
     12: ("benchmark",),
-    13: ("cli",),
-    14: ("__main__",),
+    13: ("study",),
+    14: ("cli",),
+    15: ("__main__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 PURE = {"torch", "numpy", "scipy", "sklearn"}  # what floor 1 may import on loading

@@ -19,6 +19,7 @@ from noiseproof.metrics import (
     accuracy,
     classification_metrics,
     clean_fit,
+    clean_probability,
     detection,
     expected_calibration_error,
     macro_f1,
@@ -217,3 +218,31 @@ def test_detection_curves_are_those_of_all_thresholds() -> None:
 def test_confusion_counts_every_row_once() -> None:
     table = metrics.confusion([0, 1, 1, 2], [0, 0, 1, 1], num_classes=4)
     assert table.tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+# --- the clean probability -----------------------------------------------------------------------
+
+
+def test_a_clean_probability_is_judged_by_its_bins_and_at_one_half() -> None:
+    """Bins of 0.25: (0.2, 0.2) with 0 right of 2, 0.6 with 1 of 1, (0.9, 0.9) with 1 of 2."""
+    judged = clean_probability([0.2, 0.2, 0.6, 0.9, 0.9], [1, 1, 0, 0, 1], bins=4)
+    assert judged["ece"] == pytest.approx((0.4 + 0.4 + abs(1.8 - 1)) / 5)
+    assert judged["purity"] == pytest.approx(2 / 3) and judged["recall"] == 1.0
+
+
+def test_a_perfect_clean_probability_has_no_error() -> None:
+    assert clean_probability([1.0, 0.0, 1.0], [False, True, False]) == {
+        "ece": 0.0, "purity": 1.0, "recall": 1.0,
+    }  # fmt: skip
+
+
+def test_a_clean_probability_without_chosen_or_right_rows_has_no_shares() -> None:
+    assert clean_probability([0.1, 0.5], [True, False])["purity"] is None
+    assert clean_probability([0.1, 0.9], [True, True])["recall"] is None
+
+
+def test_a_clean_probability_must_be_one() -> None:
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\], got 0.5 to 3"):
+        clean_probability([0.5, 3.0], [True, False])
+    with pytest.raises(InputError, match="bins must be >= 1"):
+        clean_probability([0.5], [True], bins=0)

@@ -186,6 +186,7 @@ def test_the_truth_is_measured_with_and_never_trained_with(job: MakeJob, tmp_pat
         assert with_truth.metrics["suspicious"] == without.metrics["suspicious"]
         lost = {*("memorization", "clean_fit", "recovery"), "detection_auroc", "detection_ap"}
         lost |= {"detection_precision", "detection_recall"}
+        lost |= {"clean_prob_ece", "clean_prob_purity", "clean_prob_recall"}
         assert set(with_truth.metrics) - set(without.metrics) == lost and not without.curves
 
 

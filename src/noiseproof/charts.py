@@ -61,6 +61,7 @@ def line_chart(
     verticals: Sequence[float] = (),
     diagonal: bool = False,
     legend: bool = False,
+    doubling: bool = False,
 ) -> str:
     """Lines over a common axis, each named at its end. Intervals end where the axis does.
 
@@ -75,6 +76,7 @@ def line_chart(
         verticals: Positions of thin vertical lines.
         diagonal: Whether to draw the line of pure chance from corner to corner.
         legend: Whether the names stand in a list, for lines that all end in one place.
+        doubling: Whether equal steps on the x axis are doublings; all x are then positive.
     """
     lines = [line for line in series if any(map(math.isfinite, line.y))]
     if not lines:
@@ -91,6 +93,14 @@ def line_chart(
     y_ticks = [tick for tick in ticks(low, high) if low <= tick <= high]
     start, end = x_range or (min(xs), max(xs))
     x_at = _axis(start, end, left + 6, width - right - 6)
+    if doubling:
+        straight = _axis(math.log2(start), math.log2(end), left + 6, width - right - 6)
+        powers = range(math.floor(math.log2(start)), math.ceil(math.log2(end)) + 1)
+        x_ticks = [2.0**power for power in powers] if x_ticks is None else x_ticks
+
+        def x_at(value: float) -> float:
+            return straight(math.log2(value))
+
     scale = _axis(low, high, height - bottom, top)
 
     def y_at(value: float) -> float:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from noiseproof.benchmark import Board, CellState
+    from noiseproof.grid import Grid
     from noiseproof.loop import Progress
     from noiseproof.record import RunRecord
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        again = "; the same command continues" if words[0] == "bench" else ""
+        again = "; the same command continues" if words[0] in ("bench", "study") else ""
         return _complain(f"interrupted{again}", 130)
     except BrokenPipeError:
         return 1
@@ -237,34 +238,73 @@ def bench(words: list[str]) -> None:
                         help="Parts of the grid to run, with commas between.")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="List the cells and run nothing.")
     given = _parse(parser, words)
-    import signal
-
-    from noiseproof.benchmark import run_grid
     from noiseproof.grid import read_grid
 
     only = [name.strip() for name in (given.only or "").split(",") if name.strip()]
     grid = read_grid(Path(given.grid), only)
     if given.list:
-        for cell in grid.cells:
-            print(cell.title)
-        print(f"{len(grid.cells)} cells{f'; {grid.cost}' if grid.cost else ''}")
+        _list_cells(grid)
         return
-    signals = (signal.SIGINT, signal.SIGTERM)  # SIGINT is ignored in what a script puts behind &
-    before = [signal.signal(one, signal.default_int_handler) for one in signals]
-    try:
-        with _GridDisplay() as display:
-            states = run_grid(grid, given.out, workers=given.workers, ray=given.ray, show=display)
-    finally:
-        for one, handler in zip(signals, before, strict=True):
-            signal.signal(one, handler)
-    failed = [state for state in states if state.state == "failed"]
-    for state in failed:
-        print(f"FAILED {state.cell.title}: {state.error}")
-    print(
-        f"{len(states) - len(failed)} of {len(states)} cells done: {given.out}; "
-        f"see them with '{PROGRAM} report {given.out} --out report.html'"
-    )
-    if failed:
+    states = _run_cells(grid, Path(given.out), given.workers, given.ray)
+    print(f"see them with '{PROGRAM} report {given.out} --out report.html'")
+    if any(state.state == "failed" for state in states):
+        raise SystemExit(1)
+
+
+def study(words: list[str]) -> None:
+    """Test a claim of a paper: a grid of runs, and one page on what they say.
+
+    Without a name it lists the studies. The same command continues a study that was stopped.
+
+    example: noiseproof study peft-under-noise --size small --out runs/study --workers 2
+    """
+    parser = _parser("study", "[NAME [DATA]] --out FOLDER [options]", study.__doc__)
+    add = parser.add_argument
+    add("name", type=str | None, nargs="?", metavar="NAME", help="The study.")
+    add("data", type=str | None, nargs="?", metavar="DATA",
+        help="Training rows, as for fit; by default the messages of the demo.")  # fmt: skip
+    add("--out", type=str | None, help="Folder of the study; by default runs/NAME.")
+    add("--size", type=str, default="default", help="small, default or full.")
+    add("--model", type=str, default="minilm", help="Pre-trained model.")
+    add("--seeds", type=int, nargs="+", default=[], help="Seeds; by default those of the size.")
+    add("--noise", type=str, nargs="+", default=[],
+        help="Kinds of noise; the first wrong one gets the closer looks.")  # fmt: skip
+    add("--parts", type=str, nargs="+", default=[],
+        help="What is compared, such as families of adapters; by default all.")  # fmt: skip
+    add("--text", type=str, default="text", help="Text column, or two of them.")
+    add("--label", type=str, default="label", help="Column of the given labels.")
+    add("--test", type=str | None, help="Test rows: a file, or a share to split off.")
+    add("--clean-label", type=str | None, help="Column of the true labels of noisy data.")
+    add("--sample", type=int | None, help="Training rows; by default by the size.")
+    add("--epochs", type=int | None, help="Epochs of a run; by default by the size.")
+    add("--batch-size", type=int | None, help="Rows per step.")
+    add("--device", type=str, default="auto", help="auto or cpu.")
+    add("--workers", type=int, default=1, help="Cells at a time; they share the processors.")
+    add("--list", action="store_true", help="List the cells and run nothing.")
+    add("--pages", action="store_true",
+        help="Write the pages from the cells that are done, and run nothing.")  # fmt: skip
+    given = _parse(parser, words)
+    from noiseproof.study import STUDIES, Asked, find_study, plan, write_pages
+
+    if given.name is None:
+        for name, one in STUDIES.items():
+            print(f"{name:20s}{one.summary}")
+        return
+    chosen, fields_of = find_study(given.name), [item.name for item in fields(Asked)]
+    asked = {name: getattr(given, name) for name in fields_of}
+    asked |= {name: tuple(asked[name]) for name in ("seeds", "noise", "parts")}
+    out = Path(given.out or f"runs/{given.name}").expanduser()
+    states = []
+    if not given.pages:
+        grid = plan(chosen, Asked(**asked))
+        if given.list:
+            _list_cells(grid)
+            return
+        print(f"{len(grid.cells)} cells, {grid.cost}: {out}", file=sys.stderr)
+        states = _run_cells(grid, out, given.workers)
+    for path in write_pages(chosen, out):
+        print(path)
+    if any(state.state == "failed" for state in states):
         raise SystemExit(1)
 
 
@@ -346,8 +386,40 @@ def demo(words: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (fit, predict, corrupt, bench, report, methods, demo)
+    command.__name__: command
+    for command in (fit, predict, corrupt, bench, study, report, methods, demo)
 }
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+
+def _list_cells(grid: Grid) -> None:
+    """Print the cells of a grid and what they will cost."""
+    for cell in grid.cells:
+        print(cell.title)
+    print(f"{len(grid.cells)} cells{f'; {grid.cost}' if grid.cost else ''}")
+
+
+def _run_cells(grid: Grid, out: Path, workers: int, ray: str | None = None) -> list[CellState]:
+    """Run a grid with a display; print what failed."""
+    import signal
+
+    from noiseproof.benchmark import run_grid
+
+    signals = (signal.SIGINT, signal.SIGTERM)  # SIGINT is ignored in what a script puts behind &
+    before = [signal.signal(one, signal.default_int_handler) for one in signals]
+    try:
+        with _GridDisplay() as display:
+            states = run_grid(grid, out, workers=workers, ray=ray, show=display)
+    finally:
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+    failed = [state for state in states if state.state == "failed"]
+    for state in failed:
+        print(f"FAILED {state.cell.title}: {state.error}")
+    print(f"{len(states) - len(failed)} of {len(states)} cells done: {out}")
+    return states
 
 
 # --- parsing -------------------------------------------------------------------------------------

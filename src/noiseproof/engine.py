@@ -151,6 +151,17 @@ def training_batches(
     return [batches[place] for place in random.permutation(len(batches))]
 
 
+def repeated(rows: np.ndarray, passes: float, seed: int) -> np.ndarray:
+    """Rows of an epoch that passes over them so many times; a rest of a pass is drawn anew.
+
+    >>> repeated(np.array([3, 5]), 2.5, seed=0).tolist()[:4]
+    [3, 5, 3, 5]
+    """
+    whole, rest = divmod(round(len(rows) * passes), len(rows))
+    more = np.random.default_rng(seed).permutation(rows)[:rest]
+    return np.concatenate([*[rows] * whole, more])
+
+
 def prediction_batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
     """Cut all rows into batches of similar length and bounded cost, longest first."""
     order = np.argsort(-lengths, kind="stable")

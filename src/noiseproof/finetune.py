@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from noiseproof.checkpoint import Interrupted, Stopwatch
+from noiseproof.engine import derive_seed
 from noiseproof.errors import InputError
+from noiseproof.gradients import GradientSample, draw_sample, measure_gradients
 from noiseproof.job import Job
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
@@ -150,6 +152,7 @@ def run_job(
             report=report,
             tracking_folder=None if folder is None else str(folder),
             watch=watch,
+            passes=prepared.passes,
         )
         samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
         _conclude(record, prepared, outcome, samples, measure)
@@ -181,14 +184,23 @@ class _Measure:
         self.prepared = prepared
         self.sets = {name: prepared.encode(rows) for name, rows in prepared.sets.items()}
         self.logits: dict[str, Tensor] = {}
+        count, wrong = prepared.job.probe_gradients, prepared.wrong
+        self.probed: GradientSample | None = None
+        if count and wrong is not None:
+            seed = derive_seed(prepared.job.train.seed, "gradients")
+            self.probed = draw_sample(wrong, count, seed)
 
     def __call__(self, predict_on: Callable[[Encoded], Tensor], run: Run) -> Mapping[str, Any]:
         """Numbers of one history row; training rows are predicted only if the truth is known."""
         self.logits = {name: predict_on(encoded) for name, encoded in self.sets.items()}
-        row = set_metrics(self.prepared, self.logits)
+        row: dict[str, Any] = set_metrics(self.prepared, self.logits)
         if self.prepared.wrong is None:
             return row
-        return row | truth_metrics(self.prepared, run.predict(), run.columns.get("loss"))
+        row |= truth_metrics(self.prepared, run.predict(), run.columns)
+        if self.probed is not None:
+            inputs = self.prepared.encoded.inputs
+            row |= measure_gradients(self.prepared.job.method, run, inputs, self.probed)
+        return row
 
 
 def _conclude(
@@ -220,6 +232,4 @@ def _conclude(
             if row["stage"] == stage and "test_accuracy" in row
         ]
         test_metrics(record, prepared, logits, curve)
-    detection_metrics(
-        record, prepared, samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
-    )
+    detection_metrics(record, prepared, samples)

@@ -15,6 +15,8 @@ from noiseproof.noise import parse_noise
 TASKS = ("text",)
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
+OPT_IN = ("only_clean_rows", "probe_gradients")
+"""Not in the specification while they are off, so that they change no identifier of other runs."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Job:
         method: How to fine-tune.
         train: How to run the loop.
         merge: Merge adapters into the encoder, so that model/ needs transformers alone.
+        only_clean_rows: For studies: train on the rows alone whose label is right, with as many
+            steps as all rows would take. Needs the true labels.
+        probe_gradients: For studies: measure after every epoch, on this many rows, how much of the
+            gradient comes from wrong labels; 0 does not. Needs the true labels.
     """
 
     data: Any
@@ -68,6 +74,8 @@ class Job:
     method: Method = field(default_factory=CleaR)
     train: TrainSettings = field(default_factory=TrainSettings)
     merge: bool = False
+    only_clean_rows: bool = False
+    probe_gradients: int = 0
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
@@ -117,6 +125,16 @@ class Job:
             f"merge would drop the gates that {self.method.name} uses at test; "
             "use eval_gate=all_on, or no merge",
         )
+        require(
+            self.probe_gradients == 0 or self.probe_gradients >= 2,
+            f"probe_gradients must be 0 or at least 2 rows, got {self.probe_gradients}",
+        )
+        for name in OPT_IN:
+            require(
+                not getattr(self, name) or noise is not None or self.clean_label is not None,
+                f"{name} needs to know which labels are wrong: give clean_label, the column of the "
+                "true labels, or noise to inject",
+            )
         self.method.stages(self.train.epochs)
         check_tracker(self.train.tracker)
 
@@ -142,6 +160,8 @@ class Job:
         values: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if item.name in OPT_IN and not value:
+                continue
             if isinstance(value, Method):
                 value = value.to_dict()
             elif isinstance(value, TrainSettings):

@@ -38,7 +38,14 @@ from noiseproof.checkpoint import (
     save_checkpoint,
     with_prefix,
 )
-from noiseproof.engine import Engine, TrainSettings, derive_seed, rate_factor, training_batches
+from noiseproof.engine import (
+    Engine,
+    TrainSettings,
+    derive_seed,
+    rate_factor,
+    repeated,
+    training_batches,
+)
 from noiseproof.errors import InputError
 from noiseproof.method import BeforeBatch, Columns, Method, Run, Stage
 from noiseproof.models import (
@@ -131,6 +138,7 @@ def train(
     report: Callable[[Progress], None] | None = None,
     tracking_folder: str | None = None,
     watch: Stopwatch | None = None,
+    passes: float = 1.0,
 ) -> Outcome:
     """Fine-tune ``model`` with ``method`` on encoded rows and their given labels (N,).
 
@@ -148,6 +156,8 @@ def train(
         tracking_folder: Where a tracker writes.
         watch: Runs since the work began; its seconds go into the checkpoints, and on resuming
             those of the earlier legs are carried into it.
+        passes: Over the rows of an epoch; more than one repeats rows, so that fewer rows take as
+            many steps as more of them would.
 
     Raises:
         InputError: The method refuses these settings.
@@ -156,6 +166,7 @@ def train(
     """
     loop = _Loop(method, encoded, labels, num_classes, settings, checkpoints, tracking_folder)
     loop.measure, loop.report, loop.watch = measure, report, watch or Stopwatch()
+    loop.passes = passes
     with torch.random.fork_rng(), StopSignals() as stop:
         loop.stop = stop
         return loop.run_all(model, resume)
@@ -167,6 +178,7 @@ class _Loop:
     measure: Measure | None
     report: Callable[[Progress], None] | None
     watch: Stopwatch
+    passes: float
     stop: StopSignals
     run: Run
 
@@ -261,6 +273,8 @@ class _Loop:
             torch.set_rng_state(own)
             run.generator.set_state(saved["generator"])
         rows = self._rows_of_epoch()
+        if self.passes != 1:
+            rows = repeated(rows, self.passes, derive_seed(order_seed, "repeated", *words))
         batches = training_batches(
             rows,
             self.engine.view(self.encoded).lengths,

@@ -163,6 +163,38 @@ def detection(
     return measured
 
 
+def clean_probability(
+    clean_prob: Values, is_wrong: Values, bins: int = 15
+) -> dict[str, float | None]:
+    """Judge an estimated probability that a label is right.  (N,), (N,) bool -> dict.
+
+    `ece` is the mean gap between the probability and the share of right labels, in equally wide
+    bins (low, high] weighted by their rows. `purity` is the share of right labels among the rows
+    above 0.5 (None if there is none), `recall` the share of the right labels that lie there (None
+    if no label is right).
+
+    >>> clean_probability([0.9, 0.9, 0.1, 0.1], [False, False, True, False])
+    {'ece': 0.25, 'purity': 1.0, 'recall': 0.6666666666666666}
+    """
+    if bins < 1:
+        raise InputError(f"bins must be >= 1, got {bins}; 15 is the usual choice")
+    chance, wrong = _columns(clean_prob=clean_prob, is_wrong=is_wrong)
+    right = ~wrong.astype(bool)
+    if not ((chance > -1e-6) & (chance < 1 + 1e-6)).all():  # but for rounding
+        raise InputError(
+            f"clean_prob must lie in [0, 1], got {chance.min():g} to {chance.max():g}; "
+            "give probabilities, not scores"
+        )
+    number = np.clip(np.ceil(chance * bins).astype(int) - 1, 0, bins - 1)  # (N,) bin of the row
+    surplus = np.bincount(number, weights=chance - right, minlength=bins)  # (bins,)
+    chosen = chance > 0.5
+    return {
+        "ece": float(np.abs(surplus).sum() / len(right)),
+        "purity": _share(right[chosen]),
+        "recall": _share(chosen[right]),
+    }
+
+
 def detection_curves(
     score_wrong: Values, is_wrong: Values, points: int = 65
 ) -> dict[str, list[list[float]]]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from noiseproof.checkpoint import Interrupted, StopSignals, Stopwatch
 from noiseproof.engine import TrainSettings, derive_seed, prediction_batches
 from noiseproof.errors import InputError, unknown_name
-from noiseproof.job import Job
+from noiseproof.job import OPT_IN, Job
 from noiseproof.method import Columns, require, require_range
 from noiseproof.models import count_parameters, evaluation_mode, merged, save_model
 from noiseproof.preparation import Prepared, frozen_features
@@ -160,7 +160,7 @@ class Measure:
             row |= set_metrics(self._prepared, self._logits)
             if last or self._prepared.wrong is not None:
                 train = self._logits["train"] = predict(self._prepared.encoded)
-                row |= truth_metrics(self._prepared, train, columns.get("loss"))
+                row |= truth_metrics(self._prepared, train, columns)
         better = self._prepared.job.train.select == "best" and self._is_best(row)
         if better:
             self.best_epoch = len(self.history)
@@ -737,6 +737,8 @@ def run_peer(
 def _check_job(job: Job) -> None:
     """Refuse what peers cannot do."""
     train = job.train
+    for name in OPT_IN:
+        require(not getattr(job, name), f"peers do not offer {name}; leave it out")
     micro = train.micro_batch_size
     require(
         micro is None or train.batch_size % micro == 0,
@@ -786,8 +788,7 @@ def _conclude(
     samples = sample_table(prepared, logits["train"], fitted.columns)
     if fitted.suspicious is not None:
         samples["suspicious"] = fitted.suspicious
-    score, flagged = samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
-    detection_metrics(record, prepared, score, flagged)
+    detection_metrics(record, prepared, samples)
     if fitted.model is not None:
         model = merged(fitted.model) if prepared.job.merge else fitted.model
         save_model(model, prepared.task.tokenizer, folder / "model")

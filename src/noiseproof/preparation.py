@@ -20,6 +20,7 @@ from noiseproof.data import (
     stratified_split,
 )
 from noiseproof.engine import Engine, TrainSettings, derive_seed
+from noiseproof.errors import InputError
 from noiseproof.job import Job
 from noiseproof.models import count_parameters, load_text_classifier, mean_pooled
 from noiseproof.noise import Corruption, parse_noise
@@ -38,6 +39,8 @@ class Prepared:
         model: The pre-trained model with a fresh head.
         task: How texts are encoded.
         parameters: Of the model.
+        passes: Over the rows in an epoch: more than one where rows were left out and the number of
+            steps is to stay.
         corruption: What the injected noise did, if there was any.
         seeds: Seeds of noise, initialisation and order.
     """
@@ -72,6 +75,9 @@ class Prepared:
             self.sets["validation"] = self._read_other(
                 job.validation, "validation", data.label_names
             )
+        self.passes = 1.0
+        if job.only_clean_rows:
+            data = self._only_clean(data)
         self.data = data
         self.encoded = self.encode(data)
 
@@ -100,6 +106,7 @@ class Prepared:
             "classes": self.num_classes,
             "label_names": list(data.label_names),
             "dropped": data.dropped,
+            **({"passes": self.passes} if self.job.only_clean_rows else {}),
             "validation": self.job.validation_kind,
             "fingerprint": data.fingerprint,
         }
@@ -148,6 +155,15 @@ class Prepared:
         return read_examples(
             source, text=job.text, label=label, label_names=names, split=role, role=role
         )
+
+    def _only_clean(self, data: Examples) -> Examples:
+        """The rows whose label is right, and as many passes as keep the number of steps."""
+        assert data.clean_labels is not None  # the job has refused what would not know them
+        right = np.flatnonzero(data.labels == data.clean_labels)
+        if not len(right):
+            raise InputError("only_clean_rows leaves no row: every label is wrong; use less noise")
+        self.passes = len(data) / len(right)
+        return data.select(right)
 
     def _corrupt(self, data: Examples) -> Examples:
         noise = parse_noise(self.job.noise)

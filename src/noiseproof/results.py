@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,25 +33,42 @@ def set_metrics(prepared: Prepared, logits: Mapping[str, Tensor]) -> dict[str, f
     return row
 
 
-def truth_metrics(prepared: Prepared, logits: Tensor, loss: Tensor | None) -> dict[str, Any]:
+def truth_metrics(
+    prepared: Prepared, logits: Tensor, columns: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """What a model does with the wrong rows, where they are known.
 
     Args:
         prepared: Holds the given and the true labels.
         logits: Of the training rows (N, C).
-        loss: Score by which rows are suspected (N,); None takes the loss of the logits.
+        columns: Those of the method. Rows are suspected by its ``loss`` (N,), without one by the
+            loss of the logits; ``clean_prob`` (N,) is judged, without one the mixture on the loss.
     """
     clean, given = prepared.data.clean_labels, prepared.data.labels
     if clean is None:
         return {}
-    predicted = logits.argmax(dim=1).numpy()
-    score = cross_entropy(logits, torch.from_numpy(given)) if loss is None else loss
+    predicted, labels = logits.argmax(dim=1).numpy(), torch.from_numpy(given)
+    wrong = given != clean
+    score = columns["loss"] if "loss" in columns else cross_entropy(logits, labels)
+    chance = columns.get("clean_prob")
+    if chance is None:
+        with warnings.catch_warnings():  # nothing is decided by it
+            warnings.simplefilter("ignore", RuntimeWarning)
+            chance = fit_loss_mixture(score, labels, LossMixture()).clean_prob
+    found = metrics.detection(score.numpy(), wrong)
     return {
         "memorization": metrics.memorization(predicted, given, clean),
         "clean_fit": metrics.clean_fit(predicted, given, clean),
         "recovery": metrics.recovery(predicted, given, clean),
-        "detection_auroc": metrics.detection(score.numpy(), given != clean)["auroc"],
+        **{f"detection_{name}": value for name, value in found.items()},
+        **_judged(chance.numpy(), wrong),
     }
+
+
+def _judged(clean_prob: np.ndarray, wrong: np.ndarray) -> dict[str, float | None]:
+    """How good the estimated probability is that a label is right."""
+    judged = metrics.clean_probability(clean_prob, wrong)
+    return {f"clean_prob_{name}": value for name, value in judged.items()}
 
 
 def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tensor]) -> Any:
@@ -90,26 +108,26 @@ def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tenso
 
 def epoch_metrics(record: RunRecord, row: Mapping[str, Any]) -> None:
     """Start the metrics of the record from the history row of the epoch that is deployed."""
-    names = ("memorization", "clean_fit", "recovery", "validation_accuracy")
+    names = ["memorization", "clean_fit", "recovery", "validation_accuracy"]
+    names += [name for name in row if name.startswith("gradient_")]
     record.metrics = {name: row[name] for name in names if name in row}
 
 
-def detection_metrics(
-    record: RunRecord, prepared: Prepared, loss: np.ndarray, suspicious: np.ndarray
-) -> None:
+def detection_metrics(record: RunRecord, prepared: Prepared, samples: Any) -> None:
     """Put into the record how well the wrong rows were found.
 
     Args:
         record: Gets metrics and curves.
         prepared: Knows which rows are wrong, or not.
-        loss: Score by which rows are suspected (N,).
-        suspicious: Which rows were flagged (N,) bool.
+        samples: Of `sample_table`: ``loss``, ``clean_prob`` and ``suspicious`` are read.
     """
+    loss, suspicious = samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
     record.metrics["suspicious"] = int(suspicious.sum())
     if prepared.wrong is None:
         return
     quality = metrics.detection(loss, prepared.wrong, flagged=suspicious)
     record.metrics |= {f"detection_{name}": value for name, value in quality.items()}
+    record.metrics |= _judged(samples["clean_prob"].to_numpy(), prepared.wrong)
     record.curves = metrics.detection_curves(loss, prepared.wrong)
 
 

@@ -158,6 +158,21 @@ def count(verdicts: Iterable[Verdict]) -> Counts:
     return Counts(*(found.count(name) for name in names))
 
 
+def slope(x: Iterable[float], y: Iterable[float]) -> float | None:
+    """Slope of the least-squares line.  (n,), (n,) -> number; None of fewer than two different x.
+
+    >>> slope([0.0, 1.0, 2.0], [1.0, 2.0, 6.0])
+    2.5
+    """
+    xs, ys = _finite(x), _finite(y)
+    if len(xs) != len(ys):
+        raise InputError(f"x and y must have equally many values, got {len(xs)} and {len(ys)}")
+    if len(set(xs.tolist())) < 2:
+        return None
+    centred = xs - xs.mean()
+    return float((centred * (ys - ys.mean())).sum() / (centred**2).sum())
+
+
 def recovered_gap(
     method: float, plain: float, clean: float, *, smallest: float = 0.01
 ) -> float | None:

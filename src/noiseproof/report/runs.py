@@ -33,7 +33,9 @@ FACETS = {
 }  # fmt: skip
 """Which settings decide which name; all others, seeds apart, belong to the method."""
 SEEDS = ("noise_seed", "train.seed", "train.init_seed", "train.order_seed")
-NEUTRAL = ("train.device", "train.precision", "train.micro_batch_size", "train.tracker")
+NEUTRAL = (
+    "train.device", "train.precision", "train.micro_batch_size", "train.tracker", "probe_gradients",
+)  # fmt: skip
 """Settings that say how a run is done and not what is done."""
 Group = tuple[str, ...]
 """Names in the order of `PLACES`."""

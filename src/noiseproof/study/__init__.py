@@ -1,0 +1,27 @@
+"""Studies: a grid of runs, and what their records say about a claim, on one page.
+
+A study is a file here and a line in `STUDIES`: which runs it needs (`Study.grid`, run by the
+benchmark) and what it makes of their records (`Study.report`, written by the report).
+"""
+
+from __future__ import annotations
+
+from noiseproof.errors import InputError, unknown_name
+from noiseproof.study.contract import SIZES, Asked, Study
+from noiseproof.study.peft_under_noise import PeftUnderNoise
+from noiseproof.study.running import plan, write_pages
+
+STUDIES: dict[str, Study] = {study.name: study for study in (PeftUnderNoise(),)}
+
+__all__ = ["SIZES", "STUDIES", "Asked", "Study", "find_study", "plan", "write_pages"]
+
+
+def find_study(name: str) -> Study:
+    """The study of a name.
+
+    Raises:
+        InputError: There is none; names the nearest.
+    """
+    if name not in STUDIES:
+        raise InputError(unknown_name("study", name, list(STUDIES)))
+    return STUDIES[name]
