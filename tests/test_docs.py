@@ -14,11 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from noiseproof import cli, load
 from noiseproof.methods import METHODS
+from rows import feature_rows
 from test_layers import FLOORS
 from tiny import environment, table
 
@@ -65,6 +67,14 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         frame["intent"] = frame["label"]
         columns = ["text"] if name == "new" else ["text", "intent"]
         frame[columns].to_csv(tmp_path / f"{name}.csv", index=False)
+    train, test = feature_rows(30), feature_rows(9, seed=1)
+    np.savez(
+        tmp_path / "features.npz",
+        x_train=train["features"],
+        y_train=train["label"],
+        x_test=test["features"],
+        y_test=test["clean_label"],
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "noiseproof.models.resolve_model",

@@ -158,9 +158,11 @@ def predict(words: list[str]) -> None:
     parser = _parser("predict", "RUN DATA --out FILE [options]", predict.__doc__)
     parser.add_argument("run", type=str, metavar="RUN", help="Folder that fit wrote.")
     parser.add_argument("data", type=str, metavar="DATA",
-                        help="Rows with the text columns of the training data.")  # fmt: skip
+                        help="Rows with the columns of the training data.")  # fmt: skip
     parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
     parser.add_argument("--text", type=str | None, help="Text column, if it has another name.")
+    parser.add_argument("--features", type=str | None,
+                        help="Columns of features, if they have other names.")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
     given = _parse(parser, words)
@@ -168,7 +170,8 @@ def predict(words: list[str]) -> None:
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
-    table = predict_rows(given.run, given.data, text=given.text, split=given.split)
+    names = ("text", "features", "split")
+    table = predict_rows(given.run, given.data, **{name: getattr(given, name) for name in names})
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
 
@@ -187,29 +190,38 @@ def corrupt(words: list[str]) -> None:
                         help="New column that keeps the right labels; <foreign> where no class "
                         "is right.")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--task", type=str, default="text", help="Kind of the rows.")
     parser.add_argument("--text", type=str, default="text",
                         help="Text column or columns, for instance and openset noise.")  # fmt: skip
-    parser.add_argument("--model", type=str, default="minilm",
-                        help="Encoder for instance-dependent noise.")  # fmt: skip
+    parser.add_argument("--features", type=str, default="features",
+                        help="Columns of features, for instance and openset noise.")  # fmt: skip
+    parser.add_argument("--model", type=str | None,
+                        help="Encoder for instance-dependent noise; minilm for texts.")  # fmt: skip
     parser.add_argument("--noise-pool", type=str | None, help="Foreign rows for open-set noise.")
     parser.add_argument("--transition-out", type=str | None,
                         help="JSON file for the realised transition matrix.")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output files.")
     given = _parse(parser, words)
-    from noiseproof.corruption import corrupt as corrupt_table
+    from noiseproof.corruption import corrupt_table
     from noiseproof.noise import save_transition
-    from noiseproof.tables import check_writable, write_table
+    from noiseproof.tables import WRITABLE, check_writable, write_archive, write_table
 
-    check_writable(given.out, overwrite=given.overwrite)
+    archive = Path(given.data).suffix.lower() == ".npz"
+    suffixes = (".npz",) if archive else WRITABLE
+    check_writable(given.out, overwrite=given.overwrite, suffixes=suffixes)
     matrix_file = given.transition_out
     if matrix_file is not None:
         _check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
-    names = ("label", "seed", "text", "clean_label", "model", "noise_pool", "split")
+    names = ("label", "seed", "task", "text", "features", "clean_label", "model", "noise_pool",
+             "split")  # fmt: skip
     table, corruption = corrupt_table(
         given.data, given.noise, **{name: getattr(given, name) for name in names}
     )
-    write_table(table, given.out, overwrite=given.overwrite)
+    if archive:
+        write_archive(table, given.out, overwrite=given.overwrite)
+    else:
+        write_table(table.frame, given.out, overwrite=given.overwrite)
     if matrix_file is not None:
         save_transition(Path(matrix_file).expanduser(), corruption.transition)
     changed = int(corruption.mask.sum())
@@ -759,7 +771,7 @@ def _print_result(record: RunRecord, folder: Path) -> None:
     console = Console()
     console.print(table)
     for name, meaning in (
-        ("model", "the model, for transformers and peft"),
+        ("model", "the trained model"),
         ("suspects.csv", "rows whose label looks wrong, worst first"),
         ("samples.parquet", "every training row"),
         ("record.json", "what was asked, done and found"),

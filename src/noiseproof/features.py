@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.encoding import cache_folder
 from noiseproof.models import encoder_of
-from noiseproof.tasks import cache_folder
 
 MAX_BYTES = 2**31  # larger tables are not kept
 

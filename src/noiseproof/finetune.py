@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from noiseproof.checkpoint import Interrupted, Stopwatch
+from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
 from noiseproof.job import Job
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
 from noiseproof.methods import find_method
-from noiseproof.models import merged, save_model
+from noiseproof.models import merged
 from noiseproof.prediction import Predictor, predict_logits
 from noiseproof.preparation import Prepared
 from noiseproof.record import (
@@ -41,7 +42,6 @@ from noiseproof.results import (
     truth_metrics,
     write_results,
 )
-from noiseproof.tasks import Encoded
 
 
 @dataclass
@@ -52,7 +52,7 @@ class FitResult:
         record: As written to ``record.json``.
         history: One row per stage and epoch.
         samples: One row per training row (a DataFrame), as written to ``samples.parquet``.
-        predictor: The deployed model, ready to label texts.
+        predictor: The deployed model, ready to label rows.
         folder: The run's folder, when there is one.
     """
 
@@ -153,11 +153,11 @@ def run_job(
         )
         samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
         _conclude(record, prepared, outcome, samples, measure)
-        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.text)
+        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.column)
         if folder is not None and main:
             if job.merge:
                 predictor.model = merged(predictor.model)
-            save_model(predictor.model, prepared.task.tokenizer, folder / "model")
+            prepared.task.save(predictor.model, folder / "model")
             write_results(folder, outcome.history, samples, prepared)
         record.status = "done"
     except Exception as error:
@@ -196,7 +196,7 @@ def _conclude(
 ) -> None:
     """Put into the record what came out."""
     record.model = {
-        "name": prepared.job.model,
+        "name": prepared.job.spec()["model"],
         "class": type(prepared.model).__name__,
         "parameters": prepared.parameters,
         "trained_parameters": outcome.trainable,

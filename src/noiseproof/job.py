@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from noiseproof.engine import TrainSettings, check_tracker
 from noiseproof.method import Method, require
-from noiseproof.methods import CleaR
+from noiseproof.methods import METHODS, CleaR
 from noiseproof.noise import parse_noise
+from noiseproof.tasks import RowSettings, find_task
 
-TASKS = ("text",)
+NO_MODEL = "minilm"  # what stands where no model was named; each task has its own default
+OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora")
 VALIDATION_KINDS = ("clean", "noisy")
+LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"}
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class Job:
         label_names: File of class names (JSON list or one a line), for labels that are numbers.
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
         sample: Train on this many rows only, drawn so that class shares stay the same.
-        split: Split of a hub data set or of a saved dataset dictionary.
-        task: Kind of row: text.
-        model: Pre-trained model: local folder, hub name, or minilm.
+        split: Split of a hub data set, of a saved dataset dictionary or of a NumPy archive.
+        task: Kind of row: text, or features.
+        features: Features of a row: an array, a column of lists, or columns of numbers such as
+            "e*" or "width,height".
+        standardize: Shift and scale every feature to mean 0 and deviation 1 of the training rows.
+        model: Pre-trained model: local folder, hub name, or minilm; features need none.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
         noise_seed: Seed of the injected noise; None follows train.seed.
-        noise_pool: File of foreign rows for open-set noise, with the same text columns.
+        noise_pool: File of foreign rows for open-set noise, with the same columns.
         method: How to fine-tune.
         train: How to run the loop.
         merge: Merge adapters into the encoder, so that model/ needs transformers alone.
@@ -61,7 +68,9 @@ class Job:
     sample: int | None = None
     split: str = "train"
     task: str = "text"
-    model: str = "minilm"
+    features: str = RowSettings.features
+    standardize: bool = RowSettings.standardize
+    model: Any = NO_MODEL
     noise: str = "none"
     noise_seed: int | None = None
     noise_pool: str | None = None
@@ -71,16 +80,21 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
-        require(self.task in TASKS, f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        task = find_task(self.task)
+        others = [name for name, method in METHODS.items() if self.task in method.tasks]
         require(
             self.task in self.method.tasks,
-            f"{self.method.name} does not support task {self.task!r}; "
-            f"it supports {', '.join(self.method.tasks)}",
+            f"{self.method.name} does not support task {self.task!r}, only "
+            f"{', '.join(self.method.tasks)}; use one of {', '.join(others)}",
         )
+        object.__setattr__(self, "method", task.fitted(self.method))
+        if isinstance(self.model, str) and self.model == NO_MODEL:
+            object.__setattr__(self, "model", task.default_model)
+        require(self.model is not None, f"task {self.task!r} needs a model: give model")
         noise = parse_noise(self.noise)
         require(
             noise is None or not noise.needs_pool or self.noise_pool is not None,
-            f"noise {self.noise!r} replaces texts and needs noise_pool, a file of foreign rows",
+            f"noise {self.noise!r} replaces inputs and needs noise_pool, a file of foreign rows",
         )
         share = self.validation_share
         for name, part in (("validation", share), ("test", self.test_share)):
@@ -121,6 +135,16 @@ class Job:
         check_tracker(self.train.tracker)
 
     @property
+    def rows(self) -> RowSettings:
+        """Where the rows lie and how they are read."""
+        return RowSettings.of(dataclasses.asdict(self.train) | vars(self))
+
+    @property
+    def column(self) -> str:
+        """The columns of the inputs."""
+        return str(getattr(self, find_task(self.task).column))
+
+    @property
     def validation_share(self) -> float | None:
         """The share to split off, when ``validation`` is one."""
         return _share(self.validation)
@@ -138,10 +162,16 @@ class Job:
         return "noisy" if self.validation_share is not None else str(self.validation_labels)
 
     def spec(self) -> dict[str, Any]:
-        """All settings as JSON values; tables given as objects stand as their kind."""
+        """All settings as JSON values; tables given as objects stand as their kind.
+
+        What came after the first version is left out at its default, so that the identifiers of
+        runs from before stay as they are.
+        """
         values: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if item.name in LATER and value == item.default:
+                continue
             if isinstance(value, Method):
                 value = value.to_dict()
             elif isinstance(value, TrainSettings):

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.checkpoint import Interrupted, StopSignals, Stopwatch
+from noiseproof.encoding import Encoded
 from noiseproof.engine import TrainSettings, derive_seed, prediction_batches
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.job import Job
 from noiseproof.method import Columns, require, require_range
-from noiseproof.models import count_parameters, evaluation_mode, merged, save_model
+from noiseproof.models import count_parameters, evaluation_mode, merged
 from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord, clear_run, peak_memory_mb, prepare_folder
 from noiseproof.results import (
@@ -47,7 +48,7 @@ from noiseproof.results import (
     truth_metrics,
     write_results,
 )
-from noiseproof.tasks import Encoded
+from noiseproof.tasks import TextClassification
 
 if TYPE_CHECKING:
     import transformers
@@ -708,9 +709,11 @@ def run_peer(
     try:
         record.write(folder)
         with _own_random_state(), StopSignals() as stop:
+            task = prepared.task
+            assert isinstance(task, TextClassification)
             work = Work(
                 prepared.model,
-                prepared.task.tokenizer,
+                task.tokenizer,
                 prepared.encoded,
                 prepared.data.labels,
                 prepared.num_classes,
@@ -737,6 +740,7 @@ def run_peer(
 def _check_job(job: Job) -> None:
     """Refuse what peers cannot do."""
     train = job.train
+    require(job.task == "text", f"peers run on texts alone, got task={job.task}")
     micro = train.micro_batch_size
     require(
         micro is None or train.batch_size % micro == 0,
@@ -790,5 +794,5 @@ def _conclude(
     detection_metrics(record, prepared, score, flagged)
     if fitted.model is not None:
         model = merged(fitted.model) if prepared.job.merge else fitted.model
-        save_model(model, prepared.task.tokenizer, folder / "model")
+        prepared.task.save(model, folder / "model")
     write_results(folder, measure.history, samples, prepared)

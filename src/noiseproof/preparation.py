@@ -12,19 +12,21 @@ from torch import Tensor
 
 from noiseproof.data import (
     Examples,
+    Inputs,
     read_examples,
+    read_inputs,
     read_label_names,
     read_table,
-    read_texts,
     stratified_sample,
     stratified_split,
 )
+from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings, derive_seed
 from noiseproof.job import Job
-from noiseproof.models import count_parameters, load_text_classifier, mean_pooled
+from noiseproof.models import count_parameters, mean_pooled
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
-from noiseproof.tasks import Encoded, TextClassification
+from noiseproof.tasks import Task, find_task
 
 
 class Prepared:
@@ -36,7 +38,7 @@ class Prepared:
         sets: ``test`` and ``validation`` where there are any: examples.
         encoded: The training rows, encoded; `encode` gives the other sets.
         model: The pre-trained model with a fresh head.
-        task: How texts are encoded.
+        task: How rows are encoded.
         parameters: Of the model.
         corruption: What the injected noise did, if there was any.
         seeds: Seeds of noise, initialisation and order.
@@ -51,15 +53,17 @@ class Prepared:
             "order": train.seed if train.order_seed is None else train.order_seed,
         }
         self.sets: dict[str, Examples] = {}
+        self.reader = find_task(job.task).reader(job.rows)
         data = self._read()
+        self.task: Task
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.seeds["init"], "head"))
-            self.model, tokenizer = load_text_classifier(
-                job.model, data.label_names, reserved_tokens=job.method.reserved_tokens
+            self.task, self.model = find_task(job.task).load(
+                job.model, data, job.rows, reserved_tokens=job.method.reserved_tokens
             )
         self.parameters = count_parameters(self.model.parameters())
-        self.task = TextClassification(tokenizer, train.max_length)
         self.corruption: Corruption | None = None
+        self.task.learn(self.model, data.inputs)
         data = self._corrupt(data)
         if job.test is not None and job.test_share is None:
             self.sets["test"] = self._read_other(job.test, "test", data.label_names)
@@ -73,6 +77,7 @@ class Prepared:
                 job.validation, "validation", data.label_names
             )
         self.data = data
+        self.task.learn(self.model, data.inputs)  # those that were split off do not count
         self.encoded = self.encode(data)
 
     @property
@@ -88,7 +93,7 @@ class Prepared:
 
     def encode(self, examples: Examples) -> Encoded:
         """Encode rows for the model, in order."""
-        return self.task.encode(examples.texts, examples.text_pairs)
+        return self.task.encode(examples.inputs)
 
     def describe(self, record: RunRecord) -> None:
         """Put into the record what is known before training."""
@@ -120,7 +125,7 @@ class Prepared:
         job = self.job
         data = read_examples(
             job.data,
-            text=job.text,
+            text=self.reader,
             label=job.label,
             clean_label=job.clean_label,
             row_id=job.row_id,
@@ -146,7 +151,7 @@ class Prepared:
         if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
             label = job.clean_label
         return read_examples(
-            source, text=job.text, label=label, label_names=names, split=role, role=role
+            source, text=self.reader, label=label, label_names=names, split=role, role=role
         )
 
     def _corrupt(self, data: Examples) -> Examples:
@@ -158,38 +163,33 @@ class Prepared:
             features = frozen_features(self.model, self.encode(data), self.job.train)
         if noise.needs_pool:
             assert self.job.noise_pool is not None
-            pool = read_texts(self.job.noise_pool, self.job.text)
+            pool = read_inputs(self.job.noise_pool, self.reader)
         self.corruption = corruption = noise.apply(
             data.labels,
             len(data.label_names),
             self.seeds["noise"],
             features=features,
-            pool_size=None if pool is None else len(pool[0]),
+            pool_size=None if pool is None else len(pool),
         )
         known = data.clean_labels is not None
         data = data.with_labels(corruption.labels, old_are_clean=not known)
         if pool is None:
             return data
-        return replace_texts(data, corruption.extras["replacement"], *pool)
+        return replace_inputs(data, corruption.extras["replacement"], pool)
 
 
-def replace_texts(
-    data: Examples, replacement: np.ndarray, texts: Sequence[str], pairs: Sequence[str] | None
-) -> Examples:
+def replace_inputs(data: Examples, replacement: np.ndarray, pool: Inputs) -> Examples:
     """Put rows of a foreign pool in the place of the marked rows; -1 leaves a row as it is.
 
     No class is right for a foreign row: its true class number is -1.
     """
-    new_texts = list(data.texts)
-    new_pairs = None if data.text_pairs is None else list(data.text_pairs)
     foreign = replacement >= 0  # (N,)
-    for row in np.flatnonzero(foreign):
-        new_texts[row] = texts[replacement[row]]
-        if new_pairs is not None and pairs is not None:
-            new_pairs[row] = pairs[replacement[row]]
+    rows = np.flatnonzero(foreign)
     clean = data.labels if data.clean_labels is None else data.clean_labels
     return dataclasses.replace(
-        data, texts=new_texts, text_pairs=new_pairs, clean_labels=np.where(foreign, -1, clean)
+        data,
+        inputs=data.inputs.replaced(rows, pool, replacement[rows]),
+        clean_labels=np.where(foreign, -1, clean),
     )
 
 

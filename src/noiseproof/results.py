@@ -150,15 +150,13 @@ def write_results(
     write_table(samples, folder / "samples.parquet", overwrite=True)
     suspicious = np.flatnonzero(samples["suspicious"].to_numpy())
     worst = np.argsort(-samples["loss"].to_numpy()[suspicious], kind="stable")
-    texts = {"row_id": prepared.data.row_ids, "text": prepared.data.texts}
-    if prepared.data.text_pairs is not None:
-        texts["second_text"] = prepared.data.text_pairs
+    found = {"row_id": prepared.data.row_ids, **prepared.data.inputs.shown()}
 
     def pieces() -> Iterator[Any]:
         for start in range(0, max(1, len(worst)), PIECE):
             rows = suspicious[worst[start : start + PIECE]]
             piece = samples[list(SHOWN)].iloc[rows]
-            for place, (name, column) in enumerate(texts.items()):
+            for place, (name, column) in enumerate(found.items()):
                 piece.insert(place, name, list(Strings.of(column).take(rows)))
             yield piece
 

@@ -52,6 +52,7 @@ from noiseproof.models import (
     HEAD_FILE,
     encoder_layers,
     encoder_of,
+    encoder_width,
     head_modules,
     is_head,
     last_token,
@@ -304,9 +305,8 @@ class NMTune(Tuned):
             return tune_model(
                 model, self.tune, rank=self.rank, alpha=self.alpha, target_modules=names
             )
-        _, encoder = encoder_of(model)
-        config: Any = encoder.config
-        wrapped = ReshapedClassifier(model, self.head(config.hidden_size, model.config.num_labels))  # type: ignore[union-attr, arg-type]
+        config: Any = plain_model(model).config
+        wrapped = ReshapedClassifier(model, self.head(encoder_width(model), config.num_labels))
         set_trainable(wrapped, is_head(wrapped))
         return wrapped
 
