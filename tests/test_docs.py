@@ -67,6 +67,9 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         frame["intent"] = frame["label"]
         columns = ["text"] if name == "new" else ["text", "intent"]
         frame[columns].to_csv(tmp_path / f"{name}.csv", index=False)
+    shouted = pd.read_csv(tmp_path / "test.csv")
+    shouted["text"] = shouted["text"].str.upper()
+    shouted.to_csv(tmp_path / "shouted.csv", index=False)
     train, test = feature_rows(30), feature_rows(9, seed=1)
     np.savez(
         tmp_path / "features.npz",

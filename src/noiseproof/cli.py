@@ -102,6 +102,7 @@ def fit(words: list[str]) -> None:
     data = next((word[len(start) :] for word, _ in configs[::-1] if word.startswith(start)), None)
     configs = [(word, path) for word, path in configs if not word.startswith(start)]
     words, preset = _method_words([word for word, _ in configs] + words)
+    words, ood = _ood_words(words)
     parser = _parser("fit", "DATA --out RUN [options]", fit.__doc__)
     meanings, hints = field_meanings(Job), get_type_hints(Job)
     parser.add_argument(
@@ -140,7 +141,7 @@ def fit(words: list[str]) -> None:
         data=given.data,
         method=_made(preset, given.method),
         train=_made(TrainSettings(), given.train),
-        **{item.name: getattr(given, item.name) for item in flat},
+        **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
     )
     with _Display() as display:
         result = run_job(
@@ -583,6 +584,8 @@ def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:
         name = str(key)
         if name == "name" and prefix == "method.":
             words.insert(0, f"--method={value}")
+        elif name == "test_ood" and isinstance(value, dict) and not prefix:
+            words += [f"--test-ood={key}={file}" for key, file in value.items()]
         elif isinstance(value, dict):
             words += _option_words(value, f"{prefix}{name}.")
         elif name in ("resume", "overwrite") and not prefix:
@@ -606,6 +609,21 @@ def _method_words(words: list[str]) -> tuple[list[str], Any]:
         method, _, preset = name.partition(":")
         chosen = find_method(method).preset(preset or "default")
     return rest, chosen
+
+
+def _ood_words(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """Take every ``--test-ood NAME=FILE`` out of the words; the rest, and the files by name.
+
+    Of two with one name the last counts: what a config says goes first.
+    """
+    rest, given = _take(words, "--test-ood", "NAME=FILE")
+    files: dict[str, str] = {}
+    for word in given:
+        name, equals, file = word.partition("=")
+        if not (name and equals and file):
+            raise InputError(f"--test-ood: expected NAME=FILE, got {word!r}")
+        files[name] = file
+    return rest, files or None
 
 
 def _take(words: list[str], option: str, what: str) -> tuple[list[str], list[str]]:

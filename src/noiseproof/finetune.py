@@ -25,7 +25,7 @@ from noiseproof.method import Method, Run
 from noiseproof.methods import find_method
 from noiseproof.models import merged
 from noiseproof.prediction import Predictor, predict_logits
-from noiseproof.preparation import Prepared
+from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
     RunRecord,
     clear_run,
@@ -36,6 +36,7 @@ from noiseproof.record import (
 from noiseproof.results import (
     detection_metrics,
     epoch_metrics,
+    ood_metrics,
     sample_table,
     set_metrics,
     test_metrics,
@@ -190,6 +191,19 @@ class _Measure:
             return row
         return row | truth_metrics(self.prepared, run.predict(), run.columns.get("loss"))
 
+    def deployed(self, outcome: Outcome) -> dict[str, Tensor]:
+        """Logits of the test sets by the deployed model: name of the set -> (N, C)."""
+        found = {}
+        other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
+        for name, encoded in self.sets.items():
+            if name == "validation":
+                continue
+            logits = self.logits.get(name)
+            if logits is None or other:  # resumed at the end, other weights or another network
+                logits = predict_logits(outcome.model, encoded, self.prepared.job.train)
+            found[name] = logits
+        return found
+
 
 def _conclude(
     record: RunRecord, prepared: Prepared, outcome: Outcome, samples: Any, measure: _Measure
@@ -208,18 +222,16 @@ def _conclude(
     record.peak_memory_mb = peak_memory_mb()
     last = outcome.history[-1 if outcome.best_epoch is None else outcome.best_epoch]
     epoch_metrics(record, last)
-    if "test" in measure.sets:
-        logits = measure.logits.get("test")
-        other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
-        if logits is None or other:  # resumed at the end, other weights or another network
-            logits = predict_logits(outcome.model, measure.sets["test"], prepared.job.train)
+    logits = measure.deployed(outcome)
+    ood_metrics(record, prepared, {n: found for n, found in logits.items() if n.startswith(OOD)})
+    if "test" in logits:
         stage = outcome.history[-1]["stage"]  # a probe before it is no epoch of fine-tuning
         curve = [
             row["test_accuracy"]
             for row in outcome.history
             if row["stage"] == stage and "test_accuracy" in row
         ]
-        test_metrics(record, prepared, logits, curve)
+        test_metrics(record, prepared, logits["test"], curve)
     detection_metrics(
         record, prepared, samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ NO_MODEL = "minilm"  # what stands where no model was named; each task has its o
 OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora")
 VALIDATION_KINDS = ("clean", "noisy")
-LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"}
+LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {"test_ood"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Job:
         label: Column of the given labels, which may be wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
+        test_ood: More test sets from elsewhere, by name: {name: rows}, read like test. Each is
+            measured on its own.
         validation: Validation rows: a file, or a share such as 0.1 that is split off the training
             rows (its labels are then as noisy as those).
         validation_labels: clean or noisy; must be said of a validation file, goes into the record.
@@ -59,6 +62,7 @@ class Job:
     text: str = "text"
     label: str = "label"
     test: Any = None
+    test_ood: Any = None
     validation: Any = None
     validation_labels: str | None = None
     clean_label: str | None = None
@@ -102,6 +106,7 @@ class Job:
                 part is None or 0 < part < 1,
                 f"{name} must be a file or a share between 0 and 1, got {getattr(self, name)}",
             )
+        _check_ood(self.test_ood)
         from_file = self.validation is not None and share is None
         require(
             not from_file or self.validation_labels in VALIDATION_KINDS,
@@ -176,12 +181,37 @@ class Job:
                 value = value.to_dict()
             elif isinstance(value, TrainSettings):
                 value = dataclasses.asdict(value)
-            elif isinstance(value, Path):
-                value = str(value)
-            elif not isinstance(value, str | int | float | bool | None):
-                value = f"<{type(value).__name__}>"
+            elif item.name == "test_ood":
+                value = {name: _plain(source) for name, source in value.items()}
+            else:
+                value = _plain(value)
             values[item.name] = value
         return values
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; what is none stands as its kind."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    return f"<{type(value).__name__}>"
+
+
+def _check_ood(sets: Any) -> None:
+    require(
+        sets is None or (isinstance(sets, Mapping) and len(sets) > 0),
+        f"test_ood must be a mapping of names to rows, got {type(sets).__name__}",
+    )
+    for name, source in (sets or {}).items():
+        require(
+            isinstance(name, str) and OOD_NAME.fullmatch(name) is not None,
+            f"a name in test_ood may have letters, digits, '.', '_' and '-', got {name!r}",
+        )
+        require(
+            _share(source) is None and source is not None,
+            f"test_ood {name!r} must be rows of its own, such as a file; got {source!r}",
+        )
 
 
 def _share(value: Any) -> float | None:

@@ -37,11 +37,12 @@ from noiseproof.errors import InputError, unknown_name
 from noiseproof.job import Job
 from noiseproof.method import Columns, require, require_range
 from noiseproof.models import count_parameters, evaluation_mode, merged
-from noiseproof.preparation import Prepared, frozen_features
+from noiseproof.preparation import OOD, Prepared, frozen_features
 from noiseproof.record import RunRecord, clear_run, peak_memory_mb, prepare_folder
 from noiseproof.results import (
     detection_metrics,
     epoch_metrics,
+    ood_metrics,
     sample_table,
     set_metrics,
     test_metrics,
@@ -787,6 +788,7 @@ def _conclude(
     if "test" in logits:
         curve = [row["test_accuracy"] for row in measure.history if "test_accuracy" in row]
         test_metrics(record, prepared, logits["test"], curve)
+    ood_metrics(record, prepared, {n: found for n, found in logits.items() if n.startswith(OOD)})
     samples = sample_table(prepared, logits["train"], fitted.columns)
     if fitted.suspicious is not None:
         samples["suspicious"] = fitted.suspicious

@@ -28,6 +28,8 @@ from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
 from noiseproof.tasks import Task, find_task
 
+OOD = "ood_"  # before the names of test sets from elsewhere
+
 
 class Prepared:
     """The data, task and model of one job. True labels live here and go no further.
@@ -35,7 +37,7 @@ class Prepared:
     Attributes:
         job: What was asked for.
         data: Training rows with their given labels, noise included.
-        sets: ``test`` and ``validation`` where there are any: examples.
+        sets: ``test`` and ``validation`` where there are any, and ``ood_NAME``: examples.
         encoded: The training rows, encoded; `encode` gives the other sets.
         model: The pre-trained model with a fresh head.
         task: How rows are encoded.
@@ -67,6 +69,8 @@ class Prepared:
         data = self._corrupt(data)
         if job.test is not None and job.test_share is None:
             self.sets["test"] = self._read_other(job.test, "test", data.label_names)
+        for name, source in (job.test_ood or {}).items():
+            self.sets[f"{OOD}{name}"] = self._read_other(source, "test", data.label_names)
         if job.validation_share is not None:
             rest, split = stratified_split(
                 data.labels, job.validation_share, derive_seed(train.seed, "validation")
@@ -101,7 +105,11 @@ class Prepared:
         record.seeds = dict(self.seeds)
         record.data = {
             "rows": len(data),
-            **{f"{name}_rows": len(examples) for name, examples in self.sets.items()},
+            **{
+                f"{name}_rows": len(examples)
+                for name, examples in self.sets.items()
+                if not name.startswith(OOD)
+            },
             "classes": self.num_classes,
             "label_names": list(data.label_names),
             "dropped": data.dropped,

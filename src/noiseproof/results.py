@@ -13,7 +13,7 @@ from torch import Tensor
 from noiseproof import metrics
 from noiseproof.losses import cross_entropy
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.preparation import Prepared
+from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import RunRecord, write_history
 from noiseproof.tables import PIECE, Strings, array_column, write_table
 
@@ -22,7 +22,7 @@ SHOWN = ("label", "suggested_label", "confidence", "clean_prob", "loss")
 
 
 def set_metrics(prepared: Prepared, logits: Mapping[str, Tensor]) -> dict[str, float]:
-    """Accuracy and macro-F1 of the test and validation sets, from their logits (N, C)."""
+    """Accuracy and macro-F1 of every set beside the training rows, from their logits (N, C)."""
     row = {}
     for name, scores in logits.items():
         labels = prepared.sets[name].labels
@@ -137,9 +137,24 @@ def test_metrics(
         "test_accuracy_best": max(curve),
         "test_accuracy_late": sum(late) / len(late),
         "test_macro_f1": measured["macro_f1"],
+        "test_mcc": measured["mcc"],
         "test_ece": measured["ece"],
         "test_nll": measured["nll"],
     }
+
+
+def ood_metrics(record: RunRecord, prepared: Prepared, logits: Mapping[str, Tensor]) -> None:
+    """Put the metrics of each test set from elsewhere into the record, under its name.
+
+    Args:
+        record: Gets them.
+        prepared: Has the sets.
+        logits: Of their rows (N, C), by the name of the set.
+    """
+    for name, scores in logits.items():
+        labels = prepared.sets[name].labels
+        measured = metrics.classification_metrics(scores, labels, prepared.num_classes)
+        record.ood[name.removeprefix(OOD)] = {"rows": len(labels), **measured}
 
 
 def write_results(
