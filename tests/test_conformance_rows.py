@@ -18,7 +18,7 @@ from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import METHODS, NMTune
 from noiseproof.preparation import Prepared
 from noiseproof.tasks import TASKS
-from rows import SETTINGS, SOURCES
+from rows import SOURCES, settings_of
 from test_conformance import CASES, all_finite
 from tiny import LABELS, same_weights, train_settings, weights
 
@@ -45,7 +45,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[str, Method]:
 def prepared(task: str, method: Method, **changes: Any) -> Prepared:
     """The rows of a task, ready to train on; the model anew each time."""
     settings = train_settings(**changes)
-    job = Job(SOURCES[task](), task=task, method=method, train=settings, **SETTINGS[task])
+    job = Job(SOURCES[task](), task=task, method=method, train=settings, **settings_of(task))
     return Prepared(job)
 
 
@@ -110,7 +110,7 @@ def test_a_saved_model_answers_as_the_trained_one_whatever_the_truth_is(
     task, method = pair
     data = SOURCES[task]()
     settings = {"task": task, "method": method, "train": train_settings(epochs=3)}
-    settings |= {"clean_label": "clean_label"} | SETTINGS[task]
+    settings |= {"clean_label": "clean_label"} | settings_of(task)
     shifted = [LABELS[(LABELS.index(name) + 1) % 3] for name in data["clean_label"]]
     one = noiseproof.fit(data, out=tmp_path / "run", **settings)
     other = noiseproof.fit(data | {"clean_label": shifted}, **settings)

@@ -30,7 +30,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "charts",
     ),
     2: ("method", "tables", "models", "encoding"),
-    3: ("data", "methods", "precision", "features"),
+    3: ("data", "methods", "modules", "precision", "features"),
     4: ("tasks", "engine", "checkpoint", "record", "cards"),
     5: ("loop", "job", "prediction"),
     6: ("preparation", "estimators"),

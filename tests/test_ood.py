@@ -19,7 +19,7 @@ from noiseproof.methods import CrossEntropy
 from noiseproof.record import RunRecord
 from noiseproof.report import report
 from reports import write_run
-from rows import SETTINGS, SOURCES
+from rows import SOURCES, settings_of
 from tiny import table, train_settings
 
 KEYS = {"rows", "accuracy", "macro_f1", "mcc", "ece", "nll"}
@@ -29,7 +29,7 @@ KEYS = {"rows", "accuracy", "macro_f1", "mcc", "ece", "nll"}
 def settings(request: pytest.FixtureRequest, tiny_model: Path) -> dict[str, Any]:
     """A job of each task, with its own rows, and a maker of further rows."""
     task = str(request.param)
-    more = {"model": str(tiny_model)} if task == "text" else SETTINGS[task]
+    more = {"model": str(tiny_model)} if task == "text" else settings_of(task)
     make = table if task == "text" else SOURCES[task]
     return {"task": task, "make": make, "method": CrossEntropy(tune="head"), **more}
 

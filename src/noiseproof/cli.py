@@ -164,6 +164,10 @@ def predict(words: list[str]) -> None:
     parser.add_argument("--text", type=str | None, help="Text column, if it has another name.")
     parser.add_argument("--features", type=str | None,
                         help="Columns of features, if they have other names.")  # fmt: skip
+    parser.add_argument("--image", type=str | None,
+                        help="Column of images, if it has another name.")  # fmt: skip
+    parser.add_argument("--on-bad-image", type=str | None,
+                        help="error, or skip (such rows get no label).")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
     given = _parse(parser, words)
@@ -171,7 +175,7 @@ def predict(words: list[str]) -> None:
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
-    names = ("text", "features", "split")
+    names = ("text", "features", "image", "on_bad_image", "split")
     table = predict_rows(given.run, given.data, **{name: getattr(given, name) for name in names})
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
@@ -196,6 +200,8 @@ def corrupt(words: list[str]) -> None:
                         help="Text column or columns, for instance and openset noise.")  # fmt: skip
     parser.add_argument("--features", type=str, default="features",
                         help="Columns of features, for instance and openset noise.")  # fmt: skip
+    parser.add_argument("--image", type=str, default="image",
+                        help="Column of images, for instance and openset noise.")  # fmt: skip
     parser.add_argument("--model", type=str | None,
                         help="Encoder for instance-dependent noise; minilm for texts.")  # fmt: skip
     parser.add_argument("--noise-pool", type=str | None, help="Foreign rows for open-set noise.")
@@ -214,8 +220,8 @@ def corrupt(words: list[str]) -> None:
     matrix_file = given.transition_out
     if matrix_file is not None:
         _check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
-    names = ("label", "seed", "task", "text", "features", "clean_label", "model", "noise_pool",
-             "split")  # fmt: skip
+    names = ("label", "seed", "task", "text", "features", "image", "clean_label", "model",
+             "noise_pool", "split")  # fmt: skip
     table, corruption = corrupt_table(
         given.data, given.noise, **{name: getattr(given, name) for name in names}
     )

@@ -159,9 +159,8 @@ def _features(
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(0, "head"))
         task, encoder = kind.load(name, data, settings)
-    data = task.ready(data)
-    task.learn(encoder, data.inputs)
-    return frozen_features(encoder, task.encode(data.inputs), TrainSettings())
+    task.learn(encoder, inputs)
+    return frozen_features(encoder, task.encode(inputs), TrainSettings())
 
 
 def _replaced(table: Table, pool: Table, reader: Reader, corruption: Corruption) -> Table:

@@ -22,6 +22,7 @@ from noiseproof.models import (
     evaluation_mode,
     feature_position,
     has_weights,
+    row_statistics,
     trains_only_head,
 )
 from noiseproof.precision import PRECISIONS, choose_precision
@@ -277,9 +278,10 @@ class Engine:
     def _cache(self, model: nn.Module, encoded: Encoded) -> None:
         position = self._position
         assert position is not None
-        if encoded.key and self.processes == 1:
+        weights = fingerprint(model) if encoded.key and self.processes == 1 else ""
+        if weights:
             words = ("1", encoded.key, position, self.precision, self.device.type)
-            key = " ".join([*words, fingerprint(model)])
+            key = " ".join([*words, weights])
             features = kept(key, len(encoded), lambda: self.encode(model, encoded, position))
         else:
             features = self.encode(model, encoded, position)
@@ -369,7 +371,8 @@ class Engine:
             )
             last = place == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.net):
-                loss = method.compute_loss(self.net, batch, run)
+                with row_statistics(self.net, len(part)):
+                    loss = method.compute_loss(self.net, batch, run)
                 weight = 0.0 if spare else len(part) * self.processes / len(rows)
                 self.accelerator.backward(loss if weight == 1 else loss * weight)
             total += float(loss.detach()) * weight / self.processes

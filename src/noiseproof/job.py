@@ -45,11 +45,17 @@ class Job:
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
         sample: Train on this many rows only, drawn so that class shares stay the same.
         split: Split of a hub data set, of a saved dataset dictionary or of a NumPy archive.
-        task: Kind of row: text, or features.
+        task: Kind of row: text, features or image.
         features: Features of a row: an array, a column of lists, or columns of numbers such as
             "e*" or "width,height".
         standardize: Shift and scale every feature to mean 0 and deviation 1 of the training rows.
-        model: Pre-trained model: local folder, hub name, or minilm; features need none.
+        image: Images: a column of paths (relative to the table) or of files, or an array.
+        image_size: Side of the squares that images are brought to; None is the processor's.
+        augment: What is done to training images: none, or crop, flip and rand joined by "+".
+        on_bad_image: error, or skip (images that cannot be read are left out and counted).
+        image_workers: Processes that decode images; 0 decodes in this one.
+        model: Pre-trained model: local folder, hub name, or minilm; features need none. From
+            Python, images also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
         noise_seed: Seed of the injected noise; None follows train.seed.
         noise_pool: File of foreign rows for open-set noise, with the same columns.
@@ -74,6 +80,11 @@ class Job:
     task: str = "text"
     features: str = RowSettings.features
     standardize: bool = RowSettings.standardize
+    image: str = RowSettings.image
+    image_size: int | None = RowSettings.image_size
+    augment: str = RowSettings.augment
+    on_bad_image: str = RowSettings.on_bad_image
+    image_workers: int = RowSettings.image_workers
     model: Any = NO_MODEL
     noise: str = "none"
     noise_seed: int | None = None
@@ -84,7 +95,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
-        task = find_task(self.task)
+        task, _ = find_task(self.task), self.rows  # which checks itself
         others = [name for name, method in METHODS.items() if self.task in method.tasks]
         require(
             self.task in self.method.tasks,

@@ -181,8 +181,8 @@ def encoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     encoder = getattr(inner, name, None) if name else None
     if not isinstance(encoder, nn.Module):
         raise InputError(
-            f"{type(inner).__name__} has no encoder under 'base_model_prefix'; "
-            "use a transformers model with a task head"
+            f"{type(inner).__name__} has no encoder under 'base_model_prefix'; use a transformers "
+            "model with a task head, a module that ends in a linear layer, or tune=full"
         )
     return name, encoder
 
@@ -350,6 +350,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def row_statistics(model: nn.Module, rows: int) -> Iterator[None]:
+    """Let BatchNorm use its running statistics while a single row, which has none, trains."""
+    norms = [
+        module
+        for module in (model.modules() if rows == 1 else ())
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:

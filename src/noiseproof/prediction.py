@@ -76,8 +76,13 @@ class Predictor:
         return [self.label_names[best] for best in self.predict_proba(rows, pairs).argmax(axis=1)]
 
 
-def load(run: str | Path) -> Predictor:
+def load(run: str | Path, *, model: Any = None) -> Predictor:
     """Load the model of a finished run.
+
+    Args:
+        run: Its folder.
+        model: A torch module that is built as the one that the run was started from, where it was
+            one: its weights are taken from the run.
 
     Raises:
         InputError: There is no run, or it is not finished.
@@ -88,7 +93,8 @@ def load(run: str | Path) -> Predictor:
         raise InputError(f"the run in {folder} is {record.status}; finish it with --resume")
     settings = RowSettings.of(record.spec)
     kind = find_task(record.spec["task"])
-    task, network = kind.load_saved(folder / "model", record.spec["model"], settings)
+    given = record.spec["model"] if model is None else model
+    task, network = kind.load_saved(folder / "model", given, settings)
     gated = record.spec["method"].get("eval_gate", "all_on") != "all_on"
     if (gated and not record.spec["merge"]) or (folder / "model" / HEAD_FILE).exists():
         network = method_from_dict(record.spec["method"]).restore_model(network)
@@ -111,6 +117,9 @@ def predict(
     *,
     text: str | None = None,
     features: str | None = None,
+    image: str | None = None,
+    on_bad_image: str | None = None,
+    model: Any = None,
     split: str = "train",
 ) -> Any:
     """Label new rows with the model of a run.
@@ -120,26 +129,34 @@ def predict(
         data: Rows with the columns the model was trained on; read like training data.
         text: Other text columns than in training.
         features: Other columns of features than in training.
+        image: Another column of images than in training.
+        on_bad_image: error, or skip; as in training unless given.
+        model: See `load`.
         split: Split of a hub data set or of an archive.
 
     Returns:
-        The table (a DataFrame) with the columns ``predicted_label`` and ``confidence`` added.
+        The table (a DataFrame) with the columns ``predicted_label`` and ``confidence`` added; they
+        are empty where an image that could not be read was skipped.
 
     Raises:
         InputError: No finished run, or a column is missing or would be replaced.
     """
-    predictor = load(run)
+    predictor = load(run, model=model)
     table = load_table(data, split)
     for name in ("predicted_label", "confidence"):
         if name in table.frame.columns:
             raise InputError(f"the data has a column {name!r} already; rename it first")
-    asked = {"text": text, "features": features}
+    asked = {"text": text, "features": features, "image": image, "on_bad_image": on_bad_image}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    reader = type(predictor.task).reader(dataclasses.replace(predictor.rows, **changes))
-    inputs = reader.read(table, np.arange(len(table)))
-    predictor.task.accept(inputs, table, predictor.column)
-    probabilities = predictor.probabilities(inputs)
+    settings = dataclasses.replace(predictor.rows, **changes)
+    task = predictor.task.with_settings(settings)
+    inputs = task.reader(settings).read(table, np.arange(len(table)))
+    task.accept(inputs, table, predictor.column)
+    usable, rows = task.ready(inputs)
+    probabilities = predictor.probabilities(usable)
     names = np.asarray(predictor.label_names, dtype=object)
-    return table.frame.assign(
-        predicted_label=names[probabilities.argmax(axis=1)], confidence=probabilities.max(axis=1)
-    )
+    predicted = np.full(len(table), None, dtype=object)
+    confidence = np.full(len(table), np.nan)
+    predicted[rows] = names[probabilities.argmax(axis=1)]
+    confidence[rows] = probabilities.max(axis=1)
+    return table.frame.assign(predicted_label=predicted, confidence=confidence)

@@ -44,6 +44,7 @@ class Prepared:
         parameters: Of the model.
         corruption: What the injected noise did, if there was any.
         seeds: Seeds of noise, initialisation and order.
+        unreadable: How many rows of each set could not be read and were left out.
     """
 
     def __init__(self, job: Job) -> None:
@@ -55,6 +56,7 @@ class Prepared:
             "order": train.seed if train.order_seed is None else train.order_seed,
         }
         self.sets: dict[str, Examples] = {}
+        self.unreadable: dict[str, int] = {}
         self.reader = find_task(job.task).reader(job.rows)
         data = self._read()
         self.task: Task
@@ -65,12 +67,16 @@ class Prepared:
             )
         self.parameters = count_parameters(self.model.parameters())
         self.corruption: Corruption | None = None
+        data = self._ready("training", data)
+        self.sets = {name: self._ready(name, rows) for name, rows in self.sets.items()}
         self.task.learn(self.model, data.inputs)
         data = self._corrupt(data)
         if job.test is not None and job.test_share is None:
             self.sets["test"] = self._read_other(job.test, "test", data.label_names)
         for name, source in (job.test_ood or {}).items():
-            self.sets[f"{OOD}{name}"] = self._read_other(source, "test", data.label_names)
+            self.sets[f"{OOD}{name}"] = self._read_other(
+                source, "test", data.label_names, f"{OOD}{name}"
+            )
         if job.validation_share is not None:
             rest, split = stratified_split(
                 data.labels, job.validation_share, derive_seed(train.seed, "validation")
@@ -116,6 +122,8 @@ class Prepared:
             "validation": self.job.validation_kind,
             "fingerprint": data.fingerprint,
         }
+        if self.unreadable:
+            record.data["unreadable"] = dict(self.unreadable)
         if self.corruption is not None:
             record.noise = {
                 "spec": self.corruption.spec,
@@ -152,15 +160,24 @@ class Prepared:
         seed = derive_seed(job.train.seed, "rows")
         return data.select(stratified_sample(data.labels, job.sample, seed))
 
-    def _read_other(self, source: Any, role: str, names: Sequence[str]) -> Examples:
+    def _read_other(self, source: Any, role: str, names: Sequence[str], name: str = "") -> Examples:
         """Rows of another file; test rows count by the true label where there is one."""
         job, label = self.job, self.job.label
         clean = role == "test" or job.validation_labels == "clean"
         if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
             label = job.clean_label
-        return read_examples(
+        read = read_examples(
             source, text=self.reader, label=label, label_names=names, split=role, role=role
         )
+        return self._ready(name or role, read)
+
+    def _ready(self, name: str, data: Examples) -> Examples:
+        """The rows in the form that the task encodes; those that cannot be used are counted."""
+        inputs, rows = self.task.ready(data.inputs)
+        if len(rows) < len(data):
+            self.unreadable[name] = len(data) - len(rows)
+            data = data.select(rows)
+        return dataclasses.replace(data, inputs=inputs)
 
     def _corrupt(self, data: Examples) -> Examples:
         noise = parse_noise(self.job.noise)
@@ -171,7 +188,7 @@ class Prepared:
             features = frozen_features(self.model, self.encode(data), self.job.train)
         if noise.needs_pool:
             assert self.job.noise_pool is not None
-            pool = read_inputs(self.job.noise_pool, self.reader)
+            pool, _ = self.task.ready(read_inputs(self.job.noise_pool, self.reader))
         self.corruption = corruption = noise.apply(
             data.labels,
             len(data.label_names),

@@ -61,7 +61,7 @@ class Tuned(Method):
     dropout: float | None = None
     learning_rate: float | None = None
 
-    tasks: ClassVar[tuple[str, ...]] = ("text", "features")
+    tasks: ClassVar[tuple[str, ...]] = ("text", "features", "image")
 
     def __post_init__(self) -> None:
         """Check the shared settings and then those of the method."""

@@ -25,7 +25,7 @@ PLACES = ("grid", "part", "data", "noise", "model", "validation")
 FACETS = {
     "data": (
         "data", "test", "text", "label", "clean_label", "label_names", "drop_label", "row_id",
-        "sample", "split", "features",
+        "sample", "split", "features", "image", "on_bad_image",
     ),
     "noise": ("noise", "noise_pool"),
     "model": ("model", "task"),
@@ -33,7 +33,8 @@ FACETS = {
 }  # fmt: skip
 """Which settings decide which name; all others, seeds apart, belong to the method."""
 SEEDS = ("noise_seed", "train.seed", "train.init_seed", "train.order_seed")
-NEUTRAL = ("train.device", "train.precision", "train.micro_batch_size", "train.tracker")
+NEUTRAL = ("train.device", "train.precision", "train.micro_batch_size", "train.tracker",
+           "image_workers")  # fmt: skip
 """Settings that say how a run is done and not what is done."""
 Group = tuple[str, ...]
 """Names in the order of `PLACES`."""

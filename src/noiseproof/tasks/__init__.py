@@ -6,6 +6,7 @@ from noiseproof.encoding import Encoded, EncodedFeatures, cache_folder
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.tasks.base import RowSettings, Task
 from noiseproof.tasks.features import FeatureClassification
+from noiseproof.tasks.images import ImageClassification
 from noiseproof.tasks.text import EncodedTexts, TextClassification
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EncodedFeatures",
     "EncodedTexts",
     "FeatureClassification",
+    "ImageClassification",
     "RowSettings",
     "Task",
     "TextClassification",
@@ -22,7 +24,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextClassification, FeatureClassification)
+    task.name: task for task in (TextClassification, FeatureClassification, ImageClassification)
 }
 
 

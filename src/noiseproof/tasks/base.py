@@ -16,15 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from noiseproof.data import Examples, Inputs, Reader
 from noiseproof.encoding import Encoded
-from noiseproof.method import Method
+from noiseproof.method import Method, require
 from noiseproof.tables import Table
+from noiseproof.tasks.augmentation import parse_changes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Ints = npt.NDArray[np.int64]
+BAD_IMAGE = ("error", "skip")
+MOST_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,26 @@ class RowSettings:
     on_bad_image: str = "error"
     image_workers: int = 0
     max_length: int = 256
+
+    def __post_init__(self) -> None:
+        """Check every setting where it stands.
+
+        Raises:
+            InputError: A setting is out of its range.
+        """
+        parse_changes(self.augment)
+        require(
+            self.on_bad_image in BAD_IMAGE,
+            f"on_bad_image must be one of {', '.join(BAD_IMAGE)}; got {self.on_bad_image!r}",
+        )
+        require(
+            self.image_size is None or 1 <= self.image_size <= 10_000,
+            f"image_size must lie in [1, 10000], got {self.image_size}",
+        )
+        require(
+            0 <= self.image_workers <= MOST_WORKERS,
+            f"image_workers must lie in [0, {MOST_WORKERS}], got {self.image_workers}",
+        )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RowSettings:
@@ -129,9 +156,17 @@ class Task(ABC):
     def encode(self, inputs: Any) -> Encoded:
         """Encode rows, in order."""
 
-    def ready(self, data: Examples) -> Examples:
-        """The rows that can be used, in the form that `encode` takes; others are left out."""
-        return data
+    def ready(self, inputs: Inputs) -> tuple[Inputs, Ints]:
+        """The rows that can be used, in the form that `encode` takes, and which they are (M,).
+
+        Raises:
+            InputError: A row cannot be used, and the settings say that this is an error.
+        """
+        return inputs, np.arange(len(inputs))
+
+    def with_settings(self, settings: RowSettings) -> Self:
+        """The task with other settings of reading; the network stays as it is."""
+        return self
 
     def learn(self, model: nn.Module, inputs: Inputs) -> None:  # noqa: B027
         """Take from the training rows what the network needs to know of them, such as scales."""
