@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from torch import nn
 
 import noiseproof
 from noiseproof import arrays as archive
@@ -224,6 +225,37 @@ def test_a_loaded_model_answers_as_the_trained_one(method: Any, tmp_path: Path) 
             loaded.predict(wrong)
     with pytest.raises(InputError, match="the table has 5 features, the model takes 6"):
         noiseproof.predict(tmp_path / "run", {"features": new[:, :5]})
+
+
+class Layers(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(features)))
+
+
+@pytest.mark.parametrize("tune", ["full", "head"])
+def test_a_module_of_ones_own_takes_standardised_features(tune: str, tmp_path: Path) -> None:
+    """Its first layer is its encoder: what is tuned is what was asked for."""
+    net = Layers()
+    result = fit(model=net, method=CrossEntropy(tune=tune), out=tmp_path / "run")
+    plain = result.predictor.model.plain()
+    assert torch.equal(plain[1].first.weight, net.first.weight) == (tune == "head")
+    assert not torch.equal(plain[1].second.weight, net.second.weight)
+    new = feature_rows(7, seed=3)["features"]
+    kept = result.predictor.predict_proba(new)
+    with torch.no_grad():
+        own = torch.softmax(plain.eval()(torch.from_numpy(new)), dim=1).numpy()
+    np.testing.assert_allclose(own, kept, atol=1e-6)
+    assert (noiseproof.load(tmp_path / "run", model=Layers()).predict_proba(new) == kept).all()
+    with pytest.raises(InputError, match=r"the model was a torch module, <Layers>"):
+        noiseproof.load(tmp_path / "run")
+    with pytest.raises(InputError, match="do not fit the module Sequential"):
+        noiseproof.load(tmp_path / "run", model=nn.Linear(6, 3))
 
 
 def test_the_saved_model_is_plain_numbers(tmp_path: Path) -> None:

@@ -646,8 +646,8 @@ def test_methods_that_ask_for_parts_work_on_a_module(method: Any, tmp_path: Path
     )
 
 
-def test_texts_and_features_take_no_module() -> None:
-    """A text needs a tokenizer, features have a head already."""
+def test_texts_take_no_module() -> None:
+    """A text needs a tokenizer, which lies beside the model."""
     with pytest.raises(InputError, match="must be a name or a folder, got a Net"):
         noiseproof.fit({"text": ["a", "b"], "label": ["x", "y"]}, model=Net(),
                        method=CrossEntropy())  # fmt: skip

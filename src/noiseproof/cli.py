@@ -336,7 +336,8 @@ def methods(words: list[str]) -> None:
         table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
     console.print()
     console.print(table)
-    console.print(f"\npresets: {', '.join(chosen.presets())}", highlight=False)
+    console.print(f"\ntasks: {', '.join(chosen.tasks)}", highlight=False)
+    console.print(f"presets: {', '.join(chosen.presets())}", highlight=False)
 
 
 def demo(words: list[str]) -> None:

@@ -55,7 +55,7 @@ class Job:
         on_bad_image: error, or skip (images that cannot be read are left out and counted).
         image_workers: Processes that decode images; 0 decodes in this one.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
-            Python, images also take a torch module that gives logits.
+            Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
         noise_seed: Seed of the injected noise; None follows train.seed.
         noise_pool: File of foreign rows for open-set noise, with the same columns.
@@ -102,7 +102,7 @@ class Job:
             f"{self.method.name} does not support task {self.task!r}, only "
             f"{', '.join(self.method.tasks)}; use one of {', '.join(others)}",
         )
-        object.__setattr__(self, "method", task.fitted(self.method))
+        object.__setattr__(self, "method", task.fitted(self.method, self.model))
         if isinstance(self.model, str) and self.model == NO_MODEL:
             object.__setattr__(self, "model", task.default_model)
         require(self.model is not None, f"task {self.task!r} needs a model: give model")

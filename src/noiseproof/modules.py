@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
-from noiseproof.models import HEAD_FILE
+from noiseproof.models import HEAD_FILE, merged, plain_model
 
 WEIGHTS = "model.safetensors"
 
@@ -185,6 +185,28 @@ def load_weights(module: nn.Module, folder: Path) -> nn.Module:
             "give one that is built as the one that was trained"
         ) from error
     return module
+
+
+def numbered_classes(module: nn.Module, example: Tensor) -> list[str]:
+    """Names for the classes of a module that was loaded: their numbers."""
+    return [str(label) for label in range(_tried(module, example).shape[1])]
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """A wrapped module with the adapters of peft merged into it; any other model as it is."""
+    inner = plain_model(model)
+    if inner is model or not isinstance(inner, SplitModule | WholeModule):
+        return model
+    plain: nn.Module = merged(copy.deepcopy(model))
+    return plain
+
+
+def module_is_missing(model: str, folder: Path) -> str:
+    """A line on a run that was started from a torch module, which only its owner can build."""
+    return (
+        f"the model was a torch module, {model}; give load(run, model=...) one that is built "
+        f"alike, into which the weights of {folder} are put"
+    )
 
 
 def _tried(module: nn.Module, example: Tensor) -> Tensor:

@@ -109,8 +109,12 @@ class Task(ABC):
         """Finds the inputs in a table."""
 
     @classmethod
-    def fitted(cls, method: Method) -> Method:
-        """The method as it runs on such rows; raises `InputError` where it cannot."""
+    def fitted(cls, method: Method, model: Any) -> Method:
+        """The method as it runs on such rows with such a model, see `load`.
+
+        Raises:
+            InputError: It cannot.
+        """
         return method
 
     @classmethod

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,23 @@ from noiseproof.data import Examples, Inputs, Reader
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
 from noiseproof.method import Method
-from noiseproof.models import HEAD_FILE
+from noiseproof.models import HEAD_FILE, save_model
+from noiseproof.modules import (
+    WEIGHTS,
+    Logits,
+    SplitModule,
+    WholeModule,
+    load_weights,
+    module_is_missing,
+    numbered_classes,
+    without_adapters,
+    wrap_module,
+)
 from noiseproof.tables import Table, nearest, shorten
 from noiseproof.tasks.base import RowSettings, Task
 
 PIECE = 4096  # rows that are looked at or converted at a time
+INPUT = "features"
 LINEAR = "linear"  # name of the only network that needs no module
 
 Ints = npt.NDArray[np.int64]
@@ -211,7 +223,7 @@ class EncodedVectors(Encoded):
 
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Features (B, D) in fp32."""
-        return {"features": torch.from_numpy(self.vectors.block(np.asarray(rows)))}
+        return {INPUT: torch.from_numpy(self.vectors.block(np.asarray(rows)))}
 
 
 # --- the network ---------------------------------------------------------------------------------
@@ -260,17 +272,11 @@ class Standardize(nn.Module):
         _write(self.config, {f"encoder.{n}": t for n, t in self.state_dict().items()}, Path(folder))
 
 
-class Logits(NamedTuple):
-    """What `FeatureClassifier` answers."""
-
-    logits: Tensor
-
-
 class FeatureClassifier(nn.Module):
     """A linear classifier on standardised features, with the parts that methods ask a model for."""
 
     base_model_prefix = "encoder"
-    main_input_name = "features"
+    main_input_name = INPUT
     encoder_gives_tensor = True
 
     def __init__(self, config: FeatureConfig) -> None:
@@ -289,12 +295,22 @@ class FeatureClassifier(nn.Module):
         _write(self.config, self.state_dict(), Path(folder))
 
 
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(folder / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no model of features ({error})") from error
+
+
 def _write(config: FeatureConfig, tensors: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(held, str(folder / "model.safetensors"))
+    save_file(held, str(folder / WEIGHTS))
     text = json.dumps(dataclasses.asdict(config), indent=1)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -325,41 +341,51 @@ class FeatureClassification(Task):
         return FeatureColumns(settings.features)
 
     @classmethod
-    def fitted(cls, method: Method) -> Method:
-        """Tunes the head, as there is nothing else."""
+    def fitted(cls, method: Method, model: Any) -> Method:
+        """Tunes the head, as there is nothing else; a module of one's own is tuned as asked."""
         tune = getattr(method, "tune", "head")
-        if tune not in ("full", "head"):
+        if isinstance(model, nn.Module) or tune == "head":
+            return method
+        if tune != "full":
             raise InputError(
                 f"{method.name}.tune={tune} adapts an encoder, and features have none; leave tune "
                 "out, which trains the head"
             )
-        return dataclasses.replace(method, tune="head") if tune == "full" else method  # type: ignore[call-arg]
+        return dataclasses.replace(method, tune="head")  # type: ignore[call-arg]
 
     @classmethod
     def load(
         cls, model: Any, data: Examples, settings: RowSettings, *, reserved_tokens: int = 0
     ) -> tuple[FeatureClassification, nn.Module]:
-        """A fresh linear classifier."""
+        """A fresh linear classifier, or a torch module that takes features (B, D)."""
         vectors = data.inputs
         assert isinstance(vectors, Vectors)
-        task = cls(vectors.width, settings.standardize)
+        task, names = cls(vectors.width, settings.standardize), list(data.label_names)
+        config = FeatureConfig(vectors.width, dict(enumerate(names)), task.standardize)
+        if isinstance(model, nn.Module):
+            return task, task._wrapped(nn.Sequential(Standardize(config), model), names)
         if model != LINEAR:
             raise InputError(
                 f"features have no encoder to load, got model={model!r}; leave model out"
             )
-        config = FeatureConfig(vectors.width, dict(enumerate(data.label_names)), task.standardize)
         return task, FeatureClassifier(config)
+
+    def _wrapped(self, module: nn.Module, names: list[str]) -> SplitModule | WholeModule:
+        """A module behind the scales, with the parts that methods ask for."""
+        return wrap_module(module, names, INPUT, torch.zeros(2, self.width))
 
     @classmethod
     def load_saved(
         cls, folder: Path, model: Any, settings: RowSettings
     ) -> tuple[FeatureClassification, nn.Module]:
         """Load what `save` wrote; a head of its own is put on by the method."""
-        from safetensors.torch import load_file
-
+        if isinstance(model, nn.Module):
+            return cls._load_module(folder, model, settings)
+        if str(model).startswith("<"):
+            raise InputError(module_is_missing(str(model), folder))
+        tensors = _tensors(folder)
         try:
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            tensors = load_file(str(folder / "model.safetensors"))
             values["id2label"] = {int(key): name for key, name in values["id2label"].items()}
             config = FeatureConfig(**values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -370,10 +396,21 @@ class FeatureClassification(Task):
         classifier.name_or_path = str(folder)
         return cls(config.hidden_size, config.standardize), classifier.eval()
 
+    @classmethod
+    def _load_module(
+        cls, folder: Path, module: nn.Module, settings: RowSettings
+    ) -> tuple[FeatureClassification, nn.Module]:
+        width = len(_tensors(folder).get("0.mean", torch.zeros(0)))
+        task = cls(width, settings.standardize)
+        whole = nn.Sequential(Standardize(FeatureConfig(width, {})), module)
+        loaded = load_weights(whole, folder)
+        wrapped = task._wrapped(loaded, numbered_classes(loaded, torch.zeros(2, width)))
+        wrapped.name_or_path = str(folder)
+        return task, wrapped.eval()
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights, scales and classes."""
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        save_model(without_adapters(model), None, folder)
 
     def inputs_of(self, rows: Any, second: Any = None) -> Vectors:
         """Features (N, D) of anything that NumPy makes a matrix of."""
@@ -388,8 +425,8 @@ class FeatureClassification(Task):
 
     def learn(self, model: nn.Module, inputs: Inputs) -> None:
         """Mean and deviation of every feature, in float64; a constant one is only shifted."""
-        encoder = model.get_submodule("encoder")
-        if not self.standardize or not isinstance(encoder, Standardize):
+        scales = [part for part in model.modules() if isinstance(part, Standardize)]
+        if not self.standardize or not scales:
             return
         assert isinstance(inputs, Vectors)
         mean = sum(block.sum(axis=0, dtype=np.float64) for block in inputs.blocks()) / len(inputs)
@@ -398,8 +435,9 @@ class FeatureClassification(Task):
         )
         deviation = np.sqrt(squares / len(inputs))
         varies = deviation > 1e-6 * np.abs(mean)  # else it is rounding
-        encoder.mean.copy_(torch.from_numpy(mean))
-        encoder.scale.copy_(torch.from_numpy(np.where(varies, deviation, 1.0)))
+        for part in scales:
+            part.mean.copy_(torch.from_numpy(mean))
+            part.scale.copy_(torch.from_numpy(np.where(varies, deviation, 1.0)))
 
     def accept(self, inputs: Inputs, table: Table, trained: str) -> None:
         """Refuse rows with another number of features."""

@@ -6,7 +6,6 @@ paths, bytes or arrays -> `Images` -> `Pixels`, decoded and resized once, on dis
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +26,15 @@ from noiseproof.models import (
     load_image_classifier,
     load_image_processor,
     load_saved_model,
-    merged,
-    plain_model,
     save_model,
 )
-from noiseproof.modules import SplitModule, WholeModule, load_weights, logits_in, wrap_module
+from noiseproof.modules import (
+    load_weights,
+    module_is_missing,
+    numbered_classes,
+    without_adapters,
+    wrap_module,
+)
 from noiseproof.tables import Table
 from noiseproof.tasks.augmentation import Change, augmented, parse_changes
 from noiseproof.tasks.base import RowSettings, Task
@@ -337,19 +340,15 @@ class ImageClassification(Task):
         """Load what `save` wrote; the weights of a torch module go into a copy of the one given."""
         if isinstance(model, nn.Module):
             processor = load_image_processor(str(folder))
-            network = load_weights(model, folder)
-            example = torch.zeros(2, 3, *target_size(processor))
-            with torch.no_grad():
-                answer = network.eval()(example)
-            names = [str(label) for label in range(logits_in(answer).shape[1])]
-            wrapped = wrap_module(network, names, INPUT, example)
+            network, example = (
+                load_weights(model, folder),
+                torch.zeros(2, 3, *target_size(processor)),
+            )
+            wrapped = wrap_module(network, numbered_classes(network, example), INPUT, example)
             wrapped.name_or_path = str(folder)
             return cls._made(processor, settings), wrapped.eval()
         if str(model).startswith("<"):
-            raise InputError(
-                f"the model was a torch module, {model}; give load(run, model=...) one that is "
-                f"built alike, into which the weights of {folder} are put"
-            )
+            raise InputError(module_is_missing(str(model), folder))
         network, processor = load_saved_model(folder, str(model), AUTO, load_image_processor)
         return cls._made(processor, settings), network
 
@@ -363,11 +362,7 @@ class ImageClassification(Task):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write model and processor as transformers and peft do; of a module its own weights."""
-        if model is not plain_model(model) and isinstance(
-            plain_model(model), SplitModule | WholeModule
-        ):
-            model = merged(copy.deepcopy(model))
-        save_model(model, self.processor, folder)
+        save_model(without_adapters(model), self.processor, folder)
 
     def inputs_of(self, rows: Any, second: Any = None) -> Images:
         """Images: a list of paths, bytes, arrays or images of Pillow, or an array of all."""
