@@ -169,6 +169,7 @@ def load_weights(module: nn.Module, folder: Path) -> nn.Module:
     Raises:
         InputError: They are of another module.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     module = copy.deepcopy(module)
@@ -178,7 +179,7 @@ def load_weights(module: nn.Module, folder: Path) -> nn.Module:
         )
         if found.unexpected_keys:
             raise RuntimeError(f"unexpected {', '.join(found.unexpected_keys)}")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"the weights in {folder} do not fit the module {type(module).__name__} ({reason}); "

@@ -13,7 +13,7 @@ normalised Z and F + lambda_cov x the squared covariances of the dimensions of Z
 minus the mean share of the svd_k leading singular values of Z, all on the rows of a step.
 With ``tune`` lora or full (journal form) there is no h and no distance: the other two terms act on
 what the last layer of the model's own head reads, the adapters on feed-forward layers alone.
-Deviations: a row has one view, not two augmented ones, images too. Scales and biases do not decay, as
+Deviations: a row has one view, not two augmented ones. Scales and biases do not decay, as
 everywhere in this loop. A step of a single row, where BatchNorm has no statistics, is normalised by
 the running ones. The classifier starts from 0 in all presets, not at random (head_init=kaiming): at
 this rate some hundred steps do not undo a bad draw.

@@ -340,10 +340,8 @@ class ImageClassification(Task):
         """Load what `save` wrote; the weights of a torch module go into a copy of the one given."""
         if isinstance(model, nn.Module):
             processor = load_image_processor(str(folder))
-            network, example = (
-                load_weights(model, folder),
-                torch.zeros(2, 3, *target_size(processor)),
-            )
+            network = load_weights(model, folder)
+            example = torch.zeros(2, 3, *target_size(processor))
             wrapped = wrap_module(network, numbered_classes(network, example), INPUT, example)
             wrapped.name_or_path = str(folder)
             return cls._made(processor, settings), wrapped.eval()
