@@ -514,6 +514,10 @@ def test_the_command_line_corrupts_a_table_of_paths(tmp_path: Path) -> None:
     foreign = table["clean_label"] == "<foreign>"
     assert foreign.any() and all(Path(name).is_absolute() for name in table["image"][foreign])
     assert len(read(out)) == 20
+    away = tmp_path / "away.csv"  # paths must hold from there
+    source = ["corrupt", str(tmp_path / "a/t.csv"), "--task", "image", "--noise", "symmetric:0.3"]
+    assert main([*source, "--out", str(away)]) == 0
+    np.testing.assert_array_equal(read(away), data["image"])
     instance = ["--noise", "instance:0.3", "--model", image_model(), "--overwrite"]
     assert main([*words, *instance]) == 0
 

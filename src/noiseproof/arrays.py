@@ -106,9 +106,8 @@ def _read(
         size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         if entry.file_size < start + size:
             raise InputError(f"array {name!r} of {path} is cut short; write the file again")
-        if size <= SMALL or not size:
-            content = np.frombuffer(member.read(size), kind).reshape(shape, order=order)
-            return content
+        if size <= SMALL or not shape:
+            return np.frombuffer(member.read(size), kind).reshape(shape, order=order)
         if entry.compress_type != zipfile.ZIP_STORED:
             return _unpacked(member, size, kind, shape, order)
     file.seek(entry.header_offset)

@@ -221,7 +221,7 @@ def corrupt(words: list[str]) -> None:
     if matrix_file is not None:
         _check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
     names = ("label", "seed", "task", "text", "features", "image", "clean_label", "model",
-             "noise_pool", "split")  # fmt: skip
+             "noise_pool", "split", "out")  # fmt: skip
     table, corruption = corrupt_table(
         given.data, given.noise, **{name: getattr(given, name) for name in names}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def corrupt_table(
     model: Any = None,
     noise_pool: str | None = None,
     split: str = "train",
+    out: str | Path | None = None,
     **rows: Any,
 ) -> tuple[Table, Corruption]:
     """Corrupt a table and keep its arrays, see `corrupt`.
@@ -68,6 +70,7 @@ def corrupt_table(
             the task.
         noise_pool: File of foreign rows for open-set noise.
         split: Split of a hub data set or of an archive.
+        out: File that the table is to be written to; paths in it will hold from there.
         **rows: Fields of `RowSettings`: ``text``, ``features``, ...
 
     Raises:
@@ -121,6 +124,8 @@ def corrupt_table(
     )
     if pool is not None:
         table = _replaced(table, pool, reader, corruption)
+    if out is not None:
+        table = reader.moved(table, Path(out).expanduser().absolute().parent)
     return table, corruption
 
 

@@ -157,6 +157,10 @@ class Reader(ABC):
     def read(self, table: Table, rows: Ints) -> Inputs:
         """Read the inputs of these rows, which are sorted."""
 
+    def moved(self, table: Table, folder: Path) -> Table:
+        """Give the table as it has to be written into another folder."""
+        return table
+
     def cell(self, table: Table, column: str, row: int) -> Any:
         """Give one cell of the inputs, to be put into another table."""
         if column in table.arrays:

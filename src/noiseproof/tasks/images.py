@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -213,6 +213,14 @@ class ImageColumn(Reader):
             if wanted[row]:
                 sources[row], names[row] = _source(table, column, row, cell)
         return Images(sources, rows, names, table.name)
+
+    def moved(self, table: Table, folder: Path) -> Table:
+        """Make relative paths absolute, unless the table stays where it was."""
+        (column,) = self.columns(table)
+        if column in table.arrays or table.base is None or table.base.absolute() == folder:
+            return table
+        cells = [self.cell(table, column, row) for row in range(len(table))]
+        return replace(table, frame=table.frame.assign(**{column: cells}), texts={})
 
     def cell(self, table: Table, column: str, row: int) -> Any:
         """A path that also holds from another table's folder."""
