@@ -138,7 +138,7 @@ def wrap_module(
             ``["logits"]`` of a dict, or an attribute of that name.
         labels: Class names in label order.
         main_input: What its rows are called.
-        example: Two rows, to try it on.
+        example: Two different rows, to try it on.
 
     Raises:
         InputError: It fails on the rows, or gives no logits of so many classes.
@@ -156,10 +156,8 @@ def wrap_module(
         for name, layer in module.named_modules()
         if name and isinstance(layer, nn.Linear) and layer.out_features == len(labels)
     ]
-    if heads:
-        split = SplitModule(copy.deepcopy(module), heads[-1], main_input, labels)
-        if _same(split, main_input, example, wanted):
-            return split
+    if heads and _splits(copy.deepcopy(module), heads[-1], main_input, labels, example):
+        return SplitModule(module, heads[-1], main_input, labels)
     return WholeModule(module, main_input)
 
 
@@ -228,16 +226,27 @@ def _tried(module: nn.Module, example: Tensor) -> Tensor:
         module.train(training)
 
 
-def _same(split: SplitModule, main_input: str, example: Tensor, wanted: Tensor) -> bool:
-    """Whether a split module gives the logits of the whole one, its head on one vector a row."""
-    split.eval()
+def _splits(
+    module: nn.Module, head: str, main_input: str, labels: list[str], example: Tensor
+) -> bool:
+    """Whether the answer is that of the head on one vector a row. The module is changed.
+
+    Decided by trying, with random numbers in the head: one that starts from 0 answers the same
+    whatever it reads and whatever comes after it.
+    """
+    layer = module.get_submodule(head)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    wanted = _tried(module, example)
+    split = SplitModule(module, head, main_input, labels).eval()
     try:
         with torch.no_grad():
             features = split.encoder(**{main_input: example})
             got = split.classifier(features).float()
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, InputError):
         return False
-    split.train()
     return (
         features.shape == (len(example), split.config.hidden_size)
         and got.shape == wanted.shape

@@ -295,6 +295,11 @@ class FeatureClassifier(nn.Module):
         _write(self.config, self.state_dict(), Path(folder))
 
 
+def _example(width: int) -> Tensor:
+    """Two rows of noise, always the same, to try a module on (2, D)."""
+    return torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+
+
 def _tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -372,7 +377,7 @@ class FeatureClassification(Task):
 
     def _wrapped(self, module: nn.Module, names: list[str]) -> SplitModule | WholeModule:
         """A module behind the scales, with the parts that methods ask for."""
-        return wrap_module(module, names, INPUT, torch.zeros(2, self.width))
+        return wrap_module(module, names, INPUT, _example(self.width))
 
     @classmethod
     def load_saved(
@@ -404,7 +409,7 @@ class FeatureClassification(Task):
         task = cls(width, settings.standardize)
         whole = nn.Sequential(Standardize(FeatureConfig(width, {})), module)
         loaded = load_weights(whole, folder)
-        wrapped = task._wrapped(loaded, numbered_classes(loaded, torch.zeros(2, width)))
+        wrapped = task._wrapped(loaded, numbered_classes(loaded, _example(width)))
         wrapped.name_or_path = str(folder)
         return task, wrapped.eval()
 

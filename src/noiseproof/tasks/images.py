@@ -332,7 +332,7 @@ class ImageClassification(Task):
         network: Any
         if isinstance(model, nn.Module):
             processor = own_processor(settings.image_size or OWN_SIZE)
-            example = torch.zeros(2, 3, *target_size(processor))
+            example = _example(processor)
             network = wrap_module(model, names, INPUT, example)
         else:
             network, processor = load_image_classifier(str(model), names)
@@ -349,7 +349,7 @@ class ImageClassification(Task):
         if isinstance(model, nn.Module):
             processor = load_image_processor(str(folder))
             network = load_weights(model, folder)
-            example = torch.zeros(2, 3, *target_size(processor))
+            example = _example(processor)
             wrapped = wrap_module(network, numbered_classes(network, example), INPUT, example)
             wrapped.name_or_path = str(folder)
             return cls._made(processor, settings), wrapped.eval()
@@ -412,6 +412,12 @@ class ImageClassification(Task):
                 f"{len(found) - len(good)} of {len(found)} images cannot be read; leave them out"
             )
         return EncodedImages(pixels, self.processor, parse_changes(self.augment))
+
+
+def _example(processor: Any) -> Tensor:
+    """Two rows of noise, always the same, to try a module on (2, 3, H, W)."""
+    random = torch.Generator().manual_seed(0)
+    return torch.rand(2, 3, *target_size(processor), generator=random)
 
 
 def own_processor(size: int) -> Any:
