@@ -427,6 +427,17 @@ def test_a_frozen_encoder_is_computed_once_whatever_its_architecture(name: str) 
         assert np.isfinite(result.history[-1]["loss"])
 
 
+@pytest.mark.parametrize("name", IMAGE_CONFIGS)
+def test_adapters_find_their_place_in_every_architecture(name: str, tmp_path: Path) -> None:
+    """Attention, linear layers, or convolutions where there is nothing else."""
+    result = fit(model=image_model(name), method=GCE(tune="lora"), out=tmp_path / "run")
+    trained, whole = (result.record.model[key] for key in ("trained_parameters", "parameters"))
+    assert 0 < trained < whole
+    new = image_rows(4, seed=3)["image"]
+    kept = result.predictor.predict_proba(new)
+    assert (noiseproof.load(tmp_path / "run").predict_proba(new) == kept).all()
+
+
 def test_another_size_is_asked_of_the_processor_and_tried_on_the_model() -> None:
     """A ViT has one position per patch; a network of convolutions takes any size."""
     result = fit(model=image_model("convnext"), image_size=12)

@@ -33,8 +33,8 @@ class Job:
         label: Column of the given labels, which may be wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
-        test_ood: More test sets from elsewhere, by name: {name: rows}, read like test. Each is
-            measured on its own.
+        test_ood: More test sets from elsewhere, read like test and each measured on its own:
+            NAME=FILE, as often as wanted; from Python a mapping of names to rows.
         validation: Validation rows: a file, or a share such as 0.1 that is split off the training
             rows (its labels are then as noisy as those).
         validation_labels: clean or noisy; must be said of a validation file, goes into the record.

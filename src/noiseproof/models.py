@@ -328,6 +328,7 @@ def set_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
 def training_mode(model: nn.Module) -> None:
     """Train mode; an encoder that is frozen whole stays in eval mode (no dropout, no statistics).
 
+    So does a frozen BatchNorm beside adapters: its statistics would change, and peft saves none.
     The model may hold several classifiers, each with an encoder of its own.
     """
     model.train()
@@ -337,6 +338,9 @@ def training_mode(model: nn.Module) -> None:
             p.requires_grad for p in encoder.parameters()
         ):
             encoder.eval()
+        frozen = [not parameter.requires_grad for parameter in part.parameters(recurse=False)]
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and frozen and all(frozen):
+            part.eval()
 
 
 @contextmanager
@@ -471,7 +475,7 @@ def tune_model(
         rank: Rank of the low-rank families; families without one do not read it.
         alpha: Scaling numerator of LoRA-like families; None is twice the rank.
         target_modules: Module names to adapt; None takes peft's choice for the architecture, and
-            where it has none every linear module of the layers.
+            where it has none every linear module of the layers, or every convolution.
         settings: Further fields of the peft config of this family.
 
     Raises:
@@ -515,7 +519,8 @@ def tune_model(
             if "target_modules" in given or "specify `target_modules`" not in str(error):
                 raise
         kind = nn.LayerNorm if tune == "ln_tuning" else nn.Linear
-        given["target_modules"] = layer_modules(model, kind)
+        names = layer_modules(model, kind)
+        given["target_modules"] = names or layer_modules(model, nn.Conv2d)
         return _adapted(model, config_class(**given))
     except Exception as error:  # peft raises many types for what does not fit the model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
