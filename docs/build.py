@@ -85,6 +85,7 @@ def methods_page() -> str:
         if issubclass(method, Tuned):
             own = [item for item in own if shared.get(item.name) != item.default]
         lines += [f"## {name}", "", card(cards.card(method)), ""]
+        lines += [f"Runs on the tasks {', '.join(f'`{task}`' for task in method.tasks)}.", ""]
         lines += settings_table(own) if own else ["No settings of its own."]
         more = []
         if issubclass(method, Tuned):

@@ -738,7 +738,7 @@ SETTING = [
     ("noise end", f"{FIT} --noise symmetric:0.4+", r"must be a number, got '0\.4\+'"),
     ("noise file", f"{FIT} --noise transition:none.json", r"none\.json: cannot be read \(No such"),
     ("noise matrix", f"{FIT} --noise transition:matrix.json", r"row 0 must sum to 1, got 1\.1"),
-    ("no pool", f"{FIT} --noise openset:0.3", r"replaces texts and needs noise_pool"),
+    ("no pool", f"{FIT} --noise openset:0.3", r"replaces inputs and needs noise_pool"),
     ("method", f"{FIT} --method Clear", r"method 'Clear'; did you mean 'CleaR'\? available: Cl"),
     ("no method", f"{FIT} --method", r"--method needs a name; noiseproof methods lists them"),
     ("preset", f"{FIT} --method CleaR:fats", r"preset 'fats' of CleaR; available: default, pl"),
@@ -809,7 +809,7 @@ OTHER = [
     ("label", f"{CORRUPT} --noise symmetric:.4 --label lable", r"no column 'lable' .*'label'"),
     ("clean there", f"{CORRUPT} --noise symmetric:.4 --clean-label context", r"'context' already"),
     ("same column", f"{CORRUPT} --noise symmetric:.4 --clean-label label", r"'label' already"),
-    ("pool", f"{CORRUPT} --noise openset:.4", r"replaces texts; give noise_pool, a file of"),
+    ("pool", f"{CORRUPT} --noise openset:.4", r"replaces inputs; give noise_pool, a file of"),
     ("pair", f"{CORRUPT} --noise pairflip:.4,pairs=0>9", r"0>9 is outside of 3 classes"),
     (
         "matrix there",

@@ -173,7 +173,7 @@ BAD = [
     ({"noise": "symmetric:-1"}, r"must lie in \[0, 1\], got -1"),
     ({"seed": -1}, r"seed must lie in \[0, 2\^32\), got -1"),
     ({"seed": 2**32}, r"seed must lie in \[0, 2\^32\), got 4294967296"),
-    ({"noise": "openset:0.4"}, r"replaces texts; give noise_pool, a file of foreign rows"),
+    ({"noise": "openset:0.4"}, r"replaces inputs; give noise_pool, a file of foreign rows"),
     ({"clean_label": "context"}, r"a column 'context' already; name another one"),
     ({"clean_label": "label"}, r"a column 'label' already"),
     ({"label": "lable"}, r"no column 'lable' \(label\); did you mean 'label'"),

@@ -557,7 +557,7 @@ def test_examples_select_relabel_and_compare() -> None:
     noisy = plain.with_labels([0, 0, 0, 0], old_are_clean=True)
     assert noisy.clean_labels is not None
     assert noisy.clean_labels.tolist() == plain.labels.tolist()
-    assert "labels has 1 rows, there are 4 texts" in complaint(plain.with_labels, [0])
+    assert "labels has 1 rows, there are 4 inputs" in complaint(plain.with_labels, [0])
     assert "labels must lie in 0 to 2" in complaint(plain.with_labels, [0, 0, 0, 3])
     assert "whole numbers" in complaint(plain.with_labels, [0.0, 0.0, 0.0, 0.0])
 

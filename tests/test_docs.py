@@ -14,17 +14,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from noiseproof import cli, load
 from noiseproof.methods import METHODS
+from rows import feature_rows, image_model, image_rows
 from test_layers import FLOORS
 from tiny import environment, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+VIT = "google/vit-base-patch16-224-in21k"
 SHELL = ("console", "bash", "sh", "shell")
 
 
@@ -65,10 +69,26 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         frame["intent"] = frame["label"]
         columns = ["text"] if name == "new" else ["text", "intent"]
         frame[columns].to_csv(tmp_path / f"{name}.csv", index=False)
+    shouted = pd.read_csv(tmp_path / "test.csv")
+    shouted["text"] = shouted["text"].str.upper()
+    shouted.to_csv(tmp_path / "shouted.csv", index=False)
+    photos = image_rows(12, wrong=0.0)
+    for row, (picture, label) in enumerate(zip(photos["image"], photos["label"], strict=True)):
+        place = tmp_path / "photos" / "train" / label
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(place / f"{row:03d}.png")
+    train, test = feature_rows(30), feature_rows(9, seed=1)
+    np.savez(
+        tmp_path / "features.npz",
+        x_train=train["features"],
+        y_train=train["label"],
+        x_test=test["features"],
+        y_test=test["clean_label"],
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "noiseproof.models.resolve_model",
-        lambda name: str(tiny_model) if name == "minilm" else name,
+        lambda name: {"minilm": str(tiny_model), VIT: image_model()}.get(name, name),
     )
     return tmp_path
 

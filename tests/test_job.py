@@ -23,7 +23,7 @@ from noiseproof import metrics
 from noiseproof.checkpoint import Interrupted, load_checkpoint
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
-from noiseproof.job import OPT_IN, Job
+from noiseproof.job import LATER, Job
 from noiseproof.loop import Progress
 from noiseproof.methods.baselines import CrossEntropy, SmallLoss
 from noiseproof.methods.clear import CleaR
@@ -603,7 +603,7 @@ def test_a_run_that_breaks_says_so_in_its_record(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "audio"}, "task must be one of text; got 'audio'"),
+        ({"task": "audio"}, "unknown task 'audio'; available: text, features"),
         ({"noise": "symetric:0.2"}, "unknown noise model 'symetric'; did you mean 'symmetric'"),
         ({"noise": "symmetric:1.5"}, "rate of Symmetric must lie in"),
         ({"noise": "openset:0.2"}, "needs noise_pool, a file of foreign rows"),
@@ -643,7 +643,14 @@ def test_the_specification_is_plain_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(spec)) == spec
     assert spec["data"] == "<DataFrame>" and spec["test"] == str(tmp_path / "t.csv")
     assert spec["method"]["name"] == "CrossEntropy" and spec["train"]["seed"] == 0
-    assert set(spec) == {field.name for field in dataclasses.fields(Job)} - set(OPT_IN)
+    assert set(spec) == {field.name for field in dataclasses.fields(Job)} - LATER
+
+
+def test_identifiers_of_runs_from_before_a_setting_existed_stay_as_they_are() -> None:
+    """A grid that was half done would start anew, and no earlier run could be resumed."""
+    job = Job("tickets.csv", label="intent", method=PLAIN)
+    assert spec_id(job.spec()) == "ee08f2297acb81a7"
+    assert "standardize" in dataclasses.replace(job, standardize=False).spec()
 
 
 # --- the real encoder ----------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_classification_metrics_bundle_equals_its_parts() -> None:
         expected_calibration_error(logits.double().softmax(1), labels), abs=1e-6
     )
     assert bundle["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert list(bundle) == ["accuracy", "macro_f1", "ece", "nll"]
+    assert list(bundle) == ["accuracy", "macro_f1", "mcc", "ece", "nll"]
     json.dumps(bundle)
 
 

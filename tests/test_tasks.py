@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from noiseproof import tasks
 from noiseproof.errors import InputError
 from noiseproof.tasks import EncodedFeatures, EncodedTexts, TextClassification, cache_folder
+from noiseproof.tasks import text as tasks
 from tiny import TOPICS, table
 
 TEXTS = table(12)["text"].tolist()

@@ -103,6 +103,7 @@ def fit(words: list[str]) -> None:
     data = next((word[len(start) :] for word, _ in configs[::-1] if word.startswith(start)), None)
     configs = [(word, path) for word, path in configs if not word.startswith(start)]
     words, preset = _method_words([word for word, _ in configs] + words)
+    words, ood = _ood_words(words)
     parser = _parser("fit", "DATA --out RUN [options]", fit.__doc__)
     meanings, hints = field_meanings(Job), get_type_hints(Job)
     parser.add_argument(
@@ -141,7 +142,7 @@ def fit(words: list[str]) -> None:
         data=given.data,
         method=_made(preset, given.method),
         train=_made(TrainSettings(), given.train),
-        **{item.name: getattr(given, item.name) for item in flat},
+        **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
     )
     with _Display() as display:
         result = run_job(
@@ -159,9 +160,15 @@ def predict(words: list[str]) -> None:
     parser = _parser("predict", "RUN DATA --out FILE [options]", predict.__doc__)
     parser.add_argument("run", type=str, metavar="RUN", help="Folder that fit wrote.")
     parser.add_argument("data", type=str, metavar="DATA",
-                        help="Rows with the text columns of the training data.")  # fmt: skip
+                        help="Rows with the columns of the training data.")  # fmt: skip
     parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
     parser.add_argument("--text", type=str | None, help="Text column, if it has another name.")
+    parser.add_argument("--features", type=str | None,
+                        help="Columns of features, if they have other names.")  # fmt: skip
+    parser.add_argument("--image", type=str | None,
+                        help="Column of images, if it has another name.")  # fmt: skip
+    parser.add_argument("--on-bad-image", type=str | None,
+                        help="error, or skip (such rows get no label).")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
     given = _parse(parser, words)
@@ -169,7 +176,8 @@ def predict(words: list[str]) -> None:
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
-    table = predict_rows(given.run, given.data, text=given.text, split=given.split)
+    names = ("text", "features", "image", "on_bad_image", "split")
+    table = predict_rows(given.run, given.data, **{name: getattr(given, name) for name in names})
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
 
@@ -188,29 +196,40 @@ def corrupt(words: list[str]) -> None:
                         help="New column that keeps the right labels; <foreign> where no class "
                         "is right.")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--task", type=str, default="text", help="Kind of the rows.")
     parser.add_argument("--text", type=str, default="text",
                         help="Text column or columns, for instance and openset noise.")  # fmt: skip
-    parser.add_argument("--model", type=str, default="minilm",
-                        help="Encoder for instance-dependent noise.")  # fmt: skip
+    parser.add_argument("--features", type=str, default="features",
+                        help="Columns of features, for instance and openset noise.")  # fmt: skip
+    parser.add_argument("--image", type=str, default="image",
+                        help="Column of images, for instance and openset noise.")  # fmt: skip
+    parser.add_argument("--model", type=str | None,
+                        help="Encoder for instance-dependent noise; minilm for texts.")  # fmt: skip
     parser.add_argument("--noise-pool", type=str | None, help="Foreign rows for open-set noise.")
     parser.add_argument("--transition-out", type=str | None,
                         help="JSON file for the realised transition matrix.")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output files.")
     given = _parse(parser, words)
-    from noiseproof.corruption import corrupt as corrupt_table
+    from noiseproof.corruption import corrupt_table
     from noiseproof.noise import save_transition
-    from noiseproof.tables import check_writable, write_table
+    from noiseproof.tables import WRITABLE, check_writable, write_archive, write_table
 
-    check_writable(given.out, overwrite=given.overwrite)
+    archive = Path(given.data).suffix.lower() == ".npz"
+    suffixes = (".npz",) if archive else WRITABLE
+    check_writable(given.out, overwrite=given.overwrite, suffixes=suffixes)
     matrix_file = given.transition_out
     if matrix_file is not None:
         _check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
-    names = ("label", "seed", "text", "clean_label", "model", "noise_pool", "split")
+    names = ("label", "seed", "task", "text", "features", "image", "clean_label", "model",
+             "noise_pool", "split", "out")  # fmt: skip
     table, corruption = corrupt_table(
         given.data, given.noise, **{name: getattr(given, name) for name in names}
     )
-    write_table(table, given.out, overwrite=given.overwrite)
+    if archive:
+        write_archive(table, given.out, overwrite=given.overwrite)
+    else:
+        write_table(table.frame, given.out, overwrite=given.overwrite)
     if matrix_file is not None:
         save_transition(Path(matrix_file).expanduser(), corruption.transition)
     changed = int(corruption.mask.sum())
@@ -357,7 +376,8 @@ def methods(words: list[str]) -> None:
         table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
     console.print()
     console.print(table)
-    console.print(f"\npresets: {', '.join(chosen.presets())}", highlight=False)
+    console.print(f"\ntasks: {', '.join(chosen.tasks)}", highlight=False)
+    console.print(f"presets: {', '.join(chosen.presets())}", highlight=False)
 
 
 def demo(words: list[str]) -> None:
@@ -643,6 +663,8 @@ def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:
         name = str(key)
         if name == "name" and prefix == "method.":
             words.insert(0, f"--method={value}")
+        elif name == "test_ood" and isinstance(value, dict) and not prefix:
+            words += [f"--test-ood={key}={file}" for key, file in value.items()]
         elif isinstance(value, dict):
             words += _option_words(value, f"{prefix}{name}.")
         elif name in ("resume", "overwrite") and not prefix:
@@ -666,6 +688,21 @@ def _method_words(words: list[str]) -> tuple[list[str], Any]:
         method, _, preset = name.partition(":")
         chosen = find_method(method).preset(preset or "default")
     return rest, chosen
+
+
+def _ood_words(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """Take every ``--test-ood NAME=FILE`` out of the words; the rest, and the files by name.
+
+    Of two with one name the last counts: what a config says goes first.
+    """
+    rest, given = _take(words, "--test-ood", "NAME=FILE")
+    files: dict[str, str] = {}
+    for word in given:
+        name, equals, file = word.partition("=")
+        if not (name and equals and file):
+            raise InputError(f"--test-ood: expected NAME=FILE, got {word!r}")
+        files[name] = file
+    return rest, files or None
 
 
 def _take(words: list[str], option: str, what: str) -> tuple[list[str], list[str]]:
@@ -831,7 +868,7 @@ def _print_result(record: RunRecord, folder: Path) -> None:
     console = Console()
     console.print(table)
     for name, meaning in (
-        ("model", "the model, for transformers and peft"),
+        ("model", "the trained model"),
         ("suspects.csv", "rows whose label looks wrong, worst first"),
         ("samples.parquet", "every training row"),
         ("record.json", "what was asked, done and found"),

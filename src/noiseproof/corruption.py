@@ -2,52 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from noiseproof.data import FOREIGN, read_labels, read_table, read_texts
+from noiseproof.data import FOREIGN, Examples, Inputs, Reader, read_labels
 from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError
-from noiseproof.models import load_text_classifier
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.preparation import frozen_features
-from noiseproof.tasks import TextClassification
+from noiseproof.tables import Table, load_table
+from noiseproof.tasks import RowSettings, Task, find_task
 
 if TYPE_CHECKING:
     from noiseproof.tables import Source
 
 
-def corrupt(
+def corrupt(data: Source, noise: str, **settings: Any) -> tuple[Any, Corruption]:
+    """Corrupt the labels (or, with open-set noise, the inputs) of a table.
+
+    Args:
+        data: Rows, read like training data.
+        noise: Such as ``symmetric:0.4``; see `noiseproof.noise`.
+        **settings: Further arguments of `corrupt_table`: ``label``, ``seed``, ``task``, ...
+
+    Returns:
+        The table (a DataFrame, without the arrays of an archive) and what was done to it.
+
+    Raises:
+        InputError: The noise cannot be parsed, or the table does not fit it.
+    """
+    try:
+        table, corruption = corrupt_table(data, noise, **settings)
+    except TypeError as error:
+        raise InputError(f"corrupt: {error}") from error
+    return table.frame, corruption
+
+
+def corrupt_table(
     data: Source,
     noise: str,
     *,
     label: str = "label",
     seed: int = 0,
-    text: str = "text",
     clean_label: str = "clean_label",
-    model: str = "minilm",
+    task: str = "text",
+    model: Any = None,
     noise_pool: str | None = None,
     split: str = "train",
-) -> tuple[Any, Corruption]:
-    """Corrupt the labels (or, with open-set noise, the texts) of a table.
+    out: str | Path | None = None,
+    **rows: Any,
+) -> tuple[Table, Corruption]:
+    """Corrupt a table and keep its arrays, see `corrupt`.
 
     Args:
         data: Rows, read like training data.
-        noise: Such as ``symmetric:0.4``; see `noiseproof.noise`.
+        noise: Such as ``symmetric:0.4``.
         label: Column of the labels, taken as true.
         seed: Seed of the noise.
-        text: Text column or columns; read by instance-dependent and open-set noise only.
-        clean_label: New column that keeps the true labels. A row whose text was replaced has none:
+        clean_label: New column that keeps the true labels. A row whose input was replaced has none:
             it gets `noiseproof.data.FOREIGN`.
-        model: Encoder whose frozen features steer instance-dependent noise.
+        task: Kind of the rows; they are read by instance-dependent and open-set noise only.
+        model: Encoder whose frozen features steer instance-dependent noise; None is the default of
+            the task.
         noise_pool: File of foreign rows for open-set noise.
-        split: Split of a hub data set.
-
-    Returns:
-        The table (a DataFrame) and what was done to it.
+        split: Split of a hub data set or of an archive.
+        out: File that the table is to be written to; paths in it will hold from there.
+        **rows: Fields of `RowSettings`: ``text``, ``features``, ...
 
     Raises:
         InputError: The noise cannot be parsed, or the table does not fit it.
@@ -58,39 +82,50 @@ def corrupt(
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in [0, 2^32), got {seed}")
     if model_of_noise.needs_pool and noise_pool is None:
-        raise InputError(f"noise {noise!r} replaces texts; give noise_pool, a file of foreign rows")
+        raise InputError(
+            f"noise {noise!r} replaces inputs; give noise_pool, a file of foreign rows"
+        )
     if not clean_label.strip():
         raise InputError("clean_label must name the column that keeps the true labels, got ''")
-    table = read_table(data, split)
-    if clean_label in table.columns:
+    kind, settings = find_task(task), RowSettings(**rows)
+    table = load_table(data, split)
+    if clean_label in (*table.frame.columns, *table.arrays):
         raise InputError(
             f"the data has a column {clean_label!r} already; name another one for the true labels"
         )
     labels, names = read_labels(data, label, split)
-    columns = [text] if text in table.columns else [name.strip() for name in text.split(",")]
-    features, pool = None, None
+    reader = kind.reader(settings)
+    features, pool, pool_rows = None, None, None
     if model_of_noise.needs_features or model_of_noise.needs_pool:
-        if label in columns:
-            raise InputError(f"column {label!r} cannot be both text and label; give another text")
-        texts = read_texts(data, text, split)
+        if label in reader.columns(table):
+            raise InputError(
+                f"column {label!r} cannot be both {reader.kind} and label; give another "
+                f"{reader.kind}"
+            )
+        inputs = reader.read(table, np.arange(len(table)))
     if model_of_noise.needs_features:
-        features = _features(*texts, names, model)
+        features = _features(kind, inputs, labels, names, model, settings)
     if model_of_noise.needs_pool and noise_pool is not None:
-        pool = read_texts(noise_pool, text)
+        pool = load_table(noise_pool)
+        pool_rows = reader.read(pool, np.arange(len(pool)))
     corruption = model_of_noise.apply(
         labels,
         len(names),
         seed,
         features=features,
-        pool_size=None if pool is None else len(pool[0]),
+        pool_size=None if pool_rows is None else len(pool_rows),
     )
-    noisy = _relabelled(table[label], labels, corruption.labels, names)
-    truth = table[label]
+    noisy = _relabelled(table.frame[label], labels, corruption.labels, names)
+    truth = table.frame[label]
     if pool is not None:
         truth = _foreign(truth, corruption.extras["replacement"] >= 0)
-    table = table.assign(**{clean_label: truth, label: noisy})
+    table = dataclasses.replace(
+        table, frame=table.frame.assign(**{clean_label: truth, label: noisy})
+    )
     if pool is not None:
-        _replace(table, columns, corruption, pool)
+        table = _replaced(table, pool, reader, corruption)
+    if out is not None:
+        table = reader.moved(table, Path(out).expanduser().absolute().parent)
     return table, corruption
 
 
@@ -114,25 +149,39 @@ def _foreign(column: Any, rows: np.ndarray) -> Any:
 
 
 def _features(
-    texts: Sequence[str], pairs: Sequence[str] | None, names: tuple[str, ...], model: str
+    kind: type[Task],
+    inputs: Inputs,
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    model: Any,
+    settings: RowSettings,
 ) -> np.ndarray:
+    """Frozen features of the rows (N, D)."""
+    name = kind.default_model if model is None else model
+    if name is None:
+        raise InputError(f"task {kind.name!r} needs a model: give model")
+    data = Examples([str(row) for row in range(len(labels))], inputs, labels, None, names)
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(0, "head"))
-        encoder, tokenizer = load_text_classifier(model, names)
-    task = TextClassification(tokenizer)
-    return frozen_features(encoder, task.encode(texts, pairs), TrainSettings())
+        task, encoder = kind.load(name, data, settings)
+    task.learn(encoder, inputs)
+    return frozen_features(encoder, task.encode(inputs), TrainSettings())
 
 
-def _replace(
-    table: Any,
-    columns: list[str],
-    corruption: Corruption,
-    pool: tuple[Sequence[str], Sequence[str] | None],
-) -> None:
+def _replaced(table: Table, pool: Table, reader: Reader, corruption: Corruption) -> Table:
+    """Put cells of the pool in the place of the marked rows."""
     replacement = corruption.extras["replacement"]
     rows = np.flatnonzero(replacement >= 0)
-    for column, texts in zip(columns, pool, strict=False):
-        if texts is not None:
-            place = table.columns.get_loc(column)
-            for row in rows:
-                table.iat[int(row), place] = texts[replacement[row]]
+    frame, arrays = table.frame.copy(), dict(table.arrays)
+    for column, other in zip(reader.columns(table), reader.columns(pool), strict=True):
+        cells = [reader.cell(pool, other, int(replacement[row])) for row in rows]
+        if column in arrays:
+            changed = np.array(arrays[column])
+            if cells:
+                changed[rows] = np.stack(cells)
+            arrays[column] = changed
+            continue
+        place = frame.columns.get_loc(column)
+        for row, cell in zip(rows.tolist(), cells, strict=True):
+            frame.iat[row, place] = cell
+    return dataclasses.replace(table, frame=frame, arrays=arrays, texts={})

@@ -1,4 +1,6 @@
-"""Examples with given labels: from any table to texts, class numbers and row ids.
+"""Examples with given labels: from any table to inputs, class numbers and row ids.
+
+What the inputs are is up to a task, see `Inputs` and `Reader`; texts are at home here.
 
 `labels` are the given, possibly wrong labels; `clean_labels` exist where the truth is known and are
 for metrics and reports alone. Every complaint names the file, the row and what to do.
@@ -9,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -33,11 +36,18 @@ from noiseproof.tables import (
 )
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from noiseproof.tables import Source
 
 __all__ = [
     "Examples",
+    "Inputs",
+    "Reader",
+    "TextColumns",
+    "Texts",
     "read_examples",
+    "read_inputs",
     "read_label_names",
     "read_labels",
     "read_table",
@@ -55,18 +65,141 @@ UNSEEN = "was never seen in training"
 FOREIGN = "<foreign>"  # true label where no class is right, as after open-set noise
 
 
+class Inputs(ABC):
+    """N rows without their labels: texts, vectors, images."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the rows, N."""
+
+    @abstractmethod
+    def take(self, rows: Ints) -> Self:
+        """Take the rows at these positions, in the order given."""
+
+    @abstractmethod
+    def replaced(self, rows: Ints, pool: Self, chosen: Ints) -> Self:
+        """Put the rows ``chosen`` of a pool in the place of these rows; both (R,)."""
+
+    @abstractmethod
+    def content(self) -> Iterator[bytes]:
+        """Give all that the inputs hold, for a fingerprint."""
+
+    def shown(self) -> Mapping[str, Sequence[str]]:
+        """Give the columns (N,) by which a person finds a row again, beside its id."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Texts(Inputs):
+    """Texts, or pairs of texts. Any sequence of str may be given; it is kept by Arrow.
+
+    Attributes:
+        texts: N texts.
+        pairs: N second texts, or `None`.
+    """
+
+    texts: Sequence[str]
+    pairs: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Let Arrow keep the texts, and check that there are as many second ones."""
+        if self.pairs is not None and len(self.pairs) != len(self.texts):
+            raise InputError(f"there are {len(self.texts)} texts and {len(self.pairs)} second ones")
+        for name in ("texts", "pairs"):
+            column = getattr(self, name)
+            if column is not None:
+                object.__setattr__(self, name, Strings.of(column))
+
+    def __len__(self) -> int:
+        """Count the rows, N."""
+        return len(self.texts)
+
+    def take(self, rows: Ints) -> Texts:
+        """Take the rows at these positions, in the order given."""
+        pairs = self.pairs
+        return Texts(
+            Strings.of(self.texts).take(rows),
+            None if pairs is None else Strings.of(pairs).take(rows),
+        )
+
+    def replaced(self, rows: Ints, pool: Texts, chosen: Ints) -> Texts:
+        """Put texts of a pool in the place of these rows."""
+        texts = list(self.texts)
+        pairs = None if self.pairs is None else list(self.pairs)
+        for row, other in zip(rows.tolist(), chosen.tolist(), strict=True):
+            texts[row] = pool.texts[other]
+            if pairs is not None and pool.pairs is not None:
+                pairs[row] = pool.pairs[other]
+        return Texts(texts, pairs)
+
+    def content(self) -> Iterator[bytes]:
+        """Give the texts, each after its length."""
+        for part in (self.texts, self.pairs):
+            yield from _bytes_of(part)
+
+    def shown(self) -> Mapping[str, Sequence[str]]:
+        """Give the texts."""
+        columns = {"text": self.texts}
+        return columns if self.pairs is None else columns | {"second_text": self.pairs}
+
+
+class Reader(ABC):
+    """Finds the inputs of one kind in a table."""
+
+    kind: str
+    """What messages call the columns: text, features, image."""
+
+    @abstractmethod
+    def columns(self, table: Table) -> tuple[str, ...]:
+        """Name the columns of the table that hold the inputs, or complain that there are none."""
+
+    @abstractmethod
+    def read(self, table: Table, rows: Ints) -> Inputs:
+        """Read the inputs of these rows, which are sorted."""
+
+    def moved(self, table: Table, folder: Path) -> Table:
+        """Give the table as it has to be written into another folder."""
+        return table
+
+    def cell(self, table: Table, column: str, row: int) -> Any:
+        """Give one cell of the inputs, to be put into another table."""
+        if column in table.arrays:
+            return table.arrays[column][row]
+        return table.frame[column].iloc[row]
+
+
+@dataclass(frozen=True)
+class TextColumns(Reader):
+    """One text column, or two.
+
+    Attributes:
+        text: Name of the column; `"premise,hypothesis"` means two.
+    """
+
+    text: str | tuple[str, ...]
+
+    kind = "text"
+
+    def columns(self, table: Table) -> tuple[str, ...]:
+        """Name the text columns."""
+        return _text_columns(table, self.text)
+
+    def read(self, table: Table, rows: Ints) -> Texts:
+        """Read the texts of these rows."""
+        return Texts(*_texts(table, self.columns(table), rows))
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Texts with their given labels, row by row.
+    """Inputs with their given labels, row by row.
 
-    Ids and texts may be given as any sequence of str; they are kept by Arrow.
+    Ids may be given as any sequence of str; they are kept by Arrow.
 
     Attributes:
         row_ids: N names of the rows, unique.
-        texts: N texts.
-        text_pairs: N second texts, or `None`.
+        inputs: N rows of some kind.
         labels: (N,) class numbers as given; -1 where a label is in no known class.
-        clean_labels: (N,) true class numbers, -1 where no class is right (a foreign text), or
+        clean_labels: (N,) true class numbers, -1 where no class is right (a foreign input), or
             `None` where the truth is not known.
         label_names: C names; class number c is called `label_names[c]`.
         dropped: How many rows `drop_label` left out when the table was read.
@@ -77,8 +210,7 @@ class Examples:
     """
 
     row_ids: Sequence[str]
-    texts: Sequence[str]
-    text_pairs: Sequence[str] | None
+    inputs: Inputs
     labels: Ints
     clean_labels: Ints | None
     label_names: tuple[str, ...]
@@ -86,22 +218,34 @@ class Examples:
 
     def __post_init__(self) -> None:
         """Check that all columns have N rows and all labels name a class."""
-        rows, classes = len(self.texts), len(self.label_names)
-        for name in ("row_ids", "texts", "text_pairs"):
-            column = getattr(self, name)
-            if column is None:
-                continue
-            if len(column) != rows:
-                raise InputError(f"{name} has {len(column)} rows, there are {rows} texts")
-            object.__setattr__(self, name, Strings.of(column))
+        rows, classes = len(self.inputs), len(self.label_names)
+        if len(self.row_ids) != rows:
+            raise InputError(f"row_ids has {len(self.row_ids)} rows, there are {rows} inputs")
+        object.__setattr__(self, "row_ids", Strings.of(self.row_ids))
         object.__setattr__(self, "labels", _class_numbers(self.labels, "labels", rows, classes))
         if self.clean_labels is not None:
             clean = _class_numbers(self.clean_labels, "clean_labels", rows, classes)
             object.__setattr__(self, "clean_labels", clean)
 
+    @property
+    def texts(self) -> Sequence[str]:
+        """The texts, where the inputs are texts."""
+        return self._texts.texts
+
+    @property
+    def text_pairs(self) -> Sequence[str] | None:
+        """The second texts of pairs, where the inputs are texts."""
+        return self._texts.pairs
+
+    @property
+    def _texts(self) -> Texts:
+        if not isinstance(self.inputs, Texts):
+            raise InputError(f"expected texts, the rows are {type(self.inputs).__name__}")
+        return self.inputs
+
     def __len__(self) -> int:
         """Count the rows, N."""
-        return len(self.texts)
+        return len(self.inputs)
 
     def select(self, rows: npt.ArrayLike) -> Examples:
         """Take the rows at these positions, or where this mask is true, in the order given."""
@@ -113,12 +257,11 @@ class Examples:
             raise InputError(
                 f"rows must lie in 0 to {len(self) - 1}, got {places.min()} to {places.max()}"
             )
-        pairs, clean = self.text_pairs, self.clean_labels
+        clean = self.clean_labels
         return replace(
             self,
             row_ids=Strings.of(self.row_ids).take(places),
-            texts=Strings.of(self.texts).take(places),
-            text_pairs=None if pairs is None else Strings.of(pairs).take(places),
+            inputs=self.inputs.take(places),
             labels=self.labels[places],
             clean_labels=None if clean is None else clean[places],
         )
@@ -136,23 +279,28 @@ class Examples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over texts, given labels and label names; row ids and the truth do not count."""
+        """SHA-256 over inputs, given labels and label names; row ids and the truth do not count."""
         digest = hashlib.sha256()
-        for part in (self.label_names, self.texts, self.text_pairs):
-            digest.update(b"none" if part is None else b"%d:" % len(part))
-            for text in part or ():
-                data = text.encode("utf-8", "surrogatepass")
-                digest.update(
-                    b"%d:" % len(data) + data
-                )  # lengths keep ("ab", "c") from ("a", "bc")
+        for part in _bytes_of(self.label_names):
+            digest.update(part)
+        for part in self.inputs.content():
+            digest.update(part)
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def _bytes_of(texts: Sequence[str] | None) -> Iterator[bytes]:
+    """Give a column of texts as bytes; lengths keep ("ab", "c") from ("a", "bc")."""
+    yield b"none" if texts is None else b"%d:" % len(texts)
+    for text in texts or ():
+        data = text.encode("utf-8", "surrogatepass")
+        yield b"%d:" % len(data) + data
 
 
 def read_examples(
     source: Source,
     *,
-    text: str | tuple[str, ...],
+    text: str | tuple[str, ...] | Reader,
     label: str,
     clean_label: str | None = None,
     row_id: str | None = None,
@@ -162,14 +310,15 @@ def read_examples(
     allow_unseen: bool = False,
     role: str = "training",
 ) -> Examples:
-    """Read labelled texts from whatever `read_table` reads.
+    """Read labelled rows from whatever `read_table` reads.
 
     Labels may be numbers, booleans or names; spaces around a name do not count. Classes are sorted
     by number where all labels are whole numbers, else by name.
 
     Args:
         source: A path, a hub name, a frame, a data set or a dict of columns.
-        text: One or two text columns; `"premise,hypothesis"` means two.
+        text: One or two text columns; `"premise,hypothesis"` means two. A `Reader` reads inputs of
+            another kind.
         label: The column of given labels.
         clean_label: The column of true labels, where they are known; `FOREIGN` is none of them.
         row_id: A column of unique ids; without one, ids are positions in the source from "0".
@@ -185,12 +334,15 @@ def read_examples(
     Strings(['0', '2'])
     """
     table = load_table(source, split, f"the {role} table")
-    columns = _text_columns(table, text)
+    reader = text if isinstance(text, Reader) else TextColumns(text)
+    columns = reader.columns(table)
     for column, purpose in ((label, "label"), (clean_label, "clean label"), (row_id, "row id")):
         if column is not None:
             table.require(column, purpose)
         if column in columns and column != row_id:
-            raise InputError(f"column {column!r} of {table.name} cannot be both text and {purpose}")
+            raise InputError(
+                f"column {column!r} of {table.name} cannot be both {reader.kind} and {purpose}"
+            )
     ids = _row_ids(table, row_id)
     given = _read_labels(table, label)
     dropped = np.array([_is_label(name, drop_label) for name in given.names])
@@ -198,7 +350,7 @@ def read_examples(
     if not len(rows):
         raise InputError(f"every row of {table.name} has the label {drop_label!r} to drop")
     _check_all_labelled(table, label, given, rows, role=role)
-    texts, pairs = _texts(table, columns, rows)
+    inputs = reader.read(table, rows)
     chosen = label_names if label_names is not None else table.class_names.get(label)
     if role == "training":
         _check_trainable(table, label, given, rows, chosen is None)
@@ -213,7 +365,7 @@ def read_examples(
         fate = "is not among the classes"
         clean = classes.numbers(truth, rows, "clean label", fate, allow_unseen)
     kept = ids.take(rows)
-    return Examples(kept, texts, pairs, labels, clean, names, dropped=len(table) - len(rows))
+    return Examples(kept, inputs, labels, clean, names, dropped=len(table) - len(rows))
 
 
 def read_texts(
@@ -226,6 +378,12 @@ def read_texts(
     """
     table = load_table(source, split)
     return _texts(table, _text_columns(table, text), np.arange(len(table)))
+
+
+def read_inputs(source: Source, reader: Reader, split: str = "train") -> Inputs:
+    """Read inputs without labels."""
+    table = load_table(source, split)
+    return reader.read(table, np.arange(len(table)))
 
 
 def read_labels(source: Source, label: str, split: str = "train") -> tuple[Ints, tuple[str, ...]]:
@@ -360,7 +518,7 @@ def _whole_numbers(values: npt.ArrayLike, what: str) -> Ints:
 def _class_numbers(values: npt.ArrayLike, what: str, rows: int, classes: int) -> Ints:
     numbers = _whole_numbers(values, what)
     if len(numbers) != rows:
-        raise InputError(f"{what} has {len(numbers)} rows, there are {rows} texts")
+        raise InputError(f"{what} has {len(numbers)} rows, there are {rows} inputs")
     if numbers.size and (numbers.min() < -1 or numbers.max() >= classes):
         raise InputError(
             f"{what} must lie in 0 to {classes - 1} (-1 for no known class), "

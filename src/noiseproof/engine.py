@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.encoding import Encoded, EncodedFeatures
 from noiseproof.errors import InputError
-from noiseproof.features import fingerprint, kept
+from noiseproof.features import MAX_BYTES, fingerprint, kept
 from noiseproof.method import Batch, BeforeBatch, Method, Run, require, require_range
 from noiseproof.models import (
     HeadOnly,
     encode_batch,
     evaluation_mode,
     feature_position,
+    has_weights,
+    row_statistics,
     trains_only_head,
 )
 from noiseproof.precision import PRECISIONS, choose_precision
-from noiseproof.tasks import Encoded, EncodedFeatures
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together; order across them stays random
 PREDICT_ROWS = 128  # rows of a prediction batch at most ...
@@ -224,7 +226,7 @@ class Engine:
         self._features.clear()
         self._position = None
         self.net = model
-        if trains_only_head(model):
+        if trains_only_head(model) and has_weights(model):
             some = next(iter(prediction_batches(encoded.lengths)))[:4]
             self._position = feature_position(model, self._to_device(encoded.inputs(some)))
             if self._position is not None:
@@ -269,16 +271,28 @@ class Engine:
         return self._features[id(encoded)][1]
 
     def features(self, encoded: Encoded) -> Tensor | None:
-        """Cached features of the rows (N, D, 2); None in a stage without a cache."""
+        """Cached features of the rows (N, D, 2); None in a stage without a cache.
+
+        Where the rows are features already there is nothing to cache; they are given unless they
+        are very many.
+        """
         view = self.view(encoded)
-        return view.features if isinstance(view, EncodedFeatures) else None
+        if isinstance(view, EncodedFeatures):
+            return view.features
+        model = self.accelerator.unwrap_model(self.net)
+        if not trains_only_head(model) or has_weights(model):
+            return None
+        width = next(iter(encoded.inputs(np.arange(1)).values())).shape[1]
+        few = 8 * len(encoded) * width <= MAX_BYTES
+        return self.encode(model, encoded, "first") if few else None
 
     def _cache(self, model: nn.Module, encoded: Encoded) -> None:
         position = self._position
         assert position is not None
-        if encoded.key and self.processes == 1:
+        weights = fingerprint(model) if encoded.key and self.processes == 1 else ""
+        if weights:
             words = ("1", encoded.key, position, self.precision, self.device.type)
-            key = " ".join([*words, fingerprint(model)])
+            key = " ".join([*words, weights])
             features = kept(key, len(encoded), lambda: self.encode(model, encoded, position))
         else:
             features = self.encode(model, encoded, position)
@@ -349,6 +363,9 @@ class Engine:
             The mean loss over the step's rows, over all processes.
         """
         view = self.view(encoded)
+        order = self.settings.order_seed
+        order = self.settings.seed if order is None else order
+        seed = derive_seed(order, "augment", run.stage, run.epoch)
         own = rows[self.rank :: self.processes]
         spare = len(own) == 0  # a short last batch: take part in the exchange, with weight zero
         own = rows[:1] if spare else own
@@ -358,14 +375,15 @@ class Engine:
         for place, part in enumerate(parts):
             index = torch.from_numpy(part.copy())
             batch = Batch(
-                inputs=self._to_device(view.inputs(part)),
+                inputs=self._to_device(view.training_inputs(part, seed)),
                 labels=run.labels[index].to(self.device),
                 rows=index,
                 columns=self._to_device({n: column[index] for n, column in run.columns.items()}),
             )
             last = place == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.net):
-                loss = method.compute_loss(self.net, batch, run)
+                with row_statistics(self.net, len(part)):
+                    loss = method.compute_loss(self.net, batch, run)
                 weight = 0.0 if spare else len(part) * self.processes / len(rows)
                 self.accelerator.backward(loss if weight == 1 else loss * weight)
             total += float(loss.detach()) * weight / self.processes

@@ -11,23 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.encoding import cache_folder
 from noiseproof.models import encoder_of
-from noiseproof.tasks import cache_folder
 
 MAX_BYTES = 2**31  # larger tables are not kept
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of the encoder of a classifier: configuration, names, shapes and values of weights."""
+    """Digest of the encoder of a classifier: configuration, names, shapes and values of weights.
+
+    Empty for a module that no configuration describes: its weights do not say what it computes.
+    """
     _, encoder = encoder_of(model)
     digest = hashlib.sha256()
-    config = getattr(encoder, "config", None)
-    digest.update(
-        (config.to_json_string(use_diff=False) if config else type(encoder).__name__).encode()
-    )
+    described = getattr(getattr(encoder, "config", None), "to_json_string", None)
+    if described is None:
+        return ""
+    digest.update(described(use_diff=False).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from noiseproof.checkpoint import Interrupted, Stopwatch
+from noiseproof.encoding import Encoded
 from noiseproof.engine import derive_seed
 from noiseproof.errors import InputError
 from noiseproof.gradients import GradientSample, draw_sample, measure_gradients
@@ -24,9 +25,9 @@ from noiseproof.job import Job
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
 from noiseproof.methods import find_method
-from noiseproof.models import merged, save_model
+from noiseproof.models import merged
 from noiseproof.prediction import Predictor, predict_logits
-from noiseproof.preparation import Prepared
+from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
     RunRecord,
     clear_run,
@@ -37,13 +38,13 @@ from noiseproof.record import (
 from noiseproof.results import (
     detection_metrics,
     epoch_metrics,
+    ood_metrics,
     sample_table,
     set_metrics,
     test_metrics,
     truth_metrics,
     write_results,
 )
-from noiseproof.tasks import Encoded
 
 
 @dataclass
@@ -54,7 +55,7 @@ class FitResult:
         record: As written to ``record.json``.
         history: One row per stage and epoch.
         samples: One row per training row (a DataFrame), as written to ``samples.parquet``.
-        predictor: The deployed model, ready to label texts.
+        predictor: The deployed model, ready to label rows.
         folder: The run's folder, when there is one.
     """
 
@@ -156,11 +157,11 @@ def run_job(
         )
         samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
         _conclude(record, prepared, outcome, samples, measure)
-        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.text)
+        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.column)
         if folder is not None and main:
             if job.merge:
                 predictor.model = merged(predictor.model)
-            save_model(predictor.model, prepared.task.tokenizer, folder / "model")
+            prepared.task.save(predictor.model, folder / "model")
             write_results(folder, outcome.history, samples, prepared)
         record.status = "done"
     except Exception as error:
@@ -202,13 +203,26 @@ class _Measure:
             row |= measure_gradients(self.prepared.job.method, run, inputs, self.probed)
         return row
 
+    def deployed(self, outcome: Outcome) -> dict[str, Tensor]:
+        """Logits of the test sets by the deployed model: name of the set -> (N, C)."""
+        found = {}
+        other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
+        for name, encoded in self.sets.items():
+            if name == "validation":
+                continue
+            logits = self.logits.get(name)
+            if logits is None or other:  # resumed at the end, other weights or another network
+                logits = predict_logits(outcome.model, encoded, self.prepared.job.train)
+            found[name] = logits
+        return found
+
 
 def _conclude(
     record: RunRecord, prepared: Prepared, outcome: Outcome, samples: Any, measure: _Measure
 ) -> None:
     """Put into the record what came out."""
     record.model = {
-        "name": prepared.job.model,
+        "name": prepared.job.spec()["model"],
         "class": type(prepared.model).__name__,
         "parameters": prepared.parameters,
         "trained_parameters": outcome.trainable,
@@ -220,16 +234,14 @@ def _conclude(
     record.peak_memory_mb = peak_memory_mb()
     last = outcome.history[-1 if outcome.best_epoch is None else outcome.best_epoch]
     epoch_metrics(record, last)
-    if "test" in measure.sets:
-        logits = measure.logits.get("test")
-        other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
-        if logits is None or other:  # resumed at the end, other weights or another network
-            logits = predict_logits(outcome.model, measure.sets["test"], prepared.job.train)
+    logits = measure.deployed(outcome)
+    ood_metrics(record, prepared, {n: found for n, found in logits.items() if n.startswith(OOD)})
+    if "test" in logits:
         stage = outcome.history[-1]["stage"]  # a probe before it is no epoch of fine-tuning
         curve = [
             row["test_accuracy"]
             for row in outcome.history
             if row["stage"] == stage and "test_accuracy" in row
         ]
-        test_metrics(record, prepared, logits, curve)
+        test_metrics(record, prepared, logits["test"], curve)
     detection_metrics(record, prepared, samples)

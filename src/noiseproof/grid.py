@@ -381,8 +381,8 @@ def _search(tune: Mapping[str, Any] | None, cell: Cell) -> Search | None:
     )
     require(isinstance(trials, int) and trials >= 1, f"tune.trials must be 1 or more, got {trials}")
     seed = int(tune.get("seed", 1000))
-    job = {name: value for name, value in cell.job.items()
-           if name not in ("test", "clean_label", "validation", "validation_labels")}  # fmt: skip
+    hidden = ("test", "test_ood", "clean_label", "validation", "validation_labels")
+    job = {name: value for name, value in cell.job.items() if name not in hidden}
     train = {**job["train"], **tune.get("train", {}), "seed": seed, "select": "last"}
     job |= {"validation": str(share), "validation_labels": "noisy", "train": train}
     drawn = tuple(

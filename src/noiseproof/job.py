@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from noiseproof.engine import TrainSettings, check_tracker
 from noiseproof.method import Method, require
-from noiseproof.methods import CleaR
+from noiseproof.methods import METHODS, CleaR
 from noiseproof.noise import parse_noise
+from noiseproof.tasks import RowSettings, find_task
 
-TASKS = ("text",)
+NO_MODEL = "minilm"  # what stands where no model was named; each task has its own default
+OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
 OPT_IN = ("only_clean_rows", "probe_gradients")
-"""Not in the specification while they are off, so that they change no identifier of other runs."""
+"""Settings of studies, off by default."""
+LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {"test_ood", *OPT_IN}
+"""Not in the specification at their default, so that they change no identifier of other runs."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Job:
         label: Column of the given labels, which may be wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
+        test_ood: More test sets from elsewhere, read like test and each measured on its own:
+            NAME=FILE, as often as wanted; from Python a mapping of names to rows.
         validation: Validation rows: a file, or a share such as 0.1 that is split off the training
             rows (its labels are then as noisy as those).
         validation_labels: clean or noisy; must be said of a validation file, goes into the record.
@@ -39,12 +47,21 @@ class Job:
         label_names: File of class names (JSON list or one a line), for labels that are numbers.
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
         sample: Train on this many rows only, drawn so that class shares stay the same.
-        split: Split of a hub data set or of a saved dataset dictionary.
-        task: Kind of row: text.
-        model: Pre-trained model: local folder, hub name, or minilm.
+        split: Split of a hub data set, of a saved dataset dictionary or of a NumPy archive.
+        task: Kind of row: text, features or image.
+        features: Features of a row: an array, a column of lists, or columns of numbers such as
+            "e*" or "width,height".
+        standardize: Shift and scale every feature to mean 0 and deviation 1 of the training rows.
+        image: Images: a column of paths (relative to the table) or of files, or an array.
+        image_size: Side of the squares that images are brought to; None is the processor's.
+        augment: What is done to training images: none, or crop, flip and rand joined by "+".
+        on_bad_image: error, or skip (images that cannot be read are left out and counted).
+        image_workers: Processes that decode images; 0 decodes in this one.
+        model: Pre-trained model: local folder, hub name, or minilm; features need none. From
+            Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
         noise_seed: Seed of the injected noise; None follows train.seed.
-        noise_pool: File of foreign rows for open-set noise, with the same text columns.
+        noise_pool: File of foreign rows for open-set noise, with the same columns.
         method: How to fine-tune.
         train: How to run the loop.
         merge: Merge adapters into the encoder, so that model/ needs transformers alone.
@@ -58,6 +75,7 @@ class Job:
     text: str = "text"
     label: str = "label"
     test: Any = None
+    test_ood: Any = None
     validation: Any = None
     validation_labels: str | None = None
     clean_label: str | None = None
@@ -67,7 +85,14 @@ class Job:
     sample: int | None = None
     split: str = "train"
     task: str = "text"
-    model: str = "minilm"
+    features: str = RowSettings.features
+    standardize: bool = RowSettings.standardize
+    image: str = RowSettings.image
+    image_size: int | None = RowSettings.image_size
+    augment: str = RowSettings.augment
+    on_bad_image: str = RowSettings.on_bad_image
+    image_workers: int = RowSettings.image_workers
+    model: Any = NO_MODEL
     noise: str = "none"
     noise_seed: int | None = None
     noise_pool: str | None = None
@@ -79,16 +104,21 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
-        require(self.task in TASKS, f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        task, _ = find_task(self.task), self.rows  # which checks itself
+        others = [name for name, method in METHODS.items() if self.task in method.tasks]
         require(
             self.task in self.method.tasks,
-            f"{self.method.name} does not support task {self.task!r}; "
-            f"it supports {', '.join(self.method.tasks)}",
+            f"{self.method.name} does not support task {self.task!r}, only "
+            f"{', '.join(self.method.tasks)}; use one of {', '.join(others)}",
         )
+        object.__setattr__(self, "method", task.fitted(self.method, self.model))
+        if isinstance(self.model, str) and self.model == NO_MODEL:
+            object.__setattr__(self, "model", task.default_model)
+        require(self.model is not None, f"task {self.task!r} needs a model: give model")
         noise = parse_noise(self.noise)
         require(
             noise is None or not noise.needs_pool or self.noise_pool is not None,
-            f"noise {self.noise!r} replaces texts and needs noise_pool, a file of foreign rows",
+            f"noise {self.noise!r} replaces inputs and needs noise_pool, a file of foreign rows",
         )
         share = self.validation_share
         for name, part in (("validation", share), ("test", self.test_share)):
@@ -96,6 +126,7 @@ class Job:
                 part is None or 0 < part < 1,
                 f"{name} must be a file or a share between 0 and 1, got {getattr(self, name)}",
             )
+        _check_ood(self.test_ood)
         from_file = self.validation is not None and share is None
         require(
             not from_file or self.validation_labels in VALIDATION_KINDS,
@@ -139,6 +170,16 @@ class Job:
         check_tracker(self.train.tracker)
 
     @property
+    def rows(self) -> RowSettings:
+        """Where the rows lie and how they are read."""
+        return RowSettings.of(dataclasses.asdict(self.train) | vars(self))
+
+    @property
+    def column(self) -> str:
+        """The columns of the inputs."""
+        return str(getattr(self, find_task(self.task).column))
+
+    @property
     def validation_share(self) -> float | None:
         """The share to split off, when ``validation`` is one."""
         return _share(self.validation)
@@ -156,22 +197,51 @@ class Job:
         return "noisy" if self.validation_share is not None else str(self.validation_labels)
 
     def spec(self) -> dict[str, Any]:
-        """All settings as JSON values; tables given as objects stand as their kind."""
+        """All settings as JSON values; tables given as objects stand as their kind.
+
+        What came after the first version is left out at its default, so that the identifiers of
+        runs from before stay as they are.
+        """
         values: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name in OPT_IN and not value:
+            if item.name in LATER and value == item.default:
                 continue
             if isinstance(value, Method):
                 value = value.to_dict()
             elif isinstance(value, TrainSettings):
                 value = dataclasses.asdict(value)
-            elif isinstance(value, Path):
-                value = str(value)
-            elif not isinstance(value, str | int | float | bool | None):
-                value = f"<{type(value).__name__}>"
+            elif item.name == "test_ood":
+                value = {name: _plain(source) for name, source in value.items()}
+            else:
+                value = _plain(value)
             values[item.name] = value
         return values
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; what is none stands as its kind."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    return f"<{type(value).__name__}>"
+
+
+def _check_ood(sets: Any) -> None:
+    require(
+        sets is None or (isinstance(sets, Mapping) and len(sets) > 0),
+        f"test_ood must be a mapping of names to rows, got {type(sets).__name__}",
+    )
+    for name, source in (sets or {}).items():
+        require(
+            isinstance(name, str) and OOD_NAME.fullmatch(name) is not None,
+            f"a name in test_ood may have letters, digits, '.', '_' and '-', got {name!r}",
+        )
+        require(
+            _share(source) is None and source is not None,
+            f"test_ood {name!r} must be rows of its own, such as a file; got {source!r}",
+        )
 
 
 def _share(value: Any) -> float | None:

@@ -38,6 +38,7 @@ from noiseproof.checkpoint import (
     save_checkpoint,
     with_prefix,
 )
+from noiseproof.encoding import Encoded
 from noiseproof.engine import (
     Engine,
     TrainSettings,
@@ -55,7 +56,6 @@ from noiseproof.models import (
     set_trainable,
     training_mode,
 )
-from noiseproof.tasks import Encoded
 
 DEFAULT_RATE = 5e-5
 HistoryRow = dict[str, Any]

@@ -42,6 +42,18 @@ def macro_f1(predicted: Values, labels: Values) -> float:
     return float(sk.f1_score(label_array, predicted_array, average="macro", zero_division=0))
 
 
+def matthews(predicted: Values, labels: Values) -> float:
+    """Compute the Matthews correlation of predictions and labels.  (N,), (N,) -> number.
+
+    Between -1 and 1; 0 is what a constant answer gets, however unequal the classes are.
+
+    >>> matthews([0, 0, 1, 1], [0, 0, 1, 1]), matthews([1, 1, 1, 1], [0, 1, 1, 1])
+    (1.0, 0.0)
+    """
+    predicted_array, label_array = _columns(predicted=predicted, labels=labels)
+    return float(sk.matthews_corrcoef(label_array, predicted_array))
+
+
 def per_class(
     predicted: Values, labels: Values, num_classes: int | None = None
 ) -> dict[int, dict[str, float]]:
@@ -235,7 +247,7 @@ def confusion(predicted: Values, labels: Values, num_classes: int) -> NDArray[An
 
 
 def classification_metrics(logits: Values, labels: Values, num_classes: int) -> dict[str, float]:
-    """Compute accuracy, macro_f1, ece and nll of logits.  (N, C), (N,) -> dict.
+    """Compute accuracy, macro_f1, mcc, ece and nll of logits.  (N, C), (N,) -> dict.
 
     >>> classification_metrics([[2.0, 0.0], [0.0, 2.0]], [0, 1], num_classes=2)["accuracy"]
     1.0
@@ -252,6 +264,7 @@ def classification_metrics(logits: Values, labels: Values, num_classes: int) -> 
     return {
         "accuracy": accuracy(predicted, label_array),
         "macro_f1": macro_f1(predicted, label_array),
+        "mcc": matthews(predicted, label_array),
         "ece": expected_calibration_error(np.exp(log_probabilities), label_array),
         "nll": float(-log_probabilities[np.arange(len(label_array)), label_array].mean()),
     }

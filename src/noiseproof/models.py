@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,31 +61,11 @@ def load_text_classifier(
     Raises:
         InputError: The model or its tokenizer cannot be loaded; says why.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoTokenizer
 
-    source = resolve_model(name)
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise InputError(cannot_load(name, ValueError("the folder has no config.json")))
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            output_loading_info=True,
-            num_labels=len(label_names),
-            id2label=dict(enumerate(label_names)),
-            label2id={label: index for index, label in enumerate(label_names)},
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-        )
-    except Exception as error:  # transformers raises many types for what is the user's mistake
-        raise InputError(cannot_load(name, error)) from error
-    finally:
-        transformers_logging.set_verbosity(level)
+    model, tokenizer = _load_classifier(
+        name, label_names, "AutoModelForSequenceClassification", AutoTokenizer.from_pretrained
+    )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up
         raise InputError(cannot_load(name, ValueError("its tokenizer has no vocabulary")))
     if longest := longest_input(model):  # many tokenizers do not know it
@@ -99,8 +80,64 @@ def load_text_classifier(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    model.noiseproof_new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     return model, tokenizer
+
+
+def load_image_classifier(name: str, label_names: Sequence[str]) -> tuple[nn.Module, Any]:
+    """Load an image classifier with a head of ``len(label_names)`` classes, and its processor.
+
+    Args:
+        name: Local folder or hub name.
+        label_names: Class names in label order; kept in the model's config.
+
+    Raises:
+        InputError: The model or its processor cannot be loaded; says why.
+    """
+    return _load_classifier(
+        name, label_names, "AutoModelForImageClassification", load_image_processor
+    )
+
+
+def load_image_processor(source: str) -> Any:
+    """Load the image processor of a folder or hub name, in its form on Pillow and NumPy."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source, use_fast=False)
+
+
+def _load_classifier(
+    name: str, label_names: Sequence[str], auto: str, load_processor: Callable[[str], Any]
+) -> tuple[Any, Any]:
+    """Load a transformers classifier with a fresh head, and what makes inputs for it.
+
+    Args:
+        name: Local folder, hub name, or ``minilm``.
+        label_names: Class names in label order.
+        auto: Class of transformers that loads the model.
+        load_processor: Loads the tokenizer or image processor.
+    """
+    import transformers
+
+    source = resolve_model(name)
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise InputError(cannot_load(name, ValueError("the folder has no config.json")))
+    with quiet():
+        try:
+            processor = load_processor(source)
+            model, loading = getattr(transformers, auto).from_pretrained(
+                source,
+                output_loading_info=True,
+                num_labels=len(label_names),
+                id2label=dict(enumerate(label_names)),
+                label2id={label: index for index, label in enumerate(label_names)},
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+            )
+        except Exception as error:  # transformers raises many types for what is the user's mistake
+            raise InputError(cannot_load(name, error)) from error
+    model.noiseproof_new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
+    return model, processor
 
 
 def longest_input(model: nn.Module) -> int | None:
@@ -134,7 +171,7 @@ def trial_inputs(model: nn.Module, rows: int = 3) -> dict[str, Tensor]:
         InputError: It takes neither tokens nor pixels.
     """
     inner: Any = plain_model(model)
-    config, name = inner.config, str(getattr(inner, "main_input_name", "input_ids"))
+    config, name = inner.config, main_input(inner)
     device = next(inner.parameters()).device
     if name == "pixel_values":
         size = getattr(config, "image_size", None) or 224
@@ -168,8 +205,8 @@ def encoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     encoder = getattr(inner, name, None) if name else None
     if not isinstance(encoder, nn.Module):
         raise InputError(
-            f"{type(inner).__name__} has no encoder under 'base_model_prefix'; "
-            "use a transformers model with a task head"
+            f"{type(inner).__name__} has no encoder under 'base_model_prefix'; use a transformers "
+            "model with a task head, a module that ends in a linear layer, or tune=full"
         )
     return name, encoder
 
@@ -286,6 +323,12 @@ def start_head(model: nn.Module, std: float = 0.0, *, hidden: bool = False) -> N
         nn.init.zeros_(layers[-1].bias)
 
 
+def has_weights(model: nn.Module) -> bool:
+    """Whether the encoder has parameters; what stands before precomputed features has none."""
+    _, encoder = encoder_of(model)
+    return any(True for _ in encoder.parameters())
+
+
 def trains_only_head(model: nn.Module) -> bool:
     """Whether every trainable parameter lies in the head (False without an encoder)."""
     try:
@@ -316,6 +359,7 @@ def set_trainable(model: nn.Module, trains: Callable[[str], bool]) -> None:
 def training_mode(model: nn.Module) -> None:
     """Train mode; an encoder that is frozen whole stays in eval mode (no dropout, no statistics).
 
+    So does a frozen BatchNorm beside adapters: its statistics would change, and peft saves none.
     The model may hold several classifiers, each with an encoder of its own.
     """
     model.train()
@@ -325,6 +369,9 @@ def training_mode(model: nn.Module) -> None:
             p.requires_grad for p in encoder.parameters()
         ):
             encoder.eval()
+        frozen = [not parameter.requires_grad for parameter in part.parameters(recurse=False)]
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and frozen and all(frozen):
+            part.eval()
 
 
 @contextmanager
@@ -338,6 +385,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def row_statistics(model: nn.Module, rows: int) -> Iterator[None]:
+    """Let BatchNorm use its running statistics while a single row, which has none, trains."""
+    norms = [
+        module
+        for module in (model.modules() if rows == 1 else ())
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -401,19 +465,18 @@ class HeadOnly(nn.Module):
 
     def forward(self, features: Tensor) -> Any:
         """Output of the model for cached encoder outputs (B, D, 2)."""
-        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-
-        stand_in = _StandIn(
-            BaseModelOutputWithPoolingAndCrossAttentions(
-                last_hidden_state=features[:, None, :, 0], pooler_output=features[:, :, 1]
-            )
-        )
         inner = plain_model(self.inner)
         encoder = getattr(inner, self.encoder_name)
+        token, pooled = features[:, :, 0], features[:, :, 1]
+        output: Any = token
+        if not getattr(inner, "encoder_gives_tensor", False):
+            output = _encoder_output(token[:, None], pooled)
         ones = torch.ones(len(features), 1, dtype=torch.long, device=features.device)
-        inner._modules[self.encoder_name] = stand_in
+        name = main_input(inner)
+        inputs = {name: ones} | ({"attention_mask": ones} if name == "input_ids" else {})
+        inner._modules[self.encoder_name] = _StandIn(output)
         try:
-            return inner(input_ids=ones, attention_mask=ones)
+            return inner(**inputs)
         finally:
             inner._modules[self.encoder_name] = encoder
 
@@ -427,6 +490,41 @@ class _StandIn(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
+
+
+def _encoder_output(hidden: Tensor, pooled: Tensor) -> Any:
+    """What an encoder of transformers answers."""
+    return _output_class()(last_hidden_state=hidden, pooler_output=pooled)
+
+
+@cache
+def _output_class() -> type[Any]:
+    """The usual class of outputs, in which what only some encoders answer is None."""
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+    class Output(BaseModelOutputWithPoolingAndCrossAttentions):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Output
+
+
+def main_input(model: nn.Module) -> str:
+    """Name of the argument that a model takes its rows by: input_ids, pixel_values, ..."""
+    return str(getattr(plain_model(model), "main_input_name", "input_ids"))
+
+
+def token_states(output: Any) -> Tensor:
+    """The hidden states (B, T, D) of an encoder's output; positions of a map are its tokens.
+
+    >>> token_states(torch.zeros(2, 5)).shape, token_states(torch.zeros(2, 5, 3, 3)).shape
+    (torch.Size([2, 1, 5]), torch.Size([2, 9, 5]))
+    """
+    hidden: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
+    if hidden.ndim == 2:
+        return hidden[:, None]
+    return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
 
 def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> Tensor:
@@ -443,16 +541,17 @@ def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> 
     _, encoder = encoder_of(model)
     accepted = {k: v for k, v in inputs.items() if k != "labels"}
     output = encoder(**accepted)
-    hidden = output.last_hidden_state  # (B, T, D)
+    hidden = token_states(output)  # (B, T, D)
     if position == "mean":
-        token = _mean_over_tokens(hidden, inputs["attention_mask"])
+        token = _mean_over_tokens(hidden, inputs.get("attention_mask"))
     else:
         index = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         if position == "last":
-            index = last_token(inputs["attention_mask"])
+            mask = inputs.get("attention_mask")
+            index = index + hidden.shape[1] - 1 if mask is None else last_token(mask)
         token = hidden[torch.arange(len(hidden), device=hidden.device), index].float()
     pooled = getattr(output, "pooler_output", None)
-    pooled = torch.zeros_like(token) if pooled is None else pooled.float()
+    pooled = torch.zeros_like(token) if pooled is None else pooled.float().flatten(1)
     return torch.stack([token, pooled], dim=2)
 
 
@@ -496,9 +595,27 @@ def shaken(model: nn.Module, chosen: Callable[[str], bool]) -> Iterator[None]:
 
 
 def mean_pooled(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean of the last hidden state over the real tokens.  -> (B, D) fp32."""
+    """Mean of the last hidden state over the real tokens or positions.  -> (B, D) fp32."""
     _, encoder = encoder_of(model)
-    return _mean_over_tokens(encoder(**inputs).last_hidden_state, inputs["attention_mask"])
+    return _mean_over_tokens(token_states(encoder(**inputs)), inputs.get("attention_mask"))
+
+
+def encoder_width(model: nn.Module) -> int:
+    """Number of features, D, that `mean_pooled` gives.
+
+    Raises:
+        InputError: The config of the encoder does not tell it.
+    """
+    _, encoder = encoder_of(model)
+    config = getattr(encoder, "config", None)
+    width = (
+        getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [0])[-1]
+    )
+    if not isinstance(width, int) or width < 1:
+        raise InputError(
+            f"the config of {type(encoder).__name__} names no hidden_size; use another encoder"
+        )
+    return width
 
 
 def last_token(mask: Tensor) -> Tensor:
@@ -511,8 +628,10 @@ def last_token(mask: Tensor) -> Tensor:
     return (mask * steps).argmax(dim=1)
 
 
-def _mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) -> (B, D) fp32."""
+def _mean_over_tokens(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D) fp32; all tokens count where there is no mask."""
+    if mask is None:
+        return hidden.float().mean(dim=1)
     weight = mask[..., None].float()
     pooled: Tensor = (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
     return pooled
@@ -531,8 +650,14 @@ def merged(model: Any) -> nn.Module:
     return plain
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write what transformers (and peft, for adapters) load without noiseproof, head included."""
+def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
+    """Write what transformers (and peft, for adapters) load without noiseproof, head included.
+
+    Args:
+        model: A model of transformers or peft, or another that has ``save_pretrained``.
+        processor: Its tokenizer or image processor; None where there is none.
+        folder: Where to write.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
@@ -540,10 +665,16 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         if inner is not model:
             inner.config.save_pretrained(str(folder))  # type: ignore[union-attr, operator]
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form, with a local path
-        tokenizer.save_pretrained(str(folder))
+        if processor is not None:
+            processor.save_pretrained(str(folder))
 
 
-def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Module, Any]:
+def load_saved_model(
+    folder: Path,
+    encoder: str | None = None,
+    auto: str = "AutoModelForSequenceClassification",
+    load_processor: Callable[[str], Any] | None = None,
+) -> tuple[nn.Module, Any]:
     """Load a saved ``model/`` folder: a plain transformers model or a peft adapter.
 
     Of an adapter of our own this gives its encoder alone; `noiseproof.adapters.restored` adds it.
@@ -552,26 +683,30 @@ def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Modul
         folder: Where `save_model` wrote.
         encoder: Name under which the encoder of an adapter was asked for; looked up anew when the
             place that the adapter names is gone, as on another machine.
+        auto: Class of transformers that loads the model.
+        load_processor: Loads its image processor; None loads a tokenizer.
 
     Raises:
         InputError: The folder holds neither, or the encoder of the adapter cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no model (config.json is missing); expected RUN/model")
+    classifier = getattr(transformers, auto)
+    load_processor = load_processor or transformers.AutoTokenizer.from_pretrained
     base, place = str(folder), folder
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(folder))
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            config = transformers.AutoConfig.from_pretrained(str(folder))
+            processor = load_processor(str(folder))
             about = next((folder / name for name in ADAPTERS if (folder / name).exists()), None)
             if about is not None:
                 base = str(json.loads(about.read_bytes())["base_model_name_or_path"])
                 place = Path(base)
                 if encoder is not None and not place.is_dir():
                     base = resolve_model(encoder)
-                model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+                model: nn.Module = classifier.from_pretrained(
                     base, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
                 )
                 if about.name != ADAPTERS_CONFIG:
@@ -579,9 +714,7 @@ def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Modul
 
                     model = PeftModel.from_pretrained(model, str(folder))
             else:
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    str(folder), dtype=torch.float32
-                )
+                model = classifier.from_pretrained(str(folder), dtype=torch.float32)
     except Exception as error:  # transformers and peft raise many types here
         if place.is_absolute() and not place.exists():
             found = "" if encoder is None else f", and {encoder!r} cannot be loaded instead"
@@ -591,7 +724,7 @@ def load_saved_model(folder: Path, encoder: str | None = None) -> tuple[nn.Modul
                 f"{folder / 'adapter_config.json'} as base_model_name_or_path"
             ) from error
         raise InputError(cannot_load(base, error)) from error
-    return model.eval(), tokenizer
+    return model.eval(), processor
 
 
 @contextmanager

@@ -31,23 +31,25 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.checkpoint import Interrupted, StopSignals, Stopwatch
+from noiseproof.encoding import Encoded
 from noiseproof.engine import TrainSettings, derive_seed, prediction_batches
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.job import OPT_IN, Job
 from noiseproof.method import Columns, require, require_range
-from noiseproof.models import count_parameters, evaluation_mode, merged, save_model
-from noiseproof.preparation import Prepared, frozen_features
+from noiseproof.models import count_parameters, evaluation_mode, merged
+from noiseproof.preparation import OOD, Prepared, frozen_features
 from noiseproof.record import RunRecord, clear_run, peak_memory_mb, prepare_folder
 from noiseproof.results import (
     detection_metrics,
     epoch_metrics,
+    ood_metrics,
     sample_table,
     set_metrics,
     test_metrics,
     truth_metrics,
     write_results,
 )
-from noiseproof.tasks import Encoded
+from noiseproof.tasks import TextClassification
 
 if TYPE_CHECKING:
     import transformers
@@ -708,9 +710,11 @@ def run_peer(
     try:
         record.write(folder)
         with _own_random_state(), StopSignals() as stop:
+            task = prepared.task
+            assert isinstance(task, TextClassification)
             work = Work(
                 prepared.model,
-                prepared.task.tokenizer,
+                task.tokenizer,
                 prepared.encoded,
                 prepared.data.labels,
                 prepared.num_classes,
@@ -739,6 +743,7 @@ def _check_job(job: Job) -> None:
     train = job.train
     for name in OPT_IN:
         require(not getattr(job, name), f"peers do not offer {name}; leave it out")
+    require(job.task == "text", f"peers run on texts alone, got task={job.task}")
     micro = train.micro_batch_size
     require(
         micro is None or train.batch_size % micro == 0,
@@ -785,11 +790,12 @@ def _conclude(
     if "test" in logits:
         curve = [row["test_accuracy"] for row in measure.history if "test_accuracy" in row]
         test_metrics(record, prepared, logits["test"], curve)
+    ood_metrics(record, prepared, {n: found for n, found in logits.items() if n.startswith(OOD)})
     samples = sample_table(prepared, logits["train"], fitted.columns)
     if fitted.suspicious is not None:
         samples["suspicious"] = fitted.suspicious
     detection_metrics(record, prepared, samples)
     if fitted.model is not None:
         model = merged(fitted.model) if prepared.job.merge else fitted.model
-        save_model(model, prepared.task.tokenizer, folder / "model")
+        prepared.task.save(model, folder / "model")
     write_results(folder, measure.history, samples, prepared)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from noiseproof.encoding import cache_folder
 from noiseproof.errors import InputError
-from noiseproof.tasks import cache_folder
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

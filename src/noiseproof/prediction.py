@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from noiseproof.adapters import restored
-from noiseproof.data import read_table, read_texts
+from noiseproof.data import Inputs
+from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.errors import InputError
 from noiseproof.method import Method
 from noiseproof.methods import find_method
-from noiseproof.models import HEAD_FILE, load_saved_model
+from noiseproof.models import HEAD_FILE
 from noiseproof.record import RunRecord
-from noiseproof.tasks import Encoded, TextClassification
+from noiseproof.tables import load_table
+from noiseproof.tasks import RowSettings, Task, find_task
 
 if TYPE_CHECKING:
     from noiseproof.tables import Source
@@ -36,39 +38,53 @@ def predict_logits(model: torch.nn.Module, encoded: Encoded, settings: TrainSett
 
 @dataclass
 class Predictor:
-    """A deployed model that labels texts.
+    """A deployed model that labels rows: texts or pairs of texts, features (N, D), images.
 
     Attributes:
         model: The classifier.
-        task: How texts are encoded.
+        task: How rows are encoded.
         label_names: Class names in the order of the logits.
-        text: The text columns it was trained on.
+        column: The columns of the inputs it was trained on.
+        rows: How new rows are read from a table.
     """
 
     model: torch.nn.Module
-    task: TextClassification
+    task: Task
     label_names: tuple[str, ...]
-    text: str
+    column: str
+    rows: RowSettings = dataclasses.field(default_factory=RowSettings)
 
     def predict_proba(
-        self,
-        texts: Sequence[str],
-        pairs: Sequence[str] | None = None,
-        settings: TrainSettings | None = None,
+        self, rows: Any, pairs: Any = None, settings: TrainSettings | None = None
     ) -> np.ndarray:
-        """Class probabilities (N, C); in fp32 unless told otherwise, as transformers would."""
-        encoded = self.task.encode(texts, pairs)
+        """Class probabilities (N, C); in fp32 unless told otherwise, as transformers would.
+
+        Args:
+            rows: N texts, a matrix of features (N, D), or N images.
+            pairs: N second texts, where the model was trained on pairs.
+            settings: Device and precision.
+        """
+        return self.probabilities(self.task.inputs_of(rows, pairs), settings)
+
+    def probabilities(self, inputs: Inputs, settings: TrainSettings | None = None) -> np.ndarray:
+        """Class probabilities (N, C) of inputs that were read from a table."""
+        encoded = self.task.encode(inputs)
         exact = TrainSettings(precision="fp32")
         logits = predict_logits(self.model, encoded, settings or exact)
         return torch.softmax(logits, dim=1).numpy()
 
-    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[str]:
-        """The most probable class name of each text."""
-        return [self.label_names[best] for best in self.predict_proba(texts, pairs).argmax(axis=1)]
+    def predict(self, rows: Any, pairs: Any = None) -> list[str]:
+        """The most probable class name of each row."""
+        return [self.label_names[best] for best in self.predict_proba(rows, pairs).argmax(axis=1)]
 
 
-def load(run: str | Path) -> Predictor:
+def load(run: str | Path, *, model: Any = None) -> Predictor:
     """Load the model of a finished run.
+
+    Args:
+        run: Its folder.
+        model: A torch module that is built as the one that the run was started from, where it was
+            one: its weights are taken from the run.
 
     Raises:
         InputError: There is no run, or it is not finished.
@@ -77,13 +93,16 @@ def load(run: str | Path) -> Predictor:
     record = RunRecord.read(folder)
     if record.status != "done":
         raise InputError(f"the run in {folder} is {record.status}; finish it with --resume")
-    model, tokenizer = load_saved_model(folder / "model", record.spec["model"])
-    model = restored(model, folder / "model")
+    settings = RowSettings.of(record.spec)
+    kind = find_task(record.spec["task"])
+    given = record.spec["model"] if model is None else model
+    task, network = kind.load_saved(folder / "model", given, settings)
+    network = restored(network, folder / "model")
     gated = record.spec["method"].get("eval_gate", "all_on") != "all_on"
     if (gated and not record.spec["merge"]) or (folder / "model" / HEAD_FILE).exists():
-        model = method_from_dict(record.spec["method"]).restore_model(model)
-    task = TextClassification(tokenizer, record.spec["train"]["max_length"])
-    return Predictor(model, task, tuple(record.data["label_names"]), record.spec["text"])
+        network = method_from_dict(record.spec["method"]).restore_model(network)
+    names = tuple(record.data["label_names"])
+    return Predictor(network, task, names, getattr(settings, kind.column), settings)
 
 
 def method_from_dict(values: dict[str, Any]) -> Method:
@@ -95,34 +114,52 @@ def method_from_dict(values: dict[str, Any]) -> Method:
     return find_method(values["name"]).from_dict(values)
 
 
-def predict(run: str | Path, data: Source, *, text: str | None = None, split: str = "train") -> Any:
+def predict(
+    run: str | Path,
+    data: Source,
+    *,
+    text: str | None = None,
+    features: str | None = None,
+    image: str | None = None,
+    on_bad_image: str | None = None,
+    model: Any = None,
+    split: str = "train",
+) -> Any:
     """Label new rows with the model of a run.
 
     Args:
         run: Folder of a finished run.
-        data: Rows with the text columns the model was trained on; read like training data.
+        data: Rows with the columns the model was trained on; read like training data.
         text: Other text columns than in training.
-        split: Split of a hub data set.
+        features: Other columns of features than in training.
+        image: Another column of images than in training.
+        on_bad_image: error, or skip; as in training unless given.
+        model: See `load`.
+        split: Split of a hub data set or of an archive.
 
     Returns:
-        The table (a DataFrame) with the columns ``predicted_label`` and ``confidence`` added.
+        The table (a DataFrame) with the columns ``predicted_label`` and ``confidence`` added; they
+        are empty where an image that could not be read was skipped.
 
     Raises:
         InputError: No finished run, or a column is missing or would be replaced.
     """
-    predictor = load(run)
-    table = read_table(data, split)
+    predictor = load(run, model=model)
+    table = load_table(data, split)
     for name in ("predicted_label", "confidence"):
-        if name in table.columns:
+        if name in table.frame.columns:
             raise InputError(f"the data has a column {name!r} already; rename it first")
-    texts, pairs = read_texts(data, text or predictor.text, split)
-    if (pairs is None) != ("," not in predictor.text or predictor.text in table.columns):
-        raise InputError(
-            f"the model was trained on the text columns {predictor.text!r}; give as many of them, "
-            f"got {text!r}"
-        )
-    probabilities = predictor.predict_proba(texts, pairs)
+    asked = {"text": text, "features": features, "image": image, "on_bad_image": on_bad_image}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    settings = dataclasses.replace(predictor.rows, **changes)
+    task = predictor.task.with_settings(settings)
+    inputs = task.reader(settings).read(table, np.arange(len(table)))
+    task.accept(inputs, table, predictor.column)
+    usable, rows = task.ready(inputs)
+    probabilities = predictor.probabilities(usable)
     names = np.asarray(predictor.label_names, dtype=object)
-    return table.assign(
-        predicted_label=names[probabilities.argmax(axis=1)], confidence=probabilities.max(axis=1)
-    )
+    predicted = np.full(len(table), None, dtype=object)
+    confidence = np.full(len(table), np.nan)
+    predicted[rows] = names[probabilities.argmax(axis=1)]
+    confidence[rows] = probabilities.max(axis=1)
+    return table.frame.assign(predicted_label=predicted, confidence=confidence)

@@ -12,20 +12,24 @@ from torch import Tensor
 
 from noiseproof.data import (
     Examples,
+    Inputs,
     read_examples,
+    read_inputs,
     read_label_names,
     read_table,
-    read_texts,
     stratified_sample,
     stratified_split,
 )
+from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings, derive_seed
 from noiseproof.errors import InputError
 from noiseproof.job import Job
-from noiseproof.models import count_parameters, load_text_classifier, mean_pooled
+from noiseproof.models import count_parameters, mean_pooled
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
-from noiseproof.tasks import Encoded, TextClassification
+from noiseproof.tasks import Task, find_task
+
+OOD = "ood_"  # before the names of test sets from elsewhere
 
 
 class Prepared:
@@ -34,15 +38,16 @@ class Prepared:
     Attributes:
         job: What was asked for.
         data: Training rows with their given labels, noise included.
-        sets: ``test`` and ``validation`` where there are any: examples.
+        sets: ``test`` and ``validation`` where there are any, and ``ood_NAME``: examples.
         encoded: The training rows, encoded; `encode` gives the other sets.
         model: The pre-trained model with a fresh head.
-        task: How texts are encoded.
+        task: How rows are encoded.
         parameters: Of the model.
         passes: Over the rows in an epoch: more than one where rows were left out and the number of
             steps is to stay.
         corruption: What the injected noise did, if there was any.
         seeds: Seeds of noise, initialisation and order.
+        unreadable: How many rows of each set could not be read and were left out.
     """
 
     def __init__(self, job: Job) -> None:
@@ -54,18 +59,27 @@ class Prepared:
             "order": train.seed if train.order_seed is None else train.order_seed,
         }
         self.sets: dict[str, Examples] = {}
+        self.unreadable: dict[str, int] = {}
+        self.reader = find_task(job.task).reader(job.rows)
         data = self._read()
+        self.task: Task
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.seeds["init"], "head"))
-            self.model, tokenizer = load_text_classifier(
-                job.model, data.label_names, reserved_tokens=job.method.reserved_tokens
+            self.task, self.model = find_task(job.task).load(
+                job.model, data, job.rows, reserved_tokens=job.method.reserved_tokens
             )
         self.parameters = count_parameters(self.model.parameters())
-        self.task = TextClassification(tokenizer, train.max_length)
         self.corruption: Corruption | None = None
+        data = self._ready("training", data)
+        self.sets = {name: self._ready(name, rows) for name, rows in self.sets.items()}
+        self.task.learn(self.model, data.inputs)
         data = self._corrupt(data)
         if job.test is not None and job.test_share is None:
             self.sets["test"] = self._read_other(job.test, "test", data.label_names)
+        for name, source in (job.test_ood or {}).items():
+            self.sets[f"{OOD}{name}"] = self._read_other(
+                source, "test", data.label_names, f"{OOD}{name}"
+            )
         if job.validation_share is not None:
             rest, split = stratified_split(
                 data.labels, job.validation_share, derive_seed(train.seed, "validation")
@@ -79,6 +93,7 @@ class Prepared:
         if job.only_clean_rows:
             data = self._only_clean(data)
         self.data = data
+        self.task.learn(self.model, data.inputs)  # those that were split off do not count
         self.encoded = self.encode(data)
 
     @property
@@ -94,7 +109,7 @@ class Prepared:
 
     def encode(self, examples: Examples) -> Encoded:
         """Encode rows for the model, in order."""
-        return self.task.encode(examples.texts, examples.text_pairs)
+        return self.task.encode(examples.inputs)
 
     def describe(self, record: RunRecord) -> None:
         """Put into the record what is known before training."""
@@ -102,7 +117,11 @@ class Prepared:
         record.seeds = dict(self.seeds)
         record.data = {
             "rows": len(data),
-            **{f"{name}_rows": len(examples) for name, examples in self.sets.items()},
+            **{
+                f"{name}_rows": len(examples)
+                for name, examples in self.sets.items()
+                if not name.startswith(OOD)
+            },
             "classes": self.num_classes,
             "label_names": list(data.label_names),
             "dropped": data.dropped,
@@ -110,6 +129,8 @@ class Prepared:
             "validation": self.job.validation_kind,
             "fingerprint": data.fingerprint,
         }
+        if self.unreadable:
+            record.data["unreadable"] = dict(self.unreadable)
         if self.corruption is not None:
             record.noise = {
                 "spec": self.corruption.spec,
@@ -127,7 +148,7 @@ class Prepared:
         job = self.job
         data = read_examples(
             job.data,
-            text=job.text,
+            text=self.reader,
             label=job.label,
             clean_label=job.clean_label,
             row_id=job.row_id,
@@ -146,15 +167,24 @@ class Prepared:
         seed = derive_seed(job.train.seed, "rows")
         return data.select(stratified_sample(data.labels, job.sample, seed))
 
-    def _read_other(self, source: Any, role: str, names: Sequence[str]) -> Examples:
+    def _read_other(self, source: Any, role: str, names: Sequence[str], name: str = "") -> Examples:
         """Rows of another file; test rows count by the true label where there is one."""
         job, label = self.job, self.job.label
         clean = role == "test" or job.validation_labels == "clean"
         if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
             label = job.clean_label
-        return read_examples(
-            source, text=job.text, label=label, label_names=names, split=role, role=role
+        read = read_examples(
+            source, text=self.reader, label=label, label_names=names, split=role, role=role
         )
+        return self._ready(name or role, read)
+
+    def _ready(self, name: str, data: Examples) -> Examples:
+        """The rows in the form that the task encodes; those that cannot be used are counted."""
+        inputs, rows = self.task.ready(data.inputs)
+        if len(rows) < len(data):
+            self.unreadable[name] = len(data) - len(rows)
+            data = data.select(rows)
+        return dataclasses.replace(data, inputs=inputs)
 
     def _only_clean(self, data: Examples) -> Examples:
         """The rows whose label is right, and as many passes as keep the number of steps."""
@@ -174,38 +204,33 @@ class Prepared:
             features = frozen_features(self.model, self.encode(data), self.job.train)
         if noise.needs_pool:
             assert self.job.noise_pool is not None
-            pool = read_texts(self.job.noise_pool, self.job.text)
+            pool, _ = self.task.ready(read_inputs(self.job.noise_pool, self.reader))
         self.corruption = corruption = noise.apply(
             data.labels,
             len(data.label_names),
             self.seeds["noise"],
             features=features,
-            pool_size=None if pool is None else len(pool[0]),
+            pool_size=None if pool is None else len(pool),
         )
         known = data.clean_labels is not None
         data = data.with_labels(corruption.labels, old_are_clean=not known)
         if pool is None:
             return data
-        return replace_texts(data, corruption.extras["replacement"], *pool)
+        return replace_inputs(data, corruption.extras["replacement"], pool)
 
 
-def replace_texts(
-    data: Examples, replacement: np.ndarray, texts: Sequence[str], pairs: Sequence[str] | None
-) -> Examples:
+def replace_inputs(data: Examples, replacement: np.ndarray, pool: Inputs) -> Examples:
     """Put rows of a foreign pool in the place of the marked rows; -1 leaves a row as it is.
 
     No class is right for a foreign row: its true class number is -1.
     """
-    new_texts = list(data.texts)
-    new_pairs = None if data.text_pairs is None else list(data.text_pairs)
     foreign = replacement >= 0  # (N,)
-    for row in np.flatnonzero(foreign):
-        new_texts[row] = texts[replacement[row]]
-        if new_pairs is not None and pairs is not None:
-            new_pairs[row] = pairs[replacement[row]]
+    rows = np.flatnonzero(foreign)
     clean = data.labels if data.clean_labels is None else data.clean_labels
     return dataclasses.replace(
-        data, texts=new_texts, text_pairs=new_pairs, clean_labels=np.where(foreign, -1, clean)
+        data,
+        inputs=data.inputs.replaced(rows, pool, replacement[rows]),
+        clean_labels=np.where(foreign, -1, clean),
     )
 
 

@@ -44,6 +44,7 @@ class RunRecord:
         timings: train_s, score_s, eval_s, total_s; cpu_s is processor time, all threads together.
         peak_memory_mb: Highest resident memory of the process.
         metrics: Last epoch unless the name says otherwise.
+        ood: Test sets from elsewhere by name: rows, accuracy, macro_f1, mcc, ece and nll.
         per_class: Precision, recall, F1 and support of each class on the test set.
         confusion: Test rows by true (row) and predicted (column) class (C, C).
         curves: How well wrong rows are found: ``roc`` and ``pr``, lists of points.
@@ -64,6 +65,7 @@ class RunRecord:
     timings: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    ood: dict[str, dict[str, Any]] = field(default_factory=dict)
     per_class: dict[str, Any] = field(default_factory=dict)
     confusion: list[list[int]] = field(default_factory=list)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from torch import Tensor
 from noiseproof import metrics
 from noiseproof.losses import cross_entropy
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.preparation import Prepared
+from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import RunRecord, write_history
 from noiseproof.tables import PIECE, Strings, array_column, write_table
 
@@ -23,7 +23,7 @@ SHOWN = ("label", "suggested_label", "confidence", "clean_prob", "loss")
 
 
 def set_metrics(prepared: Prepared, logits: Mapping[str, Tensor]) -> dict[str, float]:
-    """Accuracy and macro-F1 of the test and validation sets, from their logits (N, C)."""
+    """Accuracy and macro-F1 of every set beside the training rows, from their logits (N, C)."""
     row = {}
     for name, scores in logits.items():
         labels = prepared.sets[name].labels
@@ -155,9 +155,24 @@ def test_metrics(
         "test_accuracy_best": max(curve),
         "test_accuracy_late": sum(late) / len(late),
         "test_macro_f1": measured["macro_f1"],
+        "test_mcc": measured["mcc"],
         "test_ece": measured["ece"],
         "test_nll": measured["nll"],
     }
+
+
+def ood_metrics(record: RunRecord, prepared: Prepared, logits: Mapping[str, Tensor]) -> None:
+    """Put the metrics of each test set from elsewhere into the record, under its name.
+
+    Args:
+        record: Gets them.
+        prepared: Has the sets.
+        logits: Of their rows (N, C), by the name of the set.
+    """
+    for name, scores in logits.items():
+        labels = prepared.sets[name].labels
+        measured = metrics.classification_metrics(scores, labels, prepared.num_classes)
+        record.ood[name.removeprefix(OOD)] = {"rows": len(labels), **measured}
 
 
 def write_results(
@@ -168,15 +183,13 @@ def write_results(
     write_table(samples, folder / "samples.parquet", overwrite=True)
     suspicious = np.flatnonzero(samples["suspicious"].to_numpy())
     worst = np.argsort(-samples["loss"].to_numpy()[suspicious], kind="stable")
-    texts = {"row_id": prepared.data.row_ids, "text": prepared.data.texts}
-    if prepared.data.text_pairs is not None:
-        texts["second_text"] = prepared.data.text_pairs
+    found = {"row_id": prepared.data.row_ids, **prepared.data.inputs.shown()}
 
     def pieces() -> Iterator[Any]:
         for start in range(0, max(1, len(worst)), PIECE):
             rows = suspicious[worst[start : start + PIECE]]
             piece = samples[list(SHOWN)].iloc[rows]
-            for place, (name, column) in enumerate(texts.items()):
+            for place, (name, column) in enumerate(found.items()):
                 piece.insert(place, name, list(Strings.of(column).take(rows)))
             yield piece
 

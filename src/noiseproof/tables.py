@@ -1,5 +1,8 @@
 """Tables in and out: CSV, TSV, JSON lines, Parquet, saved `datasets` folders and hub names.
 
+Also NumPy archives, whose arrays of more than one dimension are columns beside the frame, and
+folders of images, one folder per class.
+
 Whatever is wrong with a file becomes one line that names the file, the row and the remedy; nothing
 that pandas, pyarrow or datasets raise gets through. Files are read and written in pieces of `PIECE`
 rows. Texts are kept by Arrow, and where they are many, in a temporary file that is mapped into
@@ -24,7 +27,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
@@ -32,6 +35,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
+from noiseproof.arrays import arrays_of_split, read_npz, write_npz
 from noiseproof.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ __all__ = [
     "read_table",
     "read_utf8",
     "shorten",
+    "write_archive",
     "write_table",
 ]
 
@@ -67,8 +72,12 @@ _KINDS = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
+    ".npz": "npz",
 }
-_WRITABLE = (".csv", ".tsv", ".jsonl", ".parquet")
+WRITABLE = (".csv", ".tsv", ".jsonl", ".parquet")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LONGEST_CELL = 2**31 - 1  # the csv module stops at 131,072 letters; this is the largest C long
@@ -267,6 +276,8 @@ class Table:
     lines: Sequence[int] | None = None  # (N,) file line where each row starts
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     texts: Mapping[str, Strings] = field(default_factory=dict)  # columns as they were read
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # wide columns (N, ...)
+    base: Path | None = None  # folder that paths in the cells are relative to
 
     def __len__(self) -> int:
         """Count the rows, N."""
@@ -294,9 +305,15 @@ class Table:
         names = list(self.frame.columns)
         if column in names:
             return
+        if column in self.arrays:
+            raise InputError(
+                f"array {column!r} of {self.name} has the shape {self.arrays[column].shape}; "
+                f"expected one value a row ({purpose})"
+            )
         hint = nearest(column, names)
         if len(names) == 1 and (other := re.search(r"[;\t|,]", names[0])):
             hint = f"; is {other[0]!r} its separator? expected ',' in .csv and a tab in .tsv"
+        names += [f"{name} {array.shape}" for name, array in self.arrays.items()]
         raise InputError(
             f"{self.name} has no column {column!r} ({purpose}){hint}; columns: {shorten(names)}"
         )
@@ -352,17 +369,19 @@ def load_table(source: Source, split: str = "train", name: str = "the table") ->
     return table
 
 
-def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_writable(
+    path: str | Path, *, overwrite: bool = False, suffixes: Sequence[str] = WRITABLE
+) -> Path:
     """Refuse a place that `write_table` could not write to, before any work is done.
 
     Raises:
         InputError: Unsupported suffix, a folder, an existing file, or no folder to write in.
     """
     path = Path(path).expanduser()
-    if path.suffix.lower() not in _WRITABLE:
+    if path.suffix.lower() not in suffixes:
         raise InputError(
             f"cannot write {path}: unsupported suffix {path.suffix!r}; "
-            f"supported: {', '.join(_WRITABLE)}"
+            f"supported: {', '.join(suffixes)}"
         )
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
@@ -404,6 +423,32 @@ def write_table(
         raise InputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_archive(table: Table, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a table with all its arrays as a NumPy archive; whole or not at all.
+
+    Args:
+        table: Its columns become arrays of numbers or of text.
+        path: The .npz file to write.
+        overwrite: Whether a file that exists may be replaced.
+    """
+    path = check_writable(path, overwrite=overwrite, suffixes=(".npz",))
+    columns = {str(name): _narrow(column) for name, column in table.frame.items()}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write_npz(temporary, columns | dict(table.arrays))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {_reason(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _narrow(column: Any) -> np.ndarray:
+    """Make an array of a column: numbers as they are, anything else as text."""
+    values: np.ndarray = column.to_numpy()
+    return values.astype(str) if values.dtype.hasobject else values
 
 
 def array_column(values: np.ndarray) -> Any:
@@ -474,11 +519,16 @@ def _from_columns(columns: Mapping[str, Sequence[Any]], name: str) -> Table:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             kind = type(values).__name__
             raise InputError(f"column {key!r} of {name} must be a list of cells, got {kind}")
-    lists = {key: list(values) for key, values in columns.items()}
-    if len({len(values) for values in lists.values()}) > 1:
-        sizes = shorten([f"{key} {len(values)}" for key, values in lists.items()])
+    if len({len(values) for values in columns.values()}) > 1:
+        sizes = shorten([f"{key} {len(values)}" for key, values in columns.items()])
         raise InputError(f"the columns of {name} must have one length, got {sizes}")
-    return Table(_frame(lists), name)
+    wide: dict[str, np.ndarray] = {}
+    for key, values in columns.items():
+        if isinstance(values, np.ndarray) and values.ndim > 1:
+            wide[key] = values
+    lists = {key: list(values) for key, values in columns.items() if key not in wide}
+    rows = len(next(iter(columns.values()), ()))
+    return Table(_frame(lists, rows), name, arrays=wide)
 
 
 def _from_place(source: str | Path, split: str) -> Table:
@@ -491,7 +541,7 @@ def _from_place(source: str | Path, split: str) -> Table:
         return _from_folder(path, split)
     kind = _kind(path)
     if exists:
-        return _from_file(path, kind)
+        return replace(_from_file(path, kind, split), base=path.parent)
     has_folder = path.parent != Path() and path.parent.is_dir()
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not kind and not has_folder:
         return _from_hub(source, split)
@@ -502,10 +552,10 @@ def _from_place(source: str | Path, split: str) -> Table:
 def _kind(path: Path) -> str | None:
     suffix, zipped = path.suffix.lower(), path.suffix.lower() == ".gz"
     kind = _KINDS.get(path.with_suffix("").suffix.lower() if zipped else suffix)
-    return None if zipped and kind == "parquet" else kind
+    return None if zipped and kind in ("parquet", "npz") else kind
 
 
-def _from_file(path: Path, kind: str | None) -> Table:
+def _from_file(path: Path, kind: str | None, split: str) -> Table:
     if kind is None:
         raise InputError(
             f"{path} has the unsupported suffix {path.suffix!r}; supported: {', '.join(_KINDS)} "
@@ -517,6 +567,8 @@ def _from_file(path: Path, kind: str | None) -> Table:
         raise InputError(f"{path} is empty; expected a table with one row per example")
     if kind == "parquet":
         return _from_parquet(path)
+    if kind == "npz":
+        return _from_npz(path, split)
     with _opened(path) as file:
         if not any(map(str.strip, iter(lambda: file.read(1 << 16), ""))):
             raise InputError(f"{path} is empty; expected a table with one row per example")
@@ -641,11 +693,51 @@ def _from_parquet(path: Path) -> Table:
         raise InputError(f"cannot read {path} as Parquet: {_reason(error)}") from error
 
 
+def _from_npz(path: Path, split: str) -> Table:
+    """Arrays of one dimension are the frame; the others stand beside it."""
+    import pandas as pd
+
+    arrays = {name: a for name, a in arrays_of_split(read_npz(path), split).items() if a.ndim}
+    if len({len(array) for array in arrays.values()}) != 1:
+        sizes = shorten([f"{name} {array.shape}" for name, array in arrays.items()])
+        raise InputError(
+            f"the arrays of {path} must have one length, got {sizes or 'none'}; arrays of several "
+            "splits are told apart by their names, such as x_train and x_test"
+        )
+    columns = {name: pd.Series(array) for name, array in arrays.items() if array.ndim == 1}
+    rows = len(next(iter(arrays.values())))
+    wide = {name: array for name, array in arrays.items() if array.ndim > 1}
+    return Table(pd.DataFrame(columns, index=range(rows)), str(path), arrays=wide)
+
+
+def _from_image_folder(path: Path, split: str) -> Table | None:
+    """One row per image below a folder per class; None where there is no such folder.
+
+    A folder with the name of the split goes first, as in ``train/cat`` and ``test/cat``.
+    """
+    root = path / split if (path / split).is_dir() else path
+    found: dict[str, list[str]] = {"image": [], "label": []}
+    for folder in sorted(place for place in root.iterdir() if place.is_dir()):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+                found["image"].append(str(file.relative_to(root)))
+                found["label"].append(folder.name)
+    if not found["image"]:
+        return None
+    return Table(_frame(found, len(found["image"])), str(root), base=root)
+
+
 def _from_folder(path: Path, split: str) -> Table:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        images = _from_image_folder(path, split)
+        if images is not None:
+            return images
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _KINDS)
         hint = f"; give one of its files: {shorten(files)}" if files else ""
-        raise InputError(f"the folder {path} is no data set written by save_to_disk{hint}")
+        raise InputError(
+            f"the folder {path} holds no folders of images and is no data set written by "
+            f"save_to_disk{hint}"
+        )
     import datasets
 
     try:
@@ -733,11 +825,12 @@ class _Columns:
         return Table(pd.DataFrame(series), name, lines, texts=texts)
 
 
-def _frame(columns: Mapping[str, Sequence[Any]]) -> DataFrame:
+def _frame(columns: Mapping[str, Sequence[Any]], rows: int) -> DataFrame:
     """Make a frame whose cells stay the objects they are: no guessed type, no NaN for None."""
     import pandas as pd
 
-    return pd.DataFrame({key: pd.Series(values, dtype=object) for key, values in columns.items()})
+    made = {key: pd.Series(values, dtype=object) for key, values in columns.items()}
+    return pd.DataFrame(made, index=range(rows))
 
 
 def _from_arrow(table: Any) -> DataFrame:

@@ -14,6 +14,7 @@ from noiseproof.models import (
     head_modules,
     is_head,
     layer_modules,
+    main_input,
     new_modules,
     pooler_name,
     quiet,
@@ -90,7 +91,7 @@ def tune_model(
             without one do not read it.
         alpha: Scaling numerator of LoRA-like families; None is twice the rank.
         target_modules: Module names to adapt; None takes peft's choice for the architecture, and
-            where it has none every linear module of the layers.
+            where it has none every linear module of the layers, or every convolution.
         settings: Further fields of the peft config of this family.
         pooler: Train the encoder's pooler as well.
 
@@ -119,7 +120,7 @@ def tune_model(
     fields = {field.name for field in dataclasses.fields(config_class)}
     saved = head_modules(model) + new_modules(model) + (pooler_name(model) if pooler else [])
     given: dict[str, Any] = {
-        "task_type": peft.TaskType.SEQ_CLS,
+        "task_type": peft.TaskType.SEQ_CLS if main_input(model) == "input_ids" else None,
         "r": rank,
         "rank": rank,
         "lora_alpha": 2 * rank if alpha is None else alpha,
@@ -138,7 +139,8 @@ def tune_model(
             if "target_modules" in given or "specify `target_modules`" not in str(error):
                 raise
         kind = nn.LayerNorm if tune == "ln_tuning" else nn.Linear
-        given["target_modules"] = layer_modules(model, kind)
+        names = layer_modules(model, kind)
+        given["target_modules"] = names or layer_modules(model, nn.Conv2d)
         return _adapted(model, config_class(**given))
     except Exception as error:  # peft raises many types for what does not fit the model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -61,6 +61,8 @@ class Tuned(Method):
     dropout: float | None = None
     learning_rate: float | None = None
 
+    tasks: ClassVar[tuple[str, ...]] = ("text", "features", "image")
+
     def __post_init__(self) -> None:
         """Check the shared settings and then those of the method."""
         require(self.rank >= 1, f"{self.name}.rank must be at least 1, got {self.rank}")

@@ -6,14 +6,14 @@ arXiv:2403.06869. We had the released code, which covers images, and others' rea
 Idea: here the noise was in the pre-training: it flattens the spectrum of the features, which costs
 accuracy on shifted data above all. A small network behind the encoder repairs them, with nothing
 but features and labels, so the encoder may as well be a service.
-Steps: (1) F, one vector per text: the mean of the last hidden state over its tokens, computed once;
+Steps: (1) F, one vector per row: the mean of the last hidden state over its tokens, computed once;
 (2) Z = s h(F) + F with h = Linear(D, 4D), BatchNorm, ReLU, Linear(4D, D) and s of D numbers, 1 at
 first; logits are linear in Z; (3) minimise cross-entropy + lambda_mse x the distance of the
 normalised Z and F + lambda_cov x the squared covariances of the dimensions of Z + lambda_svd x
 minus the mean share of the svd_k leading singular values of Z, all on the rows of a step.
 With ``tune`` lora or full (journal form) there is no h and no distance: the other two terms act on
 what the last layer of the model's own head reads, the adapters on feed-forward layers alone.
-Deviations: text has one view of a row, not two augmented ones. Scales and biases do not decay, as
+Deviations: a row has one view, not two augmented ones. Scales and biases do not decay, as
 everywhere in this loop. A step of a single row, where BatchNorm has no statistics, is normalised by
 the running ones. The classifier starts from 0 in all presets, not at random (head_init=kaiming): at
 this rate some hundred steps do not undo a bad draw.
@@ -52,6 +52,7 @@ from noiseproof.models import (
     HEAD_FILE,
     encoder_layers,
     encoder_of,
+    encoder_width,
     head_modules,
     is_head,
     last_token,
@@ -304,9 +305,8 @@ class NMTune(Tuned):
             return tune_model(
                 model, self.tune, rank=self.rank, alpha=self.alpha, target_modules=names
             )
-        _, encoder = encoder_of(model)
-        config: Any = encoder.config
-        wrapped = ReshapedClassifier(model, self.head(config.hidden_size, model.config.num_labels))  # type: ignore[union-attr, arg-type]
+        config: Any = plain_model(model).config
+        wrapped = ReshapedClassifier(model, self.head(encoder_width(model), config.num_labels))
         set_trainable(wrapped, is_head(wrapped))
         return wrapped
 

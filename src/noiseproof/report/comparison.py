@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from noiseproof import charts
-from noiseproof.report import figures
+from noiseproof.report import figures, ood
 from noiseproof.report.blocks import (
     MISSING,
     Cell,
@@ -124,6 +124,7 @@ def _setting(grid: Grid, group: Group) -> Section:
             )
         )
     section.blocks.append(_headline(grid, group, rows))
+    section.blocks += _elsewhere(grid, group, rows)
     drawn = {row: cells[row] for row in grid.rows if cells.get(row)}
     curves = figures.learning_curves(drawn, grid.styles)
     dots = _dots(grid, group, rows)
@@ -170,6 +171,25 @@ def _headline(grid: Grid, group: Group, rows: Sequence[str]) -> Table:
         [[parts[index][row] for index in shown] for row in range(len(rows))],
         note,
     )
+
+
+def _elsewhere(grid: Grid, group: Group, rows: Sequence[str]) -> list[Table]:
+    """The test sets from elsewhere of one setting, a table of their own."""
+    names = ood.set_names(grid.runs(group))
+    if not names:
+        return []
+    measures = [measure for name in names for measure in ood.measures_of(name)]
+    parts = [_column(grid, group, measure, rows) for measure in measures]
+    columns = [Column(measure.title, measure.meaning) for measure in measures]
+    note = f"Accuracy and Matthews correlation (MCC) in percent, {_spread(grid)}. {ood.NOTE}"
+    return [
+        Table(
+            [Column("Method", numeric=False), *columns],
+            [[Cell(row), *(part[index] for part in parts)] for index, row in enumerate(rows)],
+            note,
+            "Test sets from elsewhere",
+        )
+    ]
 
 
 def _rates(grid: Grid) -> Section:

@@ -25,7 +25,7 @@ PLACES = ("grid", "part", "data", "noise", "model", "validation")
 FACETS = {
     "data": (
         "data", "test", "text", "label", "clean_label", "label_names", "drop_label", "row_id",
-        "sample", "split",
+        "sample", "split", "features", "image", "on_bad_image",
     ),
     "noise": ("noise", "noise_pool"),
     "model": ("model", "task"),
@@ -35,6 +35,7 @@ FACETS = {
 SEEDS = ("noise_seed", "train.seed", "train.init_seed", "train.order_seed")
 NEUTRAL = (
     "train.device", "train.precision", "train.micro_batch_size", "train.tracker", "probe_gradients",
+    "image_workers",
 )  # fmt: skip
 """Settings that say how a run is done and not what is done."""
 Group = tuple[str, ...]
@@ -360,9 +361,12 @@ def _validation(spec: Mapping[str, Any]) -> str:
 
 def _decisive(spec: Mapping[str, Any], facet: str) -> dict[str, Any]:
     """The settings that decide a facet."""
+    other_sets = [name for name in spec if name.startswith("test_ood.")]
     if facet != "method":
-        return {name: spec.get(name) for name in FACETS[facet]}
-    others = {name for names in FACETS.values() for name in names} | {*SEEDS, *NEUTRAL}
+        names = [*FACETS[facet], *(other_sets if facet == "data" else ())]
+        return {name: spec.get(name) for name in names}
+    others = {name for names in FACETS.values() for name in names}
+    others |= {*SEEDS, *NEUTRAL, *other_sets}
     return {name: value for name, value in spec.items() if name not in others}
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 
 from noiseproof.charts import Series, line_chart
-from noiseproof.report import figures
+from noiseproof.report import figures, ood
 from noiseproof.report.blocks import (
     MISSING,
     Block,
@@ -29,6 +29,7 @@ from noiseproof.report.runs import Found, Run, as_number, flat
 MOST_SUSPECTS = 20
 LONGEST_TEXT = 300
 MORE = {
+    "test_mcc": "Matthews correlation on the test set; 0 is what a constant answer gets.",
     "test_nll": "Negative log-likelihood of the test labels.",
     "test_accuracy_late": "Test accuracy, mean over the last half of the epochs.",
     "validation_accuracy": "Accuracy on the validation rows.",
@@ -56,6 +57,7 @@ def single_report(found: Found, baseline: str | None, title: str | None) -> Repo
     grid = Grid(found, None)
     sections = [
         Section("Overview", [_facts(run), _metrics(run, grid)]),
+        Section("Test sets from elsewhere", [*ood.table_of(run)]),
         Section("By epoch", _epochs(run)),
         Section("By class", _classes(run)),
         Section("Suspicious rows", [*_detection(run), *_suspects(run)]),
@@ -66,7 +68,7 @@ def single_report(found: Found, baseline: str | None, title: str | None) -> Repo
     ]
     search = search_table([run])
     if search:
-        sections.insert(5, Section("Search", [search]))
+        sections.insert(6, Section("Search", [search]))
     heading = title or found.grid.get("title") or f"{run.row} on {run.names['data']}"
     shown = [section for section in sections if section.blocks]
     return Report(heading, found.grid.get("description", ""), shown)
@@ -114,7 +116,8 @@ def _metrics(run: Run, grid: Grid) -> Table:
         value = run.metric(name)
         if value is not None:
             shown = quantity(value, 3) if name == "test_nll" else f"{percent(value)} %"
-            title = name.replace("test_nll", "test NLL").replace("_", " ")
+            title = name.replace("test_nll", "test NLL").replace("test_mcc", "test MCC")
+            title = title.replace("_", " ")
             rows.append([Cell(title[0].upper() + title[1:], "", None), Cell(shown, value=value),
                          Cell(meaning)])  # fmt: skip
     columns = [Column("Measure", numeric=False), Column("Value"), Column("Meaning", numeric=False)]

@@ -101,6 +101,8 @@ def _flat_run(run: Run) -> dict[str, object]:
     for name in ("injected_rate", "noise_rate"):
         row[name] = as_number(record.noise.get(name))
     row |= {name: as_number(value) for name, value in record.metrics.items()}
+    for name, values in record.ood.items():
+        row |= {f"ood.{name}.{key}": as_number(value) for key, value in values.items()}
     row |= {name: as_number(value) for name, value in record.timings.items()}
     row["peak_memory_mb"] = as_number(record.peak_memory_mb)
     for name in ("parameters", "trained_parameters"):

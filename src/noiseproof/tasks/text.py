@@ -1,58 +1,36 @@
-"""What a row is: how it is encoded into tensors, and how predictions on it are measured."""
+"""Texts, or pairs of texts, with one label each.
+
+columns of text -> `Texts` -> tokens in a file that is mapped into memory
+-> token ids and attention mask (B, T), padded batch by batch
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from noiseproof.data import Examples, Inputs, TextColumns, Texts
+from noiseproof.encoding import Encoded, cache_folder
 from noiseproof.errors import InputError
-from noiseproof.tables import let_go, map_table
+from noiseproof.models import load_saved_model, load_text_classifier, save_model
+from noiseproof.tables import Table, let_go, map_table
+from noiseproof.tasks.base import RowSettings, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENISE_ROWS = 1000  # rows a call of the tokenizer and of the Arrow writer
-
-
-class Encoded(ABC):
-    """Encoded rows, ready to be cut into batches."""
-
-    lengths: np.ndarray
-    """(N,) cost of a row, by which batches are bucketed."""
-
-    key: str = ""
-    """Digest of what the rows were encoded from; empty where there is none."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @abstractmethod
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Model inputs of the rows (B,), padded to the longest of them; CPU tensors."""
-
-
-class EncodedFeatures(Encoded):
-    """Rows that are one vector each: cached features of a frozen encoder."""
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-        self.lengths = np.ones(len(features), dtype=np.int64)
-
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The features of the rows (B, ...)."""
-        return {"features": self.features[torch.from_numpy(np.asarray(rows))]}
 
 
 class EncodedTexts(Encoded):
@@ -103,16 +81,6 @@ class EncodedTexts(Encoded):
         return tensors | {"attention_mask": torch.from_numpy(mask)}
 
 
-class Task(ABC):
-    """What a row is. One object per run; it knows the classes and the encoding."""
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Encoded:
-        """Encode rows, in order."""
-
-
 @dataclass(frozen=True)
 class TextClassification(Task):
     """Texts, or pairs of texts, with one label each.
@@ -126,12 +94,67 @@ class TextClassification(Task):
     max_length: int = 256
 
     name: ClassVar[str] = "text"
+    summary: ClassVar[str] = "texts or pairs of texts"
+    column: ClassVar[str] = "text"
+    default_model: ClassVar[str | None] = "minilm"
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> EncodedTexts:
+    @classmethod
+    def reader(cls, settings: RowSettings) -> TextColumns:
+        """Reads one or two text columns."""
+        return TextColumns(settings.text)
+
+    @classmethod
+    def load(
+        cls, model: Any, data: Examples, settings: RowSettings, *, reserved_tokens: int = 0
+    ) -> tuple[TextClassification, nn.Module]:
+        """Load an encoder with its tokenizer."""
+        if not isinstance(model, str | Path):
+            raise InputError(
+                f"a model for texts must be a name or a folder, got a {type(model).__name__}; its "
+                "tokenizer lies there too"
+            )
+        classifier, tokenizer = load_text_classifier(
+            str(model), data.label_names, reserved_tokens=reserved_tokens
+        )
+        return cls(tokenizer, settings.max_length), classifier
+
+    @classmethod
+    def load_saved(
+        cls, folder: Path, model: Any, settings: RowSettings
+    ) -> tuple[TextClassification, nn.Module]:
+        """Load what `save` wrote."""
+        classifier, tokenizer = load_saved_model(folder, model)
+        return cls(tokenizer, settings.max_length), classifier
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write model and tokenizer as transformers and peft do."""
+        save_model(model, self.tokenizer, folder)
+
+    def inputs_of(self, rows: Any, second: Any = None) -> Texts:
+        """Texts, and second texts where the rows are pairs."""
+        return Texts(rows, second)
+
+    def accept(self, inputs: Inputs, table: Table, trained: str) -> None:
+        """Refuse pairs where single texts were trained on, and the other way round."""
+        assert isinstance(inputs, Texts)
+        if (inputs.pairs is None) != ("," not in trained or trained in table.frame.columns):
+            given = "one" if inputs.pairs is None else "two"
+            raise InputError(
+                f"the model was trained on the text columns {trained!r}; give as many of them, "
+                f"got {given}"
+            )
+
+    def encode(
+        self, inputs: Inputs | Sequence[str], pairs: Sequence[str] | None = None
+    ) -> EncodedTexts:
         """Tokenise once into a memory-mapped Arrow file that later runs share.
 
         The file is keyed by texts, tokenizer and length; it lies under ``cache_folder()``.
         """
+        if isinstance(inputs, Texts):
+            texts, pairs = inputs.texts, inputs.pairs
+        else:
+            texts = cast("Sequence[str]", inputs)
         limit = min(self.max_length, int(self.tokenizer.model_max_length))
         key = _key(texts, pairs, self.tokenizer, limit)
         path = cache_folder() / "tokens" / f"{key}.arrow"
@@ -144,16 +167,6 @@ class TextClassification(Task):
         encoded = EncodedTexts(path, padding, left=self.tokenizer.padding_side == "left")
         encoded.key = key
         return encoded
-
-
-def cache_folder() -> Path:
-    """Where encodings are kept: ``$NOISEPROOF_CACHE``, else inside the cache of ``datasets``."""
-    chosen = os.environ.get("NOISEPROOF_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "noiseproof"
 
 
 def _key(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, limit: int) -> str:
