@@ -144,6 +144,7 @@ class CleaR(Method):
     target_modules: tuple[str, ...] | None = None
     dropout: float | None = 0.0
 
+    tasks: ClassVar[tuple[str, ...]] = ("text", "image")
     writes: ClassVar[tuple[str, ...]] = ("train_logits", "recorded")
 
     def __post_init__(self) -> None:
