@@ -275,7 +275,7 @@ def study(words: list[str]) -> None:
 
     Without a name it lists the studies. The same command continues a study that was stopped.
 
-    example: noiseproof study peft-under-noise --size small --out runs/study --workers 2
+    example: noiseproof study peft-under-noise tickets.csv --label intent --out runs/study
     """
     parser = _parser("study", "[NAME [DATA]] --out FOLDER [options]", study.__doc__)
     add = parser.add_argument
@@ -377,7 +377,7 @@ def methods(words: list[str]) -> None:
     console.print()
     console.print(table)
     console.print(f"\ntasks: {', '.join(chosen.tasks)}", highlight=False)
-    console.print(f"presets: {', '.join(chosen.presets())}", highlight=False)
+    console.print(f"presets: {', '.join(chosen.presets())}", highlight=False, soft_wrap=True)
 
 
 def demo(words: list[str]) -> None:

@@ -67,8 +67,8 @@ class Job:
         merge: Merge adapters into the encoder, so that model/ needs transformers alone.
         only_clean_rows: For studies: train on the rows alone whose label is right, with as many
             steps as all rows would take. Needs the true labels.
-        probe_gradients: For studies: measure after every epoch, on this many rows, how much of the
-            gradient comes from wrong labels; 0 does not. Needs the true labels.
+        probe_gradients: For studies: rows on which the gradient share of wrong labels is measured
+            after every epoch. Needs the true labels.
     """
 
     data: Any
