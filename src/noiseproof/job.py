@@ -46,7 +46,7 @@ class Job:
         row_id: Column that names the rows; without it rows are numbered from 0.
         label_names: File of class names (JSON list or one a line), for labels that are numbers.
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
-        sample: Train on this many rows only, drawn so that class shares stay the same.
+        sample: Train on this many rows only, with the class shares of all.
         split: Split of a hub data set, of a saved dataset dictionary or of a NumPy archive.
         task: Kind of row: text, features or image.
         features: Features of a row: an array, a column of lists, or columns of numbers such as
