@@ -51,7 +51,8 @@ class Tuned(Method):
         alpha: Scaling numerator of LoRA-like adapters; None is twice the rank.
         target_modules: Module names that get adapters; None takes peft's choice.
         dropout: Dropout of the encoder; None keeps the model's own.
-        learning_rate: None is 5e-5 (full), 5e-3 (head, bitfit), 1e-2 (prompt, prefix) or 2e-3.
+        learning_rate: None is 5e-5 (full), 5e-3 (head, bitfit), 5e-4 (adapter), 1e-2 (prompt,
+            prefix) or 2e-3.
     """
 
     tune: str = "full"

@@ -18,7 +18,7 @@ mixtures keep every row; evaluation is deterministic; dropout stays on after the
 depend on (seed, epoch, row) alone. ``prefix``, kinds of peft but LoRA, ``gate_unit=module`` and
 ``scoring=reuse`` are ours. The head is not protected from wrong labels, as published; the weights
 ``ce_weight`` and ``consistency_weight`` are inactive lines of the released code and did not help,
-see docs/results/clear.md.
+see docs/results/clear-defaults.md.
 Settings: gamma = 0.8 (swept in the paper), a warm-up of half of the epochs (ours, by held-out rows
 with noisy labels, see docs/results/clear-defaults.md; 3 to 10 of 20 in the paper, 3 in the released
 code), lambda_consistency = 1, temperature = 1, scoring_passes = 1 (released code; 5 in the paper),
@@ -96,7 +96,8 @@ class CleaR(Method):
         dropout_after_warmup: False turns dropout off in routed epochs, as the released code does.
         eval_gate: all_on, expected (gate = gamma), sample, or mean (of eval_passes samples).
         eval_passes: Passes of eval_gate=mean.
-        learning_rate: Peak rate; None is 2e-3, 5e-3 (bitfit) or 1e-2 (prompt, prefix).
+        learning_rate: Peak rate; None is 2e-3, 5e-4 (adapter), 5e-3 (bitfit) or 1e-2 (prompt,
+            prefix).
         rank: Rank of LoRA and other low-rank families.
         alpha: LoRA scaling numerator; None is twice the rank.
         lora_dropout: Dropout on the input of LoRA's A.
