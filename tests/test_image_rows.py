@@ -392,7 +392,6 @@ def test_an_interrupted_run_goes_on_with_the_same_pictures(tmp_path: Path) -> No
         ({"image_size": 0}, "image_size must lie in"),
         ({"image_workers": -1}, "image_workers must lie in"),
         ({"model": "minilm"}, "task 'image' needs a model: give model"),
-        ({"method": noiseproof.CleaR()}, "CleaR does not support task 'image'"),
     ],
 )
 def test_settings_of_images_are_checked_before_anything_is_read(
