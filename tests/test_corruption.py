@@ -16,7 +16,7 @@ from noiseproof.data import FOREIGN, read_examples
 from noiseproof.errors import InputError
 from noiseproof.noise import Corruption
 from noiseproof.tables import read_table, write_table
-from tiny import table
+from tiny import table, train_settings
 
 
 @pytest.fixture
@@ -228,3 +228,36 @@ def test_open_set_noise_counts_as_wrong_inside_a_run_and_from_a_file(
         assert result.samples["clean_label"].isna().tolist() == foreign.tolist()
     assert inside.record.metrics == after.record.metrics
     assert inside.record.metrics["detection_auroc"] is not None
+
+
+def test_text_noise_changes_texts_and_leaves_labels(tmp_path: Path) -> None:
+    """Both columns of a pair; the label stays right, so nothing counts as a wrong label."""
+    rows = table(60, seed=1).drop(columns="clean_label")
+    noisy, done = noiseproof.corrupt(rows, "text:0.5", text="text,context", seed=3)
+    assert noisy["label"].tolist() == rows["label"].tolist() and done.noise_rate == 0
+    changed = (noisy[["text", "context"]] != rows[["text", "context"]]).any(axis=1).to_numpy()
+    assert np.array_equal(changed, done.extras["text_changed"]) and 0.3 < changed.mean() < 0.7
+
+
+def test_text_noise_needs_texts() -> None:
+    """A matrix of features has no characters to delete."""
+    rows = {"features": [[0.1, 0.2], [0.3, 0.4]], "label": ["a", "b"]}
+    with pytest.raises(InputError, match="text noise needs rows of texts, these are"):
+        noiseproof.corrupt(rows, "text:0.5", task="features")
+
+
+def test_a_run_trains_on_corrupted_texts_and_says_how_many(tiny_model: Path) -> None:
+    """`fit --noise text:0.4`: the same rows and texts as `corrupt` with the same seed."""
+    rows = table(60, seed=1).drop(columns="clean_label")
+    method = noiseproof.CrossEntropy()
+    run = noiseproof.fit(
+        rows,
+        model=str(tiny_model),
+        method=method,
+        noise="text:0.4",
+        noise_seed=5,
+        train=train_settings(epochs=1),
+    )
+    _, done = noiseproof.corrupt(rows, "text:0.4", seed=5)
+    assert run.record.noise["text_rate"] == done.extras["text_changed"].mean() > 0.2
+    assert run.record.noise["noise_rate"] == 0.0

@@ -22,14 +22,14 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "regularizers",
         "selection",
         "mixture",
-        "noise",
+        "textnoise",
         "metrics",
         "spectrum",
         "arrays",
         "statistics",
         "charts",
     ),
-    2: ("method", "tables", "models", "encoding"),
+    2: ("method", "noise", "tables", "models", "encoding"),
     3: ("adapters", "data", "modules", "precision", "features"),
     4: ("tuning", "tasks", "engine", "checkpoint", "record", "gradients"),
     5: ("methods", "loop"),
@@ -139,7 +139,7 @@ def test_methods_know_no_loop_and_the_loop_knows_no_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["tables", *(r for r in FLOORS[1] if (PACKAGE / f"{r}.py").exists())]
+    "room", ["tables", "noise", *(r for r in FLOORS[1] if (PACKAGE / f"{r}.py").exists())]
 )
 def test_the_ground_floor_is_pure(room: str) -> None:
     """Formulas and readers must be testable without a model library."""

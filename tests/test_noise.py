@@ -506,8 +506,8 @@ def test_a_bad_matrix_is_not_saved(tmp_path):
 # ------------------------------------------------------------------ error messages
 
 NAMES = (
-    "symmetric, pairflip, transition, instance, openset, annotators, symmetric-redraw, asymmetric, "
-    "none"
+    "symmetric, pairflip, transition, instance, openset, text, annotators, symmetric-redraw, "
+    "asymmetric, none"
 )
 
 

@@ -233,8 +233,12 @@ def corrupt(words: list[str]) -> None:
     if matrix_file is not None:
         save_transition(Path(matrix_file).expanduser(), corruption.transition)
     changed = int(corruption.mask.sum())
+    texts = ""
+    if "text_changed" in corruption.extras:
+        texts = f"texts of {int(corruption.extras['text_changed'].sum())} rows corrupted, "
     print(
-        f"{changed} of {len(table)} rows changed (realised rate {corruption.noise_rate:.4f}, "
+        f"{texts}{changed} of {len(table)} rows changed "
+        f"(realised rate {corruption.noise_rate:.4f}, "
         f"asked {corruption.spec}, seed {corruption.seed}): {given.out}"
     )
 

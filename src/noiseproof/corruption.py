@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def corrupt(data: Source, noise: str, **settings: Any) -> tuple[Any, Corruption]:
-    """Corrupt the labels (or, with open-set noise, the inputs) of a table.
+    """Corrupt the labels (or, with open-set and text noise, the inputs) of a table.
 
     Args:
         data: Rows, read like training data.
@@ -65,7 +65,7 @@ def corrupt_table(
         seed: Seed of the noise.
         clean_label: New column that keeps the true labels. A row whose input was replaced has none:
             it gets `noiseproof.data.FOREIGN`.
-        task: Kind of the rows; they are read by instance-dependent and open-set noise only.
+        task: Kind of the rows; they are read by instance-dependent, open-set and text noise only.
         model: Encoder whose frozen features steer instance-dependent noise; None is the default of
             the task.
         noise_pool: File of foreign rows for open-set noise.
@@ -96,7 +96,8 @@ def corrupt_table(
     labels, names = read_labels(data, label, split)
     reader = kind.reader(settings)
     features, pool, pool_rows = None, None, None
-    if model_of_noise.needs_features or model_of_noise.needs_pool:
+    reads = model_of_noise.needs_features or model_of_noise.needs_pool
+    if reads or model_of_noise.needs_texts:
         if label in reader.columns(table):
             raise InputError(
                 f"column {label!r} cannot be both {reader.kind} and label; give another "
@@ -114,6 +115,7 @@ def corrupt_table(
         seed,
         features=features,
         pool_size=None if pool_rows is None else len(pool_rows),
+        texts=inputs.as_texts() if model_of_noise.needs_texts else None,
     )
     noisy = _relabelled(table.frame[label], labels, corruption.labels, names)
     truth = table.frame[label]
@@ -122,6 +124,10 @@ def corrupt_table(
     table = dataclasses.replace(
         table, frame=table.frame.assign(**{clean_label: truth, label: noisy})
     )
+    if model_of_noise.needs_texts:
+        texts = corruption.extras["texts"].T.tolist()
+        columns = dict(zip(reader.columns(table), texts, strict=True))
+        table = dataclasses.replace(table, frame=table.frame.assign(**columns))
     if pool is not None:
         table = _replaced(table, pool, reader, corruption)
     if out is not None:

@@ -88,6 +88,14 @@ class Inputs(ABC):
         """Give the columns (N,) by which a person finds a row again, beside its id."""
         return {}
 
+    def as_texts(self) -> list[tuple[str, ...]]:
+        """Give the texts of every row together: one, or the two of a pair.
+
+        Raises:
+            InputError: The rows are no texts.
+        """
+        raise InputError(f"text noise needs rows of texts, these are {type(self).__name__.lower()}")
+
 
 @dataclass(frozen=True, eq=False)
 class Texts(Inputs):
@@ -121,6 +129,15 @@ class Texts(Inputs):
             Strings.of(self.texts).take(rows),
             None if pairs is None else Strings.of(pairs).take(rows),
         )
+
+    def as_texts(self) -> list[tuple[str, ...]]:
+        """Give the texts of every row together: one, or the two of a pair.
+
+        >>> Texts(["a", "b"], ["c", "d"]).as_texts()
+        [('a', 'c'), ('b', 'd')]
+        """
+        columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
+        return list(zip(*columns, strict=True))
 
     def replaced(self, rows: Ints, pool: Texts, chosen: Ints) -> Texts:
         """Put texts of a pool in the place of these rows."""

@@ -5,8 +5,8 @@ were hit, and the realised rate and transition matrix. `parse_noise` reads the s
 text such as `symmetric:0.4` or `pairflip:0.2,step=-1+openset:0.1`.
 
 One seed decides one noise draw, apart from the seeds of initialisation and order. `Symmetric`,
-`PairFlip` and `OpenSet` hit, for one seed, nested sets of rows: those hit at rate 0.2 are also hit
-at 0.4, so that a sweep over rates compares like with like.
+`PairFlip`, `OpenSet` and `TextCorruption` hit, for one seed, nested sets of rows: those hit at rate
+0.2 are also hit at 0.4, so that a sweep over rates compares like with like.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from noiseproof.errors import InputError, unknown_name
+from noiseproof.textnoise import OPERATIONS, TextNoise, row_random
 
 Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -54,6 +56,7 @@ class _Draw:
     rng: np.random.Generator
     features: npt.NDArray[Any]  # (N, D); (N, 0) where the model needs none
     pool_size: int  # 0 where the model needs none
+    texts: Sequence[tuple[str, ...]]  # N rows of texts; empty where the model needs none
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class NoiseModel(ABC):
     example: ClassVar[str]
     needs_features: ClassVar[bool] = False
     needs_pool: ClassVar[bool] = False
+    needs_texts: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:
@@ -81,6 +85,7 @@ class NoiseModel(ABC):
         *,
         features: npt.ArrayLike | None = None,
         pool_size: int | None = None,
+        texts: Sequence[tuple[str, ...]] | None = None,
     ) -> Corruption:
         """Corrupt the labels (N,); the same seed gives the same answer, arguments stay as they are.
 
@@ -90,6 +95,7 @@ class NoiseModel(ABC):
             seed: seed of this draw; the global random state is not touched.
             features: (N, D), only for models with `needs_features`.
             pool_size: number of foreign rows to draw from, only for models with `needs_pool`.
+            texts: the texts of every row, only for models with `needs_texts`.
 
         >>> PairFlip(1.0).apply([0, 1, 2], num_classes=3, seed=0).labels.tolist()
         [1, 2, 0]
@@ -105,11 +111,13 @@ class NoiseModel(ABC):
             )
         if self.needs_features and features is None:
             raise InputError(f"'{self.spec}' needs features (N, D), such as embeddings")
+        if self.needs_texts and (texts is None or len(texts) != len(given)):
+            raise InputError(f"'{self.spec}' needs texts, the texts of each of {len(given)} rows")
         matrix = np.empty((len(given), 0))
         if self.needs_features and features is not None:
             matrix = _check_features(np.asarray(features), len(given))
         rng = np.random.default_rng([SALT, int(seed)])
-        draw = _Draw(int(num_classes), rng, matrix, int(pool_size or 0))
+        draw = _Draw(int(num_classes), rng, matrix, int(pool_size or 0), texts or ())
         clean = given.astype(np.int64)  # a copy
         noisy, extras = self._corrupt(clean.copy(), draw)
         mask = noisy != clean
@@ -326,6 +334,55 @@ class OpenSet(NoiseModel):
 
 
 @dataclass(frozen=True)
+class TextCorruption(NoiseModel):
+    """Text noise: labels stay, words are shuffled and characters inserted and deleted.
+
+    Source: the noise that LoPE's paper adds to data (Wang et al., 2025, arXiv:2505.23868) names the
+        three kinds and a rate; units and strengths are ours.
+    Formula: `unit=sample`: a row is hit with probability `rate` and gets one kind, all its texts
+        alike: words shuffled in windows of `window` (0: the whole text), or a share `strength` of
+        its characters inserted or deleted. `unit=word`, `unit=char`: every word or character is hit
+        on its own. `kind=insert;delete` leaves out the others; `charset=keyboard` inserts
+        neighbours on a keyboard.
+    Truth: the label stays right, so `mask` does not count the row.
+    Realised rate: 0 wrong labels; the share of rows whose texts changed is `text_rate` in the
+        record, about `rate` for unit=sample.
+    Extras: `texts` (N, K) the new texts, `text_changed` (N,) where they differ.
+    """
+
+    name: ClassVar[str] = "text"
+    example: ClassVar[str] = "text:0.05,unit=word"
+    needs_texts: ClassVar[bool] = True
+    rate: float
+    unit: str = "sample"
+    kind: str = "all"
+    strength: float = 0.1
+    window: int = 4
+    charset: str = "ascii"
+
+    def __post_init__(self) -> None:
+        _settle(self, "rate", 0, 1)
+        _settle(self, "strength", 0, 1)
+        _settle(self, "window", 0, whole=True)
+        for setting in ("unit", "kind", "charset"):
+            object.__setattr__(self, setting, str(getattr(self, setting)))
+        self._noise()
+
+    def _noise(self) -> TextNoise:
+        kinds = OPERATIONS if self.kind == "all" else tuple(self.kind.split(";"))
+        return TextNoise(self.rate, self.unit, kinds, self.strength, self.window, self.charset)
+
+    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+        noise = self._noise()
+        seed = int(draw.rng.integers(2**63))  # one draw, so that rows do not depend on each other
+        texts = np.empty((len(labels), len(draw.texts[0])), dtype=object)
+        for row, given in enumerate(draw.texts):
+            texts[row] = noise.apply(given, row_random("data-noise", seed, row))
+        changed = (texts != np.array(draw.texts, dtype=object)).any(axis=1)
+        return labels, {"texts": texts, "text_changed": changed}
+
+
+@dataclass(frozen=True)
 class Annotators(NoiseModel):
     """A crowd: every worker has an own error rate and own confusions.
 
@@ -405,10 +462,10 @@ class Mixture(NoiseModel):
         plain = [isinstance(p, NoiseModel) and not isinstance(p, Mixture) for p in self.parts]
         if len(plain) < 2 or not all(plain):
             raise InputError("Mixture needs at least two noise models, none of them a Mixture")
-        for kind in (OpenSet, Annotators):  # their extras describe one draw
+        for kind in (OpenSet, TextCorruption, Annotators):  # their extras describe one draw
             if sum(isinstance(part, kind) for part in self.parts) > 1:
                 raise InputError(f"noise '{self.spec}': '{kind.name}' may occur only once")
-        for need in ("needs_features", "needs_pool"):  # here they depend on the parts
+        for need in ("needs_features", "needs_pool", "needs_texts"):  # of the parts, here
             object.__setattr__(self, need, any(getattr(part, need) for part in self.parts))
 
     @property
@@ -426,7 +483,15 @@ class Mixture(NoiseModel):
 
 NOISE_MODELS: dict[str, type[NoiseModel]] = {
     kind.name: kind
-    for kind in (Symmetric, PairFlip, Transition, InstanceDependent, OpenSet, Annotators)
+    for kind in (
+        Symmetric,
+        PairFlip,
+        Transition,
+        InstanceDependent,
+        OpenSet,
+        TextCorruption,
+        Annotators,
+    )
 }
 _NAMES: dict[str, tuple[type[NoiseModel], dict[str, Any]]] = {
     **{name: (kind, {}) for name, kind in NOISE_MODELS.items()},
@@ -614,7 +679,7 @@ def _text(value: object) -> str:
     """A setting as `parse_noise` reads it."""
     if isinstance(value, tuple):
         return ";".join(f"{a}>{b}" for a, b in value)
-    return repr(value)
+    return value if isinstance(value, str) else repr(value)
 
 
 def _choose(weights: Floats, rng: np.random.Generator) -> Labels:

@@ -13,6 +13,7 @@ from torch import Tensor
 from noiseproof.data import (
     Examples,
     Inputs,
+    Texts,
     read_examples,
     read_inputs,
     read_label_names,
@@ -138,6 +139,8 @@ class Prepared:
                 "injected_rate": self.corruption.noise_rate,
                 "transition": self.corruption.transition.tolist(),
             }
+            if "text_changed" in self.corruption.extras:
+                record.noise["text_rate"] = float(self.corruption.extras["text_changed"].mean())
         if self.wrong is not None:
             record.noise["noise_rate"] = float(self.wrong.mean())
         record.versions = versions()
@@ -211,9 +214,12 @@ class Prepared:
             self.seeds["noise"],
             features=features,
             pool_size=None if pool is None else len(pool),
+            texts=data.inputs.as_texts() if noise.needs_texts else None,
         )
         known = data.clean_labels is not None
         data = data.with_labels(corruption.labels, old_are_clean=not known)
+        if noise.needs_texts:
+            data = dataclasses.replace(data, inputs=Texts(*corruption.extras["texts"].T.tolist()))
         if pool is None:
             return data
         return replace_inputs(data, corruption.extras["replacement"], pool)
