@@ -766,7 +766,7 @@ SETTING = [
     ("boolean", f"{FIT} --merge maybe", r"--merge: expected true or false, got 'maybe'$"),
     ("list", f"{FIT} --method.target_modules q", r"expected a JSON list or null, got 'q'$"),
     ("no value", f"{FIT} --train.epochs", r"--train\.epochs needs a value: a whole number$"),
-    ("few epochs", f"{FIT} --train.epochs 1", r"train\.epochs=1 must exceed warmup_epochs=1"),
+    ("few epochs", f"{FIT} --train.epochs 3", r"train\.epochs=3 must exceed warmup_epochs=3"),
     ("best of none", f"{FIT} --train.select best", r"select=best needs validation rows; give"),
     ("unsaid", f"{FIT} --validation test.csv", r"say whether .*validation_labels must be clean"),
     ("trusted share", f"{FIT} --validation 0.2 --validation-labels clean", r"share .* are noisy"),
