@@ -928,6 +928,7 @@ def test_a_run_that_ends_in_the_warm_up_is_refused() -> None:
     assert CleaR(warmup_epochs=3).stages(4) == [Stage("train", 4, learning_rate=2e-3)]
     with pytest.raises(InputError, match=r"train\.epochs=1 must exceed warmup_epochs=1"):
         CleaR(warmup_epochs=None).stages(1)
+    assert CleaR.preset("plain").stages(1)[0].epochs == 1  # it never routes
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(2, 1), (3, 1), (6, 3), (10, 5), (20, 10)])

@@ -280,7 +280,7 @@ class CleaR(Method):
         """One stage: a new one would mean a fresh optimizer."""
         warmup = self.warmup(epochs)
         require(
-            epochs > warmup,
+            self._plain or epochs > warmup,
             f"CleaR would never route: train.epochs={epochs} must exceed warmup_epochs={warmup}",
         )
         return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.peft))]

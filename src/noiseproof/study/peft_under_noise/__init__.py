@@ -119,6 +119,6 @@ def _tuned(part: str) -> dict[str, Any]:
 
 
 def _plain(family: Family, capacity: int | None = None) -> dict[str, Any]:
-    """Ordinary adapters; their warm-up is none, it only has to be shorter than the run."""
-    settings: dict[str, Any] = {"name": "CleaR:plain", "peft": family.name, "warmup_epochs": 1}
+    """Ordinary adapters."""
+    settings: dict[str, Any] = {"name": "CleaR:plain", "peft": family.name}
     return settings if capacity is None else settings | {family.capacity: capacity}
