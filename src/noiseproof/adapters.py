@@ -258,8 +258,6 @@ class ShallowPrompt(Part):
     They take no position: the tokens keep theirs. One gate a row holds for all layers.
     """
 
-    capturing = False
-
     def __init__(self, gates: Gates, size: int, width: int) -> None:
         super().__init__(gates, 0)
         self.vectors = nn.Parameter(torch.randn(size, width) * START_STD)
