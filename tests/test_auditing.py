@@ -89,14 +89,15 @@ def test_useless_features_are_called_so() -> None:
     labels = torch.arange(600) % 3
     planted, least, most = planted_errors(features, labels, 3)
     assert least is not None and abs(least - 0.5) < 0.12
-    summary = {"planted": planted, "planted_auroc": least, "planted_auroc_most": most}
-    assert verdict(summary).startswith("Do not trust this list")
-    good = {"planted": 50, "planted_auroc": 0.97, "planted_auroc_most": 0.98}
-    assert verdict(good).startswith("Random errors are seen well: 50 labels")
-    between = {"planted": 50, "planted_auroc": 0.72, "planted_auroc_most": 0.97}
-    assert verdict(between).startswith("A help, not a judge")
-    unknown = {"planted": 0, "planted_auroc": None, "planted_auroc_most": None}
-    assert verdict(unknown).startswith("Whether errors can be seen could not be tested")
+    for low, high, agreement, said in (
+        (least, most, 0.2, "Do not trust this list"),
+        (0.97, 0.98, 0.2, f"Random errors are seen well: {planted} labels"),
+        (0.72, 0.97, 0.2, "A help, not a judge"),
+        (0.60, 1.00, 0.03, "Do not trust this list"),  # the features say nothing of the labels
+        (None, None, 0.2, "Whether errors can be seen could not be tested"),
+    ):
+        bounds = {"planted_auroc": low, "planted_auroc_most": high}
+        assert verdict({"planted": planted, "agreement": agreement, **bounds}).startswith(said)
 
 
 @pytest.mark.parametrize(("rate", "classes"), [(0.0, 5), (0.3, 5), (0.2, 2), (0.4, 2)])

@@ -44,6 +44,7 @@ from noiseproof.tables import Strings, read_table
 PLANTED_SHARE = 0.05  # labels that are flipped on purpose ...
 LEAST_PLANTED = 40  # ... and how many at least, for a number that means something
 GOOD, FAIR = 0.9, 0.75  # AUROC of finding them
+LEAST_AGREEMENT = 0.05  # kappa of labels and features; below it features say nothing of labels
 SURE = 0.5  # what a look must give another label to be a reason
 
 
@@ -250,7 +251,8 @@ def off_diagonal(probabilities: Tensor, labels: Tensor) -> float:
 def verdict(summary: Mapping[str, Any]) -> str:
     """What the numbers of an audit mean, in words.
 
-    >>> verdict({"planted": 50, "planted_auroc": 0.52, "planted_auroc_most": 0.55})[:47]
+    >>> bounds = {"planted_auroc": 0.52, "planted_auroc_most": 0.55}
+    >>> verdict({"planted": 50, "agreement": 0.2, **bounds})[:47]
     'Do not trust this list: of 50 labels flipped on'
     """
     planted, least, most = (
@@ -263,7 +265,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     if least is None or most is None:
         return f"Whether errors can be seen could not be tested. {rule}"
     number = f"AUROC {least:.2f}" if most - least < 0.02 else f"AUROC {least:.2f} to {most:.2f}"
-    if most < FAIR:
+    if most < FAIR or summary["agreement"] < LEAST_AGREEMENT:
         return (
             f"Do not trust this list: of {planted} labels flipped on purpose it finds little more "
             f"than chance would ({number}; chance is 0.5). The features do not tell the classes "
