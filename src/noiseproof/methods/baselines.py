@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -30,6 +31,7 @@ from noiseproof.method import (
     Run,
     Stage,
     logits_of,
+    losses_of,
     require,
     require_range,
 )
@@ -140,7 +142,8 @@ class LabelSmoothing(Tuned):
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Smoothed cross-entropy."""
-        return label_smoothing(logits_of(model, batch), batch.labels, self.smoothing).mean()
+        loss = partial(label_smoothing, smoothing=self.smoothing)
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,8 @@ class GCE(Tuned):
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """GCE."""
-        return generalized_cross_entropy(logits_of(model, batch), batch.labels, self.q).mean()
+        loss = partial(generalized_cross_entropy, q=self.q)
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -195,14 +199,13 @@ class SCE(Tuned):
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """SCE."""
-        loss = symmetric_cross_entropy(
-            logits_of(model, batch),
-            batch.labels,
-            self.ce_weight,
-            self.reverse_weight,
-            self.log_zero,
+        loss = partial(
+            symmetric_cross_entropy,
+            alpha=self.ce_weight,
+            beta=self.reverse_weight,
+            log_zero=self.log_zero,
         )
-        return loss.mean()
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,8 @@ class Bootstrapping(Tuned):
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Bootstrapped cross-entropy."""
-        return bootstrapping(logits_of(model, batch), batch.labels, self.beta, self.hard).mean()
+        loss = partial(bootstrapping, beta=self.beta, hard=self.hard)
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -388,7 +392,7 @@ class SmallLoss(Tuned):
         """Columns ``loss``, ``clean_prob`` and ``keep`` (N,)."""
         if run.epoch < self.warmup_epochs:
             return {}
-        loss = cross_entropy(run.predict(), run.labels)  # (N,)
+        loss = run.losses()  # (N,)
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
         run.log(**fit.summary())
         keep = fit.clean_prob > self.threshold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from noiseproof.encoding import Encoded, EncodedFeatures, cache_folder
 from noiseproof.errors import InputError, unknown_name
-from noiseproof.tasks.base import RowSettings, Task
+from noiseproof.tasks.base import LabelColumns, RowSettings, Task
 from noiseproof.tasks.features import FeatureClassification
 from noiseproof.tasks.images import ImageClassification
 from noiseproof.tasks.text import EncodedTexts, TextClassification
@@ -16,6 +16,7 @@ __all__ = [
     "EncodedTexts",
     "FeatureClassification",
     "ImageClassification",
+    "LabelColumns",
     "RowSettings",
     "Task",
     "TextClassification",
