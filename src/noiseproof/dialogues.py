@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from noiseproof.data import Examples, Inputs, Ints, Reader, content_of, read_row_ids
 from noiseproof.errors import InputError
-from noiseproof.tables import Source, Strings, Table, load_table
+from noiseproof.tables import Strings, Table, load_table
+
+if TYPE_CHECKING:
+    from noiseproof.tables import Source
 
 ROLES = ("system", "user", "assistant", "tool")
 CHOICES, ANSWER = "choices", "answer"  # columns of a test set
@@ -184,6 +187,13 @@ class DialogueColumns(Reader):
             table.require(self.clean_label, "true responses")
             truth = _texts(table, self.clean_label, rows, "true response")
         return Dialogues(prompts, responses, truth, chat, choices, answers)
+
+    def ends_in_response(self, table: Table) -> bool:
+        """Whether the first row is a chat whose last turn is the assistant's."""
+        if not len(table):
+            return False
+        first = _picked(table, self.columns(table)[0], np.arange(1))[0]
+        return _is_chat(first) and first[-1].get("role") == "assistant"
 
     def _choices(
         self, table: Table, rows: Ints

@@ -159,7 +159,14 @@ def run_job(
         )
         samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
         _conclude(record, prepared, outcome, samples, measure)
-        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.column)
+        predictor = Predictor(
+            outcome.model,
+            prepared.task,
+            prepared.data.label_names,
+            job.column,
+            job.rows,
+            job.label,
+        )
         if folder is not None and main:
             if job.merge:
                 predictor.model = merged(predictor.model)

@@ -42,6 +42,9 @@ from noiseproof.selection import estimate_transition, lowest
 from noiseproof.tuning import tune_model, usual_rate, virtual_tokens
 
 
+ALL_TASKS = ("text", "features", "image", "causal-lm")
+
+
 @dataclass(frozen=True)
 class Tuned(Method):
     """Shared settings of the baselines.
@@ -120,6 +123,8 @@ class CrossEntropy(Tuned):
     Cost: no extra pass.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
 
 @dataclass(frozen=True)
 class LabelSmoothing(Tuned):
@@ -135,6 +140,8 @@ class LabelSmoothing(Tuned):
     """
 
     smoothing: float = 0.1
+
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
 
     def check(self) -> None:
         """Smoothing lies in [0, 1)."""
@@ -161,6 +168,8 @@ class GCE(Tuned):
     """
 
     q: float = 0.7
+
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
 
     def check(self) -> None:
         """The exponent lies in (0, 1]."""
@@ -190,6 +199,8 @@ class SCE(Tuned):
     ce_weight: float = 0.1
     reverse_weight: float = 1.0
     log_zero: float = -4.0
+
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
 
     def check(self) -> None:
         """Weights are not negative, the stand-in for log 0 is."""
@@ -224,6 +235,8 @@ class Bootstrapping(Tuned):
 
     beta: float = 0.8
     hard: bool = True
+
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
 
     def check(self) -> None:
         """The weight lies in [0, 1]."""
@@ -375,6 +388,8 @@ class SmallLoss(Tuned):
     threshold: float = 0.5
     clean_share: float | None = None
     mixture: LossMixture = field(default_factory=LossMixture)
+
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
 
     def check(self) -> None:
         """Warm-up, threshold and share are in range."""

@@ -163,6 +163,11 @@ class Task(ABC):
         """Finds the inputs in a table."""
 
     @classmethod
+    def reader_of_new(cls, settings: RowSettings, table: Table, label: str) -> Reader:
+        """Finds the inputs in a table of new rows, with labels where they are part of the rows."""
+        return cls.reader(settings)
+
+    @classmethod
     def examples(
         cls, source: Source, settings: RowSettings, columns: LabelColumns, split: str, role: str
     ) -> Examples:
