@@ -46,10 +46,12 @@ __all__ = [
     "Reader",
     "TextColumns",
     "Texts",
+    "content_of",
     "read_examples",
     "read_inputs",
     "read_label_names",
     "read_labels",
+    "read_row_ids",
     "read_table",
     "read_texts",
     "stratified_sample",
@@ -96,6 +98,27 @@ class Inputs(ABC):
         """
         raise InputError(f"text noise needs rows of texts, these are {type(self).__name__.lower()}")
 
+    def with_texts(self, texts: npt.NDArray[Any]) -> Inputs:
+        """Put other texts (N, K) in the place of those that `as_texts` gives."""
+        raise NotImplementedError(f"{type(self).__name__} has no texts")
+
+    def with_responses(self, responses: Sequence[str]) -> Inputs:
+        """Put other responses (N,) in place of the given ones."""
+        raise NotImplementedError(f"{type(self).__name__} has no responses")
+
+    @property
+    def right(self) -> Ints | None:
+        """Labels of the truth (N,) where labels are texts: 0 if right, -1 if wrong; else None."""
+        return None
+
+    def trusted(self) -> Inputs:
+        """Give the rows with the true labels, where labels are part of them."""
+        return self
+
+    def labels_shown(self) -> dict[str, Any]:
+        """Give the columns of the labels, where labels are part of the rows."""
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class Texts(Inputs):
@@ -139,6 +162,10 @@ class Texts(Inputs):
         columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
         return list(zip(*columns, strict=True))
 
+    def with_texts(self, texts: npt.NDArray[Any]) -> Texts:
+        """Put other texts (N, 1), or pairs (N, 2), in their place."""
+        return Texts(*texts.T.tolist())
+
     def replaced(self, rows: Ints, pool: Texts, chosen: Ints) -> Texts:
         """Put texts of a pool in the place of these rows."""
         texts = list(self.texts)
@@ -152,7 +179,7 @@ class Texts(Inputs):
     def content(self) -> Iterator[bytes]:
         """Give the texts, each after its length."""
         for part in (self.texts, self.pairs):
-            yield from _bytes_of(part)
+            yield from content_of(part)
 
     def shown(self) -> Mapping[str, Sequence[str]]:
         """Give the texts."""
@@ -294,11 +321,16 @@ class Examples:
         clean = self.labels if self.clean_labels is None and old_are_clean else self.clean_labels
         return replace(self, labels=np.asarray(labels), clean_labels=clean)
 
+    def trusted(self) -> Examples:
+        """Give the rows with the true labels as the given ones, where they are known."""
+        true = self.labels if self.clean_labels is None else self.clean_labels
+        return replace(self, inputs=self.inputs.trusted(), labels=true)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over inputs, given labels and label names; row ids and the truth do not count."""
         digest = hashlib.sha256()
-        for part in _bytes_of(self.label_names):
+        for part in content_of(self.label_names):
             digest.update(part)
         for part in self.inputs.content():
             digest.update(part)
@@ -306,7 +338,7 @@ class Examples:
         return digest.hexdigest()
 
 
-def _bytes_of(texts: Sequence[str] | None) -> Iterator[bytes]:
+def content_of(texts: Sequence[str] | None) -> Iterator[bytes]:
     """Give a column of texts as bytes; lengths keep ("ab", "c") from ("a", "bc")."""
     yield b"none" if texts is None else b"%d:" % len(texts)
     for text in texts or ():
@@ -360,7 +392,7 @@ def read_examples(
             raise InputError(
                 f"column {column!r} of {table.name} cannot be both {reader.kind} and {purpose}"
             )
-    ids = _row_ids(table, row_id)
+    ids = read_row_ids(table, row_id)
     given = _read_labels(table, label)
     dropped = np.array([_is_label(name, drop_label) for name in given.names])
     rows = np.flatnonzero(~dropped[given.codes])
@@ -602,7 +634,8 @@ def _cells_of(table: Table, column: str, rows: Ints) -> Iterable[tuple[int, Any]
     return compress(enumerate(table.cells(column)), wanted)
 
 
-def _row_ids(table: Table, column: str | None) -> Strings:
+def read_row_ids(table: Table, column: str | None) -> Strings:
+    """Read the ids of all rows, unique; without a column they are numbered from "0"."""
     if column is None:
         return Strings.of(map(str, range(len(table))))
     ids = Strings.of(_checked_ids(table, column))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from noiseproof.losses import cross_entropy
 
 
 class Encoded(ABC):
@@ -19,6 +21,9 @@ class Encoded(ABC):
 
     key: str = ""
     """Digest of what the rows were encoded from; empty where there is none."""
+
+    one_output: bool = True
+    """Whether the model gives one vector per row, so that a head can run on cached features."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -35,6 +40,15 @@ class Encoded(ABC):
             seed: Of this epoch; what happens to a row depends on it and on the row's number alone.
         """
         return self.inputs(rows)
+
+    def outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """What a scoring pass keeps of a batch (B, K): the logits, so K = C."""
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of every row (N,) from its outputs (N, K) and its given label (N,)."""
+        return cross_entropy(outputs, labels)
 
 
 class EncodedFeatures(Encoded):

@@ -226,7 +226,7 @@ class Engine:
         self._features.clear()
         self._position = None
         self.net = model
-        if trains_only_head(model) and has_weights(model):
+        if encoded.one_output and trains_only_head(model) and has_weights(model):
             some = next(iter(prediction_batches(encoded.lengths)))[:4]
             self._position = feature_position(model, self._to_device(encoded.inputs(some)))
             if self._position is not None:
@@ -280,7 +280,7 @@ class Engine:
         if isinstance(view, EncodedFeatures):
             return view.features
         model = self.accelerator.unwrap_model(self.net)
-        if not trains_only_head(model) or has_weights(model):
+        if not encoded.one_output or not trains_only_head(model) or has_weights(model):
             return None
         width = next(iter(encoded.inputs(np.arange(1)).values())).shape[1]
         few = 8 * len(encoded) * width <= MAX_BYTES
@@ -301,10 +301,13 @@ class Engine:
     # --- passes ----------------------------------------------------------------------------------
 
     def predict(self, encoded: Encoded, before_batch: BeforeBatch | None = None) -> Tensor:
-        """Logits of all rows in row order, eval mode, fp32 (N, C) on the CPU, in every process."""
+        """Outputs of all rows in row order, eval mode, fp32 (N, K) on the CPU, in every process.
+
+        They are what the rows keep, see `Encoded.outputs`: the logits (N, C) of classes.
+        """
         view = self.view(encoded)
         with evaluation_mode(self.net):
-            return self.compute(view, lambda inputs: self.net(**inputs).logits, before_batch)
+            return self.compute(view, lambda inputs: view.outputs(self.net, inputs), before_batch)
 
     def encode(
         self,

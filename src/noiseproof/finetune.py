@@ -36,6 +36,7 @@ from noiseproof.record import (
     same_data,
 )
 from noiseproof.results import (
+    answer_metrics,
     detection_metrics,
     epoch_metrics,
     ood_metrics,
@@ -154,10 +155,18 @@ def run_job(
             tracking_folder=None if folder is None else str(folder),
             watch=watch,
             passes=prepared.passes,
+            score=prepared.task.measures.score,
         )
         samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
         _conclude(record, prepared, outcome, samples, measure)
-        predictor = Predictor(outcome.model, prepared.task, prepared.data.label_names, job.column)
+        predictor = Predictor(
+            outcome.model,
+            prepared.task,
+            prepared.data.label_names,
+            job.column,
+            job.rows,
+            job.label,
+        )
         if folder is not None and main:
             if job.merge:
                 predictor.model = merged(predictor.model)
@@ -233,15 +242,17 @@ def _conclude(
     record.timings |= outcome.seconds
     record.peak_memory_mb = peak_memory_mb()
     last = outcome.history[-1 if outcome.best_epoch is None else outcome.best_epoch]
-    epoch_metrics(record, last)
+    epoch_metrics(record, prepared, last)
     logits = measure.deployed(outcome)
     ood_metrics(record, prepared, {n: found for n, found in logits.items() if n.startswith(OOD)})
     if "test" in logits:
         stage = outcome.history[-1]["stage"]  # a probe before it is no epoch of fine-tuning
+        followed = prepared.task.measures.curve
         curve = [
-            row["test_accuracy"]
+            row[followed]
             for row in outcome.history
-            if row["stage"] == stage and "test_accuracy" in row
+            if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
+    answer_metrics(record, prepared, outcome.model)
     detection_metrics(record, prepared, samples)

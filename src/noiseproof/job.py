@@ -32,8 +32,8 @@ class Job:
     Attributes:
         data: Training rows: a CSV, TSV, JSONL or Parquet file, a saved datasets folder, a hub name;
             from Python also a DataFrame, a Dataset or a dict of columns.
-        text: Text column, or two of them as "first,second".
-        label: Column of the given labels, which may be wrong.
+        text: Text column, or two of them as "first,second"; also prompts or chat messages.
+        label: Column of the given labels, which may be wrong; of causal-lm, the responses.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
@@ -48,7 +48,7 @@ class Job:
         drop_label: Rows with this given label are left out (abstentions of labelling rules).
         sample: Train on this many rows only, with the class shares of all.
         split: Split of a hub data set, of a saved dataset dictionary or of a NumPy archive.
-        task: Kind of row: text, features or image.
+        task: Kind of row: text, features, image or causal-lm.
         features: Features of a row: an array, a column of lists, or columns of numbers such as
             "e*" or "width,height".
         standardize: Shift and scale every feature to mean 0 and deviation 1 of the training rows.
@@ -57,6 +57,11 @@ class Job:
         augment: What is done to training images: none, or crop, flip and rand joined by "+".
         on_bad_image: error, or skip (images that cannot be read are left out and counted).
         image_workers: Processes that decode images; 0 decodes in this one.
+        template: Text around the {prompt} that a language model answers; chat has its own.
+        max_new_tokens: Longest response that is generated.
+        choice_score: Compare choices by the mean or the sum of their tokens' log-probabilities.
+        answer_pattern: Regular expression of the final answer in a response; generates responses.
+        answer_rows: Test rows that are answered for answer_pattern, at most.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
@@ -92,6 +97,11 @@ class Job:
     augment: str = RowSettings.augment
     on_bad_image: str = RowSettings.on_bad_image
     image_workers: int = RowSettings.image_workers
+    template: str = RowSettings.template
+    max_new_tokens: int = RowSettings.max_new_tokens
+    choice_score: str = RowSettings.choice_score
+    answer_pattern: str | None = RowSettings.answer_pattern
+    answer_rows: int = RowSettings.answer_rows
     model: Any = NO_MODEL
     noise: str = "none"
     noise_seed: int | None = None
@@ -116,6 +126,8 @@ class Job:
             object.__setattr__(self, "model", task.default_model)
         require(self.model is not None, f"task {self.task!r} needs a model: give model")
         noise = parse_noise(self.noise)
+        if noise is not None:
+            task.check_noise(noise)
         require(
             noise is None or not noise.needs_pool or self.noise_pool is not None,
             f"noise {self.noise!r} replaces inputs and needs noise_pool, a file of foreign rows",

@@ -61,6 +61,11 @@ DEFAULT_RATE = 5e-5
 HistoryRow = dict[str, Any]
 
 
+def validation_accuracy(row: Mapping[str, Any]) -> float | None:
+    """What select=best takes the highest of, unless the caller of `train` has something else."""
+    return row.get("validation_accuracy")
+
+
 class Measure(Protocol):
     """Numbers for the history row at the end of an epoch; holds what methods must not see."""
 
@@ -139,6 +144,7 @@ def train(
     tracking_folder: str | None = None,
     watch: Stopwatch | None = None,
     passes: float = 1.0,
+    score: Callable[[Mapping[str, Any]], float | None] = validation_accuracy,
 ) -> Outcome:
     """Fine-tune ``model`` with ``method`` on encoded rows and their given labels (N,).
 
@@ -158,6 +164,8 @@ def train(
             those of the earlier legs are carried into it.
         passes: Over the rows of an epoch; more than one repeats rows, so that fewer rows take as
             many steps as more of them would.
+        score: How good a history row is, for select=best: the higher the better; None where the
+            epoch was not measured.
 
     Raises:
         InputError: The method refuses these settings.
@@ -166,7 +174,7 @@ def train(
     """
     loop = _Loop(method, encoded, labels, num_classes, settings, checkpoints, tracking_folder)
     loop.measure, loop.report, loop.watch = measure, report, watch or Stopwatch()
-    loop.passes = passes
+    loop.passes, loop.score = passes, score
     with torch.random.fork_rng(), StopSignals() as stop:
         loop.stop = stop
         return loop.run_all(model, resume)
@@ -218,6 +226,7 @@ class _Loop:
             seed=self.settings.seed,
             encode=self._encode,
             features=lambda: self.engine.features(self.encoded),
+            row_losses=self.encoded.losses,
         )
         self.prepared = {name for name, p in model.named_parameters() if p.requires_grad}
         names = (name for name, _ in model.named_parameters())
@@ -447,7 +456,7 @@ class _Loop:
         self.own_rows.zero_()
 
     def _keep_best(self, row: HistoryRow) -> None:
-        score = row.get("validation_accuracy")
+        score = self.score(row)
         if self.settings.select != "best" or score is None or score <= self.state.best_score:
             return
         self.state.best_score, self.state.best_row = score, len(self.state.history) - 1

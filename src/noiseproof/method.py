@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from noiseproof.errors import InputError
 from noiseproof.losses import cross_entropy
+from noiseproof.tokens import TARGETS, RowLoss, token_losses
 
 Columns = dict[str, Tensor]
 """What is known of each training row: name -> (N, ...) tensor."""
@@ -37,7 +38,11 @@ class Predict(Protocol):
     """Score every training row with the current model, in row order, without gradient."""
 
     def __call__(self, before_batch: BeforeBatch | None = None) -> Tensor:
-        """Return fp32 logits (N, C) on the CPU; the same in every process."""
+        """Return fp32 logits (N, C) on the CPU; the same in every process.
+
+        Rows whose label is a text have statistics (N, 3) in their place, see
+        `noiseproof.tokens.token_statistics`; `Run.losses` reads either.
+        """
 
 
 class Encode(Protocol):
@@ -99,6 +104,7 @@ class Run:
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
         features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
             trains on cached features; else it returns None.
+        row_losses: Loss of every row (N,) from what `predict` gives and the labels.
         stage: Name of the current stage.
         epoch: Epoch within the stage, from 0.
         epochs: Epochs of the stage.
@@ -116,6 +122,7 @@ class Run:
     seed: int = 0
     encode: Encode | None = None
     features: Callable[[], Tensor | None] = lambda: None
+    row_losses: RowLoss = cross_entropy
     stage: str = "train"
     epoch: int = 0
     epochs: int = 1
@@ -123,6 +130,10 @@ class Run:
     columns: Columns = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
+
+    def losses(self, before_batch: BeforeBatch | None = None) -> Tensor:
+        """Score every training row by its loss (N,), whatever its label is: a class or a text."""
+        return self.row_losses(self.predict(before_batch), self.labels)
 
     def log(self, **numbers: float) -> None:
         """Put numbers into the history row of this epoch."""
@@ -159,6 +170,14 @@ class Method:
         """The class name is the name everywhere."""
         cls.name = cls.__name__
 
+    def for_tokens(self: M) -> M:
+        """Give the method as it runs where a label is a text, row by row a mean over its tokens.
+
+        Raises:
+            InputError: With these settings it cannot.
+        """
+        return self
+
     @property
     def reserved_tokens(self) -> int:
         """Positions of the encoder that `prepare_model` takes away from every text."""
@@ -181,7 +200,7 @@ class Method:
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Return the scalar loss of one batch, a mean over its rows."""
-        return cross_entropy(logits_of(model, batch), batch.labels).mean()
+        return losses_of(model, batch).mean()
 
     def finalize_model(self, run: Run) -> nn.Module:
         """Return the model to deploy."""
@@ -240,6 +259,20 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Call the model on a batch and return its logits in fp32.  -> (B, C)."""
     logits: Tensor = model(**batch.inputs).logits
     return logits.float()
+
+
+def losses_of(model: nn.Module, batch: Batch, loss: RowLoss = cross_entropy) -> Tensor:
+    """Call the model on a batch and return the loss of every row.  -> (B,).
+
+    Args:
+        model: What is trained.
+        batch: Its rows.
+        loss: Of a label: logits (B, C), labels (B,) -> (B,). Where a label is a text it is the loss
+            of one token, and the row's is the mean over the tokens of its response.
+    """
+    if TARGETS in batch.inputs:
+        return token_losses(model, batch.inputs, loss)
+    return loss(logits_of(model, batch), batch.labels)
 
 
 def require(ok: bool, message: str) -> None:

@@ -194,6 +194,12 @@ def plain_model(model: nn.Module) -> nn.Module:
     return inner
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a transformers model writes text, so that its head is part of what was pre-trained."""
+    can = getattr(plain_model(model), "can_generate", None)
+    return bool(can()) if callable(can) else False
+
+
 def encoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     """Attribute name and module of the encoder inside a classifier.
 

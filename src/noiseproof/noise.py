@@ -68,6 +68,8 @@ class NoiseModel(ABC):
     needs_features: ClassVar[bool] = False
     needs_pool: ClassVar[bool] = False
     needs_texts: ClassVar[bool] = False
+    needs_responses: ClassVar[bool] = False  # texts that are labels; they are given as `texts`
+    on_labels: ClassVar[bool] = True  # the labels are classes, and they change
 
     @property
     def spec(self) -> str:
@@ -95,7 +97,8 @@ class NoiseModel(ABC):
             seed: seed of this draw; the global random state is not touched.
             features: (N, D), only for models with `needs_features`.
             pool_size: number of foreign rows to draw from, only for models with `needs_pool`.
-            texts: the texts of every row, only for models with `needs_texts`.
+            texts: the texts of every row, only for models with `needs_texts`; its response, for
+                models with `needs_responses`.
 
         >>> PairFlip(1.0).apply([0, 1, 2], num_classes=3, seed=0).labels.tolist()
         [1, 2, 0]
@@ -111,7 +114,7 @@ class NoiseModel(ABC):
             )
         if self.needs_features and features is None:
             raise InputError(f"'{self.spec}' needs features (N, D), such as embeddings")
-        if self.needs_texts and (texts is None or len(texts) != len(given)):
+        if (self.needs_texts or self.needs_responses) and (texts is None or len(texts) != len(given)):
             raise InputError(f"'{self.spec}' needs texts, the texts of each of {len(given)} rows")
         matrix = np.empty((len(given), 0))
         if self.needs_features and features is not None:
@@ -123,6 +126,8 @@ class NoiseModel(ABC):
         mask = noisy != clean
         if "replacement" in extras:
             mask |= extras["replacement"] >= 0
+        if "swapped" in extras:
+            mask |= extras["swapped"]
         transition = estimate_transition_from_labels(clean, noisy, num_classes)
         rate = float(mask.mean())
         return Corruption(noisy, mask, rate, transition, int(seed), self.spec, extras)
@@ -353,6 +358,7 @@ class TextCorruption(NoiseModel):
     name: ClassVar[str] = "text"
     example: ClassVar[str] = "text:0.05,unit=word"
     needs_texts: ClassVar[bool] = True
+    on_labels: ClassVar[bool] = False
     rate: float
     unit: str = "sample"
     kind: str = "all"
@@ -380,6 +386,39 @@ class TextCorruption(NoiseModel):
             texts[row] = noise.apply(given, row_random("data-noise", seed, row))
         changed = (texts != np.array(draw.texts, dtype=object)).any(axis=1)
         return labels, {"texts": texts, "text_changed": changed}
+
+
+@dataclass(frozen=True)
+class Swap(NoiseModel):
+    """Responses that belong to other prompts: right in form, wrong in content.
+
+    Source: ours.
+    Formula: a share `rate` of the rows passes its responses round in a random order, each to the
+        next of these rows whose response differs. For one seed the rows hit at one rate are among
+        those hit at every higher one.
+    Realised rate: rows whose response differs; `rate`, but for rounding and rows all alike.
+    Extras: `responses` (N,) the new ones, `swapped` (N,) where they differ.
+    """
+
+    name: ClassVar[str] = "swap"
+    example: ClassVar[str] = "swap:0.3"
+    needs_responses: ClassVar[bool] = True
+    on_labels: ClassVar[bool] = False
+    rate: float
+
+    def __post_init__(self) -> None:
+        _settle(self, "rate", 0, 1)
+
+    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+        given = np.array([response for (response,) in draw.texts], dtype=object)
+        count = round(self.rate * len(given))
+        round_of = draw.rng.permutation(len(given))[: count if count > 1 else 0]
+        new = given.copy()
+        for place, row in enumerate(round_of):
+            followers = np.roll(round_of, -place)[1:]
+            other = next((r for r in followers if given[r] != given[row]), row)
+            new[row] = given[other]
+        return labels, {"responses": new, "swapped": new != given}
 
 
 @dataclass(frozen=True)
@@ -467,6 +506,10 @@ class Mixture(NoiseModel):
                 raise InputError(f"noise '{self.spec}': '{kind.name}' may occur only once")
         for need in ("needs_features", "needs_pool", "needs_texts"):  # of the parts, here
             object.__setattr__(self, need, any(getattr(part, need) for part in self.parts))
+        swaps = any(part.needs_responses for part in self.parts)
+        if swaps:
+            raise InputError(f"noise '{self.spec}': 'swap' stands alone, without '+'")
+        object.__setattr__(self, "on_labels", any(part.on_labels for part in self.parts))
 
     @property
     def spec(self) -> str:
@@ -490,6 +533,7 @@ NOISE_MODELS: dict[str, type[NoiseModel]] = {
         InstanceDependent,
         OpenSet,
         TextCorruption,
+        Swap,
         Annotators,
     )
 }

@@ -786,7 +786,7 @@ def _conclude(
     row, logits = measure.deployed(fitted.predict)
     record.timings |= {**fitted.seconds, "eval_s": measure.seconds}
     record.peak_memory_mb = peak_memory_mb()
-    epoch_metrics(record, row)
+    epoch_metrics(record, prepared, row)
     if "test" in logits:
         curve = [row["test_accuracy"] for row in measure.history if "test_accuracy" in row]
         test_metrics(record, prepared, logits["test"], curve)

@@ -38,7 +38,7 @@ def predict_logits(model: torch.nn.Module, encoded: Encoded, settings: TrainSett
 
 @dataclass
 class Predictor:
-    """A deployed model that labels rows: texts or pairs of texts, features (N, D), images.
+    """A deployed model that labels rows: texts or pairs of texts, features (N, D), images, prompts.
 
     Attributes:
         model: The classifier.
@@ -46,6 +46,7 @@ class Predictor:
         label_names: Class names in the order of the logits.
         column: The columns of the inputs it was trained on.
         rows: How new rows are read from a table.
+        label: The column of the labels it was trained on.
     """
 
     model: torch.nn.Module
@@ -53,6 +54,7 @@ class Predictor:
     label_names: tuple[str, ...]
     column: str
     rows: RowSettings = dataclasses.field(default_factory=RowSettings)
+    label: str = "label"
 
     def predict_proba(
         self, rows: Any, pairs: Any = None, settings: TrainSettings | None = None
@@ -67,15 +69,31 @@ class Predictor:
         return self.probabilities(self.task.inputs_of(rows, pairs), settings)
 
     def probabilities(self, inputs: Inputs, settings: TrainSettings | None = None) -> np.ndarray:
-        """Class probabilities (N, C) of inputs that were read from a table."""
-        encoded = self.task.encode(inputs)
+        """Class probabilities (N, C) of inputs that were read from a table.
+
+        Raises:
+            InputError: The labels are no classes.
+        """
+        if self.task.answer_columns != Task.answer_columns:
+            raise InputError(
+                f"task {self.task.name!r} has no class probabilities; predict gives its answers"
+            )
+        outputs = self.outputs(self.task.encode(inputs), settings)
+        return torch.softmax(outputs, dim=1).numpy()
+
+    def outputs(self, encoded: Encoded, settings: TrainSettings | None = None) -> Tensor:
+        """Outputs (N, K) of encoded rows, in fp32 unless told otherwise; see `Encoded.outputs`."""
         exact = TrainSettings(precision="fp32")
-        logits = predict_logits(self.model, encoded, settings or exact)
-        return torch.softmax(logits, dim=1).numpy()
+        return predict_logits(self.model, encoded, settings or exact)
+
+    def answers(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """What the model says of inputs that were read from a table, see `Task.answers`."""
+        return self.task.answers(self.model, inputs, self.outputs, self.label_names)
 
     def predict(self, rows: Any, pairs: Any = None) -> list[str]:
-        """The most probable class name of each row."""
-        return [self.label_names[best] for best in self.predict_proba(rows, pairs).argmax(axis=1)]
+        """The most probable class name of each row; the response to each prompt."""
+        answers = self.answers(self.task.inputs_of(rows, pairs))
+        return list(answers[self.task.answer_columns[0]])
 
 
 def load(run: str | Path, *, model: Any = None) -> Predictor:
@@ -102,7 +120,8 @@ def load(run: str | Path, *, model: Any = None) -> Predictor:
     if (gated and not record.spec["merge"]) or (folder / "model" / HEAD_FILE).exists():
         network = method_from_dict(record.spec["method"]).restore_model(network)
     names = tuple(record.data["label_names"])
-    return Predictor(network, task, names, getattr(settings, kind.column), settings)
+    column, label = getattr(settings, kind.column), record.spec["label"]
+    return Predictor(network, task, names, column, settings, label)
 
 
 def method_from_dict(values: dict[str, Any]) -> Method:
@@ -122,6 +141,7 @@ def predict(
     features: str | None = None,
     image: str | None = None,
     on_bad_image: str | None = None,
+    max_new_tokens: int | None = None,
     model: Any = None,
     split: str = "train",
 ) -> Any:
@@ -134,32 +154,42 @@ def predict(
         features: Other columns of features than in training.
         image: Another column of images than in training.
         on_bad_image: error, or skip; as in training unless given.
+        max_new_tokens: Longest response of a language model, in tokens; as in training unless given.
         model: See `load`.
         split: Split of a hub data set or of an archive.
 
     Returns:
         The table (a DataFrame) with the columns ``predicted_label`` and ``confidence`` added; they
-        are empty where an image that could not be read was skipped.
+        are empty where an image that could not be read was skipped. A language model gives
+        ``predicted_response``, and ``response_loss`` where the rows have responses.
 
     Raises:
         InputError: No finished run, or a column is missing or would be replaced.
     """
     predictor = load(run, model=model)
     table = load_table(data, split)
-    for name in ("predicted_label", "confidence"):
+    for name in predictor.task.answer_columns:
         if name in table.frame.columns:
             raise InputError(f"the data has a column {name!r} already; rename it first")
-    asked = {"text": text, "features": features, "image": image, "on_bad_image": on_bad_image}
+    asked = {
+        "text": text,
+        "features": features,
+        "image": image,
+        "on_bad_image": on_bad_image,
+        "max_new_tokens": max_new_tokens,
+    }
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     settings = dataclasses.replace(predictor.rows, **changes)
     task = predictor.task.with_settings(settings)
-    inputs = task.reader(settings).read(table, np.arange(len(table)))
+    predictor.task = task
+    reader = task.reader_of_new(settings, table, predictor.label)
+    inputs = reader.read(table, np.arange(len(table)))
     task.accept(inputs, table, predictor.column)
     usable, rows = task.ready(inputs)
-    probabilities = predictor.probabilities(usable)
-    names = np.asarray(predictor.label_names, dtype=object)
-    predicted = np.full(len(table), None, dtype=object)
-    confidence = np.full(len(table), np.nan)
-    predicted[rows] = names[probabilities.argmax(axis=1)]
-    confidence[rows] = probabilities.max(axis=1)
-    return table.frame.assign(predicted_label=predicted, confidence=confidence)
+    answers = predictor.answers(usable)
+    columns = {}
+    for name, values in answers.items():
+        empty = None if values.dtype == object else np.nan
+        columns[name] = np.full(len(table), empty, dtype=object if empty is None else float)
+        columns[name][rows] = values
+    return table.frame.assign(**columns)

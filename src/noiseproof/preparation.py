@@ -13,8 +13,6 @@ from torch import Tensor
 from noiseproof.data import (
     Examples,
     Inputs,
-    Texts,
-    read_examples,
     read_inputs,
     read_label_names,
     read_table,
@@ -29,7 +27,7 @@ from noiseproof.job import Job
 from noiseproof.models import count_parameters, has_weights, mean_pooled
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
-from noiseproof.tasks import Task, find_task
+from noiseproof.tasks import LabelColumns, Task, find_task
 
 OOD = "ood_"  # before the names of test sets from elsewhere
 
@@ -150,22 +148,15 @@ class Prepared:
 
     def _read(self) -> Examples:
         job = self.job
-        data = read_examples(
-            job.data,
-            text=self.reader,
-            label=job.label,
-            clean_label=job.clean_label,
-            row_id=job.row_id,
-            drop_label=job.drop_label,
-            label_names=read_label_names(job.label_names) if job.label_names else None,
-            split=job.split,
-        )
+        names = read_label_names(job.label_names) if job.label_names else None
+        columns = LabelColumns(job.label, job.clean_label, job.row_id, names, job.drop_label)
+        kind = find_task(job.task)
+        data = kind.examples(job.data, job.rows, columns, job.split, "training")
         if job.test_share is not None:
             seed = derive_seed(job.train.seed, "test")
             rest, split = stratified_split(data.labels, job.test_share, seed)
             test, data = data.select(split), data.select(rest)
-            true = test.labels if test.clean_labels is None else test.clean_labels
-            self.sets["test"] = test.with_labels(true)
+            self.sets["test"] = test.trusted()
         if job.sample is None:
             return data
         seed = derive_seed(job.train.seed, "rows")
@@ -177,9 +168,8 @@ class Prepared:
         clean = role == "test" or job.validation_labels == "clean"
         if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
             label = job.clean_label
-        read = read_examples(
-            source, text=self.reader, label=label, label_names=names, split=role, role=role
-        )
+        columns = LabelColumns(label, label_names=names)
+        read = find_task(job.task).examples(source, job.rows, columns, role, role)
         return self._ready(name or role, read)
 
     def _ready(self, name: str, data: Examples) -> Examples:
@@ -209,18 +199,27 @@ class Prepared:
         if noise.needs_pool:
             assert self.job.noise_pool is not None
             pool, _ = self.task.ready(read_inputs(self.job.noise_pool, self.reader))
+        texts = data.inputs.as_texts() if noise.needs_texts else None
+        if noise.needs_responses:
+            texts = [(response,) for response in data.inputs.labels_shown()["label"]]
         self.corruption = corruption = noise.apply(
             data.labels,
             len(data.label_names),
             self.seeds["noise"],
             features=features,
             pool_size=None if pool is None else len(pool),
-            texts=data.inputs.as_texts() if noise.needs_texts else None,
+            texts=texts,
         )
+        if noise.needs_responses:
+            inputs = data.inputs.with_responses(corruption.extras["responses"].tolist())
+            return dataclasses.replace(data, inputs=inputs, clean_labels=inputs.right)
         known = data.clean_labels is not None
         data = data.with_labels(corruption.labels, old_are_clean=not known)
         if noise.needs_texts:
-            data = dataclasses.replace(data, inputs=Texts(*corruption.extras["texts"].T.tolist()))
+            inputs = data.inputs.with_texts(corruption.extras["texts"])
+            data = dataclasses.replace(data, inputs=inputs)
+            if inputs.right is not None:  # texts that are labels got wrong
+                data = dataclasses.replace(data, clean_labels=inputs.right)
         if pool is None:
             return data
         return replace_inputs(data, corruption.extras["replacement"], pool)

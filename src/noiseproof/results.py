@@ -9,47 +9,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noiseproof import metrics
-from noiseproof.losses import cross_entropy
+from noiseproof.encoding import Encoded
 from noiseproof.mixture import LossMixture, fit_loss_mixture
+from noiseproof.prediction import predict_logits
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import RunRecord, write_history
 from noiseproof.tables import PIECE, Strings, array_column, write_table
 
-CONFUSION_CLASSES = 200  # larger matrices stay out of the record
-SHOWN = ("label", "suggested_label", "confidence", "clean_prob", "loss")
 
-
-def set_metrics(prepared: Prepared, logits: Mapping[str, Tensor]) -> dict[str, float]:
-    """Accuracy and macro-F1 of every set beside the training rows, from their logits (N, C)."""
+def set_metrics(prepared: Prepared, outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """What is measured in an epoch of every set beside the training rows, from outputs (N, K)."""
     row = {}
-    for name, scores in logits.items():
-        labels = prepared.sets[name].labels
-        measured = metrics.classification_metrics(scores, labels, prepared.num_classes)
-        row[f"{name}_accuracy"] = measured["accuracy"]
-        row[f"{name}_macro_f1"] = measured["macro_f1"]
+    for name, scores in outputs.items():
+        measured = prepared.task.measures.epoch(scores, prepared.sets[name])
+        row |= {f"{name}_{what}": value for what, value in measured.items()}
     return row
 
 
 def truth_metrics(
-    prepared: Prepared, logits: Tensor, columns: Mapping[str, Tensor]
+    prepared: Prepared, outputs: Tensor, columns: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """What a model does with the wrong rows, where they are known.
 
     Args:
         prepared: Holds the given and the true labels.
-        logits: Of the training rows (N, C).
+        outputs: Of the training rows (N, K), see `Encoded.outputs`.
         columns: Those of the method. Rows are suspected by its ``loss`` (N,), without one by the
-            loss of the logits; ``clean_prob`` (N,) is judged, without one the mixture on the loss.
+            loss of the outputs; ``clean_prob`` (N,) is judged, without one the mixture on the loss.
     """
-    clean, given = prepared.data.clean_labels, prepared.data.labels
-    if clean is None:
+    wrong = prepared.wrong
+    if wrong is None:
         return {}
-    predicted, labels = logits.argmax(dim=1).numpy(), torch.from_numpy(given)
-    wrong = given != clean
-    score = columns["loss"] if "loss" in columns else cross_entropy(logits, labels)
+    labels = torch.from_numpy(prepared.data.labels)
+    score = columns["loss"] if "loss" in columns else prepared.encoded.losses(outputs, labels)
     chance = columns.get("clean_prob")
     if chance is None:
         with warnings.catch_warnings():  # nothing is decided by it
@@ -57,9 +52,7 @@ def truth_metrics(
             chance = fit_loss_mixture(score, labels, LossMixture()).clean_prob
     found = metrics.detection(score.numpy(), wrong)
     return {
-        "memorization": metrics.memorization(predicted, given, clean),
-        "clean_fit": metrics.clean_fit(predicted, given, clean),
-        "recovery": metrics.recovery(predicted, given, clean),
+        **prepared.task.measures.truth(outputs, prepared.data),
         **{f"detection_{name}": value for name, value in found.items()},
         **_judged(chance.numpy(), wrong),
     }
@@ -71,44 +64,40 @@ def _judged(clean_prob: np.ndarray, wrong: np.ndarray) -> dict[str, float | None
     return {f"clean_prob_{name}": value for name, value in judged.items()}
 
 
-def sample_table(prepared: Prepared, logits: Tensor, columns: Mapping[str, Tensor]) -> Any:
+def sample_table(prepared: Prepared, outputs: Tensor, columns: Mapping[str, Tensor]) -> Any:
     """One row per training row: id, labels, columns, verdict (a DataFrame).
 
     Args:
         prepared: The rows.
-        logits: Of the training rows (N, C), by the final model.
+        outputs: Of the training rows (N, K), by the final model, see `Encoded.outputs`.
         columns: What the method knew of the rows; ``loss`` and ``clean_prob`` are derived from
-            the logits where it knew neither.
+            the outputs where it knew neither.
     """
     import pandas as pd
 
-    data, names = prepared.data, list(prepared.data.label_names)
+    data, measures = prepared.data, prepared.task.measures
     labels = torch.from_numpy(data.labels)
-    confidence, predicted = torch.softmax(logits, dim=1).max(dim=1)
     known = dict(columns)
     if "loss" not in known:
-        known["loss"] = cross_entropy(logits, labels)
+        known["loss"] = prepared.encoded.losses(outputs, labels)
     if "clean_prob" not in known:
         known["clean_prob"] = fit_loss_mixture(known["loss"], labels, LossMixture()).clean_prob
     table: dict[str, Any] = {
         "row_id": Strings.of(data.row_ids).series(),
-        "label": pd.Categorical.from_codes(data.labels, names),
+        **measures.labels(data),
     }
-    if data.clean_labels is not None:  # -1 is a foreign row, which has none
-        table["clean_label"] = pd.Categorical.from_codes(data.clean_labels, names)
     for name, column in known.items():
         values = column.numpy()
         wide = array_column if values.ndim == 2 else list
         table[name] = wide(values) if values.ndim > 1 else values
-    table["suggested_label"] = pd.Categorical.from_codes(predicted.numpy(), names)
-    table["confidence"] = confidence.numpy()
+    table |= measures.verdict(outputs, data)
     table["suspicious"] = known["clean_prob"].numpy() < 0.5
     return pd.DataFrame(table)
 
 
-def epoch_metrics(record: RunRecord, row: Mapping[str, Any]) -> None:
+def epoch_metrics(record: RunRecord, prepared: Prepared, row: Mapping[str, Any]) -> None:
     """Start the metrics of the record from the history row of the epoch that is deployed."""
-    names = ["memorization", "clean_fit", "recovery", "validation_accuracy"]
+    names = ["memorization", "clean_fit", "recovery", *prepared.task.measures.kept]
     names += [name for name in row if name.startswith("gradient_")]
     record.metrics = {name: row[name] for name in names if name in row}
 
@@ -132,47 +121,55 @@ def detection_metrics(record: RunRecord, prepared: Prepared, samples: Any) -> No
 
 
 def test_metrics(
-    record: RunRecord, prepared: Prepared, logits: Tensor, curve: Sequence[float]
+    record: RunRecord, prepared: Prepared, outputs: Tensor, curve: Sequence[float]
 ) -> None:
     """Put the test metrics of the deployed model into the record.
 
     Args:
         record: Gets metrics, per-class scores and the confusion matrix.
         prepared: Has the test rows.
-        logits: Of the test rows (N, C).
-        curve: Test accuracy after every epoch.
+        outputs: Of the test rows (N, K).
+        curve: The followed number of the test set after every epoch.
     """
-    labels, names = prepared.sets["test"].labels, prepared.data.label_names
-    measured = metrics.classification_metrics(logits, labels, len(names))
-    predicted = logits.argmax(dim=1).numpy()
-    table = metrics.per_class(predicted, labels, len(names))
-    record.per_class = {names[number]: scores for number, scores in table.items()}
-    if len(names) <= CONFUSION_CLASSES:
-        record.confusion = metrics.confusion(predicted, labels, len(names)).tolist()
-    late = curve[len(curve) // 2 :]
-    record.metrics |= {
-        "test_accuracy": measured["accuracy"],
-        "test_accuracy_best": max(curve),
-        "test_accuracy_late": sum(late) / len(late),
-        "test_macro_f1": measured["macro_f1"],
-        "test_mcc": measured["mcc"],
-        "test_ece": measured["ece"],
-        "test_nll": measured["nll"],
-    }
+    tested = prepared.task.measures.test(outputs, prepared.sets["test"], curve)
+    record.metrics |= {f"test_{name}": value for name, value in tested.metrics.items()}
+    record.per_class, record.confusion = tested.per_class, tested.confusion
 
 
-def ood_metrics(record: RunRecord, prepared: Prepared, logits: Mapping[str, Tensor]) -> None:
+def ood_metrics(record: RunRecord, prepared: Prepared, outputs: Mapping[str, Tensor]) -> None:
     """Put the metrics of each test set from elsewhere into the record, under its name.
 
     Args:
         record: Gets them.
         prepared: Has the sets.
-        logits: Of their rows (N, C), by the name of the set.
+        outputs: Of their rows (N, K), by the name of the set.
     """
-    for name, scores in logits.items():
-        labels = prepared.sets[name].labels
-        measured = metrics.classification_metrics(scores, labels, prepared.num_classes)
-        record.ood[name.removeprefix(OOD)] = {"rows": len(labels), **measured}
+    for name, scores in outputs.items():
+        rows = prepared.sets[name]
+        measured = prepared.task.measures.final(scores, rows)
+        record.ood[name.removeprefix(OOD)] = {"rows": len(rows), **measured}
+
+
+def answer_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> None:
+    """Put into the record what only some kinds of rows can be asked, set by set.
+
+    Args:
+        record: Gets it: of the test set among the metrics, of sets from elsewhere under their name.
+        prepared: Has the sets.
+        model: The deployed one.
+    """
+
+    def outputs_of(encoded: Encoded) -> Tensor:
+        return predict_logits(model, encoded, prepared.job.train)
+
+    for name, rows in prepared.sets.items():
+        if name == "validation":
+            continue
+        found = prepared.task.answer_metrics(model, rows, outputs_of)
+        if name.startswith(OOD):
+            record.ood[name.removeprefix(OOD)] |= found
+        else:
+            record.metrics |= {f"{name}_{what}": value for what, value in found.items()}
 
 
 def write_results(
@@ -183,12 +180,13 @@ def write_results(
     write_table(samples, folder / "samples.parquet", overwrite=True)
     suspicious = np.flatnonzero(samples["suspicious"].to_numpy())
     worst = np.argsort(-samples["loss"].to_numpy()[suspicious], kind="stable")
+    shown = list(prepared.task.measures.shown)
     found = {"row_id": prepared.data.row_ids, **prepared.data.inputs.shown()}
 
     def pieces() -> Iterator[Any]:
         for start in range(0, max(1, len(worst)), PIECE):
             rows = suspicious[worst[start : start + PIECE]]
-            piece = samples[list(SHOWN)].iloc[rows]
+            piece = samples[shown].iloc[rows]
             for place, (name, column) in enumerate(found.items()):
                 piece.insert(place, name, list(Strings.of(column).take(rows)))
             yield piece

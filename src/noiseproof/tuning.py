@@ -13,9 +13,11 @@ from noiseproof.errors import InputError, unknown_name
 from noiseproof.models import (
     head_modules,
     is_head,
+    is_language_model,
     layer_modules,
     main_input,
     new_modules,
+    plain_model,
     pooler_name,
     quiet,
     set_trainable,
@@ -125,17 +127,18 @@ def tune_model(
         raise InputError(unknown_name("tune", tune, tuning_names()))
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[tune]]
     fields = {field.name for field in dataclasses.fields(config_class)}
-    saved = head_modules(model) + new_modules(model) + (pooler_name(model) if pooler else [])
     given: dict[str, Any] = {
-        "task_type": peft.TaskType.SEQ_CLS if main_input(model) == "input_ids" else None,
+        "task_type": _task_type(model),
         "r": rank,
         "rank": rank,
         "lora_alpha": 2 * rank if alpha is None else alpha,
         "alpha": 2 * rank if alpha is None else alpha,
         "num_virtual_tokens": VIRTUAL_TOKENS,
         "oft_block_size": 0,  # follows from the rank
-        "modules_to_save": list(dict.fromkeys(saved)),
     }
+    if not is_language_model(model):  # whose head is no new one
+        saved = head_modules(model) + new_modules(model) + (pooler_name(model) if pooler else [])
+        given["modules_to_save"] = list(dict.fromkeys(saved))
     if target_modules is not None:
         given["target_modules"] = list(target_modules)
     given = {name: value for name, value in given.items() if name in fields} | (settings or {})
@@ -152,6 +155,18 @@ def tune_model(
     except Exception as error:  # peft raises many types for what does not fit the model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"peft cannot apply tune={tune!r} to this model: {reason}") from error
+
+
+def _task_type(model: nn.Module) -> Any:
+    """What peft calls the task of a model; None where it has no name for it."""
+    import peft
+
+    if main_input(model) != "input_ids":
+        return None
+    if not is_language_model(model):
+        return peft.TaskType.SEQ_CLS
+    several = bool(plain_model(model).config.is_encoder_decoder)  # type: ignore[union-attr]
+    return peft.TaskType.SEQ_2_SEQ_LM if several else peft.TaskType.CAUSAL_LM
 
 
 def _adapted(model: nn.Module, config: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -30,6 +31,7 @@ from noiseproof.method import (
     Run,
     Stage,
     logits_of,
+    losses_of,
     require,
     require_range,
 )
@@ -38,6 +40,9 @@ from noiseproof.models import set_dropout
 from noiseproof.noise import load_transition
 from noiseproof.selection import estimate_transition, lowest
 from noiseproof.tuning import tune_model, usual_rate, virtual_tokens
+
+
+ALL_TASKS = ("text", "features", "image", "causal-lm")
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ class CrossEntropy(Tuned):
     Cost: no extra pass.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
 
 @dataclass(frozen=True)
 class LabelSmoothing(Tuned):
@@ -134,13 +141,16 @@ class LabelSmoothing(Tuned):
 
     smoothing: float = 0.1
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
     def check(self) -> None:
         """Smoothing lies in [0, 1)."""
         require_range(self.name, "smoothing", self.smoothing, 0, 1, open_high=True)
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Smoothed cross-entropy."""
-        return label_smoothing(logits_of(model, batch), batch.labels, self.smoothing).mean()
+        loss = partial(label_smoothing, smoothing=self.smoothing)
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -159,13 +169,16 @@ class GCE(Tuned):
 
     q: float = 0.7
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
     def check(self) -> None:
         """The exponent lies in (0, 1]."""
         require_range(self.name, "q", self.q, 0, 1, open_low=True)
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """GCE."""
-        return generalized_cross_entropy(logits_of(model, batch), batch.labels, self.q).mean()
+        loss = partial(generalized_cross_entropy, q=self.q)
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,8 @@ class SCE(Tuned):
     reverse_weight: float = 1.0
     log_zero: float = -4.0
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
     def check(self) -> None:
         """Weights are not negative, the stand-in for log 0 is."""
         require_range(self.name, "ce_weight", self.ce_weight, 0, 1e3)
@@ -195,14 +210,13 @@ class SCE(Tuned):
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """SCE."""
-        loss = symmetric_cross_entropy(
-            logits_of(model, batch),
-            batch.labels,
-            self.ce_weight,
-            self.reverse_weight,
-            self.log_zero,
+        loss = partial(
+            symmetric_cross_entropy,
+            alpha=self.ce_weight,
+            beta=self.reverse_weight,
+            log_zero=self.log_zero,
         )
-        return loss.mean()
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -222,13 +236,16 @@ class Bootstrapping(Tuned):
     beta: float = 0.8
     hard: bool = True
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
     def check(self) -> None:
         """The weight lies in [0, 1]."""
         require_range(self.name, "beta", self.beta, 0, 1)
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Bootstrapped cross-entropy."""
-        return bootstrapping(logits_of(model, batch), batch.labels, self.beta, self.hard).mean()
+        loss = partial(bootstrapping, beta=self.beta, hard=self.hard)
+        return losses_of(model, batch, loss).mean()
 
 
 @dataclass(frozen=True)
@@ -372,6 +389,8 @@ class SmallLoss(Tuned):
     clean_share: float | None = None
     mixture: LossMixture = field(default_factory=LossMixture)
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
     def check(self) -> None:
         """Warm-up, threshold and share are in range."""
         require(self.warmup_epochs >= 0, f"{self.name}.warmup_epochs must be at least 0")
@@ -388,7 +407,7 @@ class SmallLoss(Tuned):
         """Columns ``loss``, ``clean_prob`` and ``keep`` (N,)."""
         if run.epoch < self.warmup_epochs:
             return {}
-        loss = cross_entropy(run.predict(), run.labels)  # (N,)
+        loss = run.losses()  # (N,)
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
         run.log(**fit.summary())
         keep = fit.clean_prob > self.threshold

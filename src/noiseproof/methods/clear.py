@@ -48,6 +48,7 @@ from noiseproof.method import (
     Run,
     Stage,
     logits_of,
+    losses_of,
     require,
     require_range,
 )
@@ -62,6 +63,7 @@ from noiseproof.methods.clear_gates import (
 )
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import HeadOnly, feature_position, merged, set_dropout
+from noiseproof.tokens import TARGETS
 from noiseproof.tuning import PLAIN_TUNING, tune_model, usual_rate
 
 FROZEN_BYTES = 2**27  # the backbone's features of all rows may take this much
@@ -145,7 +147,7 @@ class CleaR(Method):
     target_modules: tuple[str, ...] | None = None
     dropout: float | None = 0.0
 
-    tasks: ClassVar[tuple[str, ...]] = ("text", "image")
+    tasks: ClassVar[tuple[str, ...]] = ("text", "image", "causal-lm")
     writes: ClassVar[tuple[str, ...]] = ("train_logits", "recorded")
 
     def __post_init__(self) -> None:
@@ -231,6 +233,14 @@ class CleaR(Method):
             ),
         }
 
+    def for_tokens(self) -> CleaR:
+        """Routing alone: a teacher's logits of every token of every row are not kept."""
+        require(
+            self.scoring == "passes",
+            "CleaR.scoring=reuse keeps the logits of every row; with task causal-lm use passes",
+        )
+        return replace(self, lambda_consistency=0.0)
+
     # --- hooks -----------------------------------------------------------------------------------
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -292,7 +302,7 @@ class CleaR(Method):
         if self._plain:
             return {}
         logits = self._score(run)  # (N, C)
-        loss = cross_entropy(logits, run.labels)  # (N,)
+        loss = run.row_losses(logits, run.labels)  # (N,)
         if self.loss_ema and "loss" in run.columns:
             loss = (1 - self.loss_ema) * loss + self.loss_ema * run.columns["loss"]
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
@@ -307,11 +317,16 @@ class CleaR(Method):
         routed = run.epoch >= self.warmup(run.epochs)
         if routed and not self.dropout_after_warmup and run.model.training:
             run.model.eval()
-        logits = self._logits(model, batch, run, self._train_gates(batch, run, routed))  # (B, C)
+        gates = self._train_gates(batch, run, routed)  # (B, U)
+        if TARGETS in batch.inputs:
+            routing_of(run).set(gates)
+            loss = losses_of(model, batch)  # (B,)
+        else:
+            logits = self._logits(model, batch, run, gates)  # (B, C)
+            loss = cross_entropy(logits, batch.labels)
         if self._records:
             run.write("train_logits", batch, logits)
             run.write("recorded", batch, torch.ones(len(batch.rows)))
-        loss = cross_entropy(logits, batch.labels)  # (B,)
         if not routed or "clean_prob" not in batch.columns:
             return loss.mean()
         clean = batch.columns["clean_prob"]

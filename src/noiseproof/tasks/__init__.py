@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from noiseproof.encoding import Encoded, EncodedFeatures, cache_folder
 from noiseproof.errors import InputError, unknown_name
-from noiseproof.tasks.base import RowSettings, Task
+from noiseproof.tasks.base import LabelColumns, RowSettings, Task
+from noiseproof.tasks.causal import CausalLM, EncodedDialogues
 from noiseproof.tasks.features import FeatureClassification
 from noiseproof.tasks.images import ImageClassification
 from noiseproof.tasks.text import EncodedTexts, TextClassification
 
 __all__ = [
     "TASKS",
+    "CausalLM",
     "Encoded",
+    "EncodedDialogues",
     "EncodedFeatures",
     "EncodedTexts",
     "FeatureClassification",
     "ImageClassification",
+    "LabelColumns",
     "RowSettings",
     "Task",
     "TextClassification",
@@ -24,7 +28,8 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextClassification, FeatureClassification, ImageClassification)
+    task.name: task
+    for task in (TextClassification, FeatureClassification, ImageClassification, CausalLM)
 }
 
 
