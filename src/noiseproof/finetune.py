@@ -39,6 +39,7 @@ from noiseproof.results import (
     answer_metrics,
     detection_metrics,
     epoch_metrics,
+    mode_metrics,
     ood_metrics,
     sample_table,
     set_metrics,
@@ -249,10 +250,10 @@ def _conclude(
         stage = outcome.history[-1]["stage"]  # a probe before it is no epoch of fine-tuning
         followed = prepared.task.measures.curve
         curve = [
-            row[followed]
-            for row in outcome.history
-            if row["stage"] == stage and followed in row
+            row[followed] for row in outcome.history if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
+    mode_metrics(record, prepared, outcome.model)
     answer_metrics(record, prepared, outcome.model)
+    record.findings = outcome.run.findings
     detection_metrics(record, prepared, samples)

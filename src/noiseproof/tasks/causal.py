@@ -166,7 +166,9 @@ class CausalLM(Task):
     @classmethod
     def fitted(cls, method: Method, model: Any) -> Method:
         """The method as it runs on tokens."""
-        require(model is None or isinstance(model, str | Path), "the model must be a name or folder")
+        require(
+            model is None or isinstance(model, str | Path), "the model must be a name or folder"
+        )
         require(str(model) != "minilm", "task 'causal-lm' needs a language model: give model")
         return method.for_tokens()
 
@@ -216,7 +218,10 @@ class CausalLM(Task):
         limit = min(self.settings.max_length, int(self.tokenizer.model_max_length))
         prompts, responses = [], []
         for prompt, response in zip(*self._texts(inputs), strict=True):
-            first, second = self._prompt_ids(prompt, inputs.chat), self._response_ids(response, inputs.chat)
+            first, second = (
+                self._prompt_ids(prompt, inputs.chat),
+                self._response_ids(response, inputs.chat),
+            )
             if self.start is None:
                 first = first[:limit]
                 second = second[: limit - len(first)]
@@ -347,9 +352,7 @@ class CausalLM(Task):
         """Log-probability of every choice after its prompt, by the sum or the mean over tokens."""
         owners = np.repeat(np.arange(len(choices)), [len(some) for some in choices])
         flat = [choice for some in choices for choice in some]
-        asked = replace(
-            inputs.take(owners), responses=flat, truth=None, choices=None, answers=None
-        )
+        asked = replace(inputs.take(owners), responses=flat, truth=None, choices=None, answers=None)
         outputs = outputs_of(self.encode(asked)).numpy()  # (all choices, 3)
         scores = -outputs[:, 0]
         if self.settings.choice_score == "mean":
