@@ -41,7 +41,6 @@ from noiseproof.noise import load_transition
 from noiseproof.selection import estimate_transition, lowest
 from noiseproof.tuning import tune_model, usual_rate, virtual_tokens
 
-
 ALL_TASKS = ("text", "features", "image", "causal-lm")
 
 
