@@ -15,6 +15,8 @@ _PLACES = {
     "predict": "prediction",
     "load": "prediction",
     "corrupt": "corruption",
+    "audit": "auditing",
+    "Audit": "auditing",
     "Job": "job",
     "FitResult": "finetune",
     "Predictor": "prediction",
@@ -51,6 +53,7 @@ _PLACES = {
 __all__ = ["__version__", *_PLACES]
 
 if TYPE_CHECKING:
+    from noiseproof.auditing import Audit, audit
     from noiseproof.checkpoint import Interrupted
     from noiseproof.corruption import corrupt
     from noiseproof.data import read_examples

@@ -8,7 +8,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -180,6 +180,57 @@ def predict(words: list[str]) -> None:
     table = predict_rows(given.run, given.data, **{name: getattr(given, name) for name in names})
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
+
+
+def audit(words: list[str]) -> None:
+    """List the rows whose label looks wrong, and say how far to trust the list.
+
+    Nothing is trained. Of a finished run it takes the rows and labels again, and what its model
+    says of them.
+
+    example: noiseproof audit tickets.csv --label intent --out suspects.csv
+    """
+    parser = _parser("audit", "DATA|RUN --out FILE [options]", audit.__doc__)
+    add = parser.add_argument
+    add("source", type=str, metavar="DATA|RUN", help="Training rows as for fit, or a run's folder.")
+    add("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
+    add("--all", action="store_true", help="Write every row, not the suspicious ones alone.")
+    add("--neighbours", type=int, default=20, help="Nearest rows that are asked.")
+    add("--seed", type=int, default=0, help="Of the errors that are planted as a test.")
+    for name, meaning in AUDITED.items():
+        add(f"--{name.replace('_', '-')}", type=str | None, help=meaning)
+    add("--sample", type=int | None, help="Audit so many rows only.")
+    add("--overwrite", action="store_true", help="Replace the output file.")
+    given = _parse(parser, words)
+    from noiseproof.auditing import audit as audit_rows
+    from noiseproof.tables import check_writable, write_table
+
+    check_writable(given.out, overwrite=given.overwrite)
+    asked = {name: getattr(given, name) for name in (*AUDITED, "sample")}
+    settings = {name: value for name, value in asked.items() if value is not None}
+    found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
+    table = found.table if given.all else found.suspects
+    write_table(table, given.out, overwrite=given.overwrite)
+    _print_numbers(found.summary)
+    print(found.verdict)
+    print(f"{len(table)} rows, worst first: {given.out}")
+
+
+AUDITED = {
+    "label": "Column of the labels; label unless given.",
+    "text": "Text column, or two of them; text unless given.",
+    "clean_label": "Column of the true labels, to measure the audit.",
+    "row_id": "Column that names the rows.",
+    "drop_label": "Leave rows with this label out.",
+    "task": "Kind of row: text, features or image.",
+    "features": "Features: an array, or columns.",
+    "image": "Column of images.",
+    "on_bad_image": "error, or skip.",
+    "model": "Encoder whose features judge; minilm for texts.",
+    "noise": "Noise to inject first, such as symmetric:0.2, to measure the audit.",
+    "split": "Split of a hub data set or of an archive.",
+}
+"""Fields of a job that an audit takes, in few words."""
 
 
 def corrupt(words: list[str]) -> None:
@@ -411,7 +462,7 @@ def demo(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
-    for command in (fit, predict, corrupt, bench, study, report, methods, demo)
+    for command in (fit, predict, audit, corrupt, bench, study, report, methods, demo)
 }
 
 
@@ -860,17 +911,23 @@ def _clock(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def _print_result(record: RunRecord, folder: Path) -> None:
+def _print_numbers(numbers: Mapping[str, Any]) -> None:
+    """Print what is known by name, a line each."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("result", "", box=None, pad_edge=False, show_header=False)
-    for name, value in record.metrics.items():
+    for name, value in numbers.items():
         if value is not None:
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    table.add_row("total_s", f"{record.timings['total_s']:.1f}")
+    Console().print(table)
+
+
+def _print_result(record: RunRecord, folder: Path) -> None:
+    from rich.console import Console
+
+    _print_numbers(record.metrics | {"total_s": round(record.timings["total_s"], 1)})
     console = Console()
-    console.print(table)
     for name, meaning in (
         ("model", "the trained model"),
         ("suspects.csv", "rows whose label looks wrong, worst first"),

@@ -249,9 +249,7 @@ def _conclude(
         stage = outcome.history[-1]["stage"]  # a probe before it is no epoch of fine-tuning
         followed = prepared.task.measures.curve
         curve = [
-            row[followed]
-            for row in outcome.history
-            if row["stage"] == stage and followed in row
+            row[followed] for row in outcome.history if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
     answer_metrics(record, prepared, outcome.model)

@@ -114,7 +114,9 @@ class NoiseModel(ABC):
             )
         if self.needs_features and features is None:
             raise InputError(f"'{self.spec}' needs features (N, D), such as embeddings")
-        if (self.needs_texts or self.needs_responses) and (texts is None or len(texts) != len(given)):
+        if (self.needs_texts or self.needs_responses) and (
+            texts is None or len(texts) != len(given)
+        ):
             raise InputError(f"'{self.spec}' needs texts, the texts of each of {len(given)} rows")
         matrix = np.empty((len(given), 0))
         if self.needs_features and features is not None:

@@ -22,8 +22,9 @@ from noiseproof.data import (
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings, derive_seed
 from noiseproof.errors import InputError
+from noiseproof.features import fingerprint, kept
 from noiseproof.job import Job
-from noiseproof.models import count_parameters, mean_pooled
+from noiseproof.models import count_parameters, has_weights, mean_pooled
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
 from noiseproof.tasks import LabelColumns, Task, find_task
@@ -242,12 +243,17 @@ def replace_inputs(data: Examples, replacement: np.ndarray, pool: Inputs) -> Exa
 def frozen_features(
     model: torch.nn.Module, encoded: Encoded, settings: TrainSettings
 ) -> np.ndarray:
-    """Mean-pooled features of the pre-trained encoder (N, D)."""
+    """Mean-pooled features of the pre-trained encoder (N, D), kept on disk as those of a head."""
     engine = Engine(settings)
     model.to(engine.device).eval()
 
-    def pooled(inputs: dict[str, Tensor]) -> Tensor:
-        return mean_pooled(model, inputs)
+    def compute() -> Tensor:
+        with torch.no_grad():
+            return engine.compute(encoded, lambda inputs: mean_pooled(model, inputs))
 
-    with torch.no_grad():
-        return engine.compute(encoded, pooled).numpy()
+    shared = encoded.key and engine.processes == 1 and has_weights(model)
+    weights = fingerprint(model) if shared else ""
+    if not weights:
+        return compute().numpy()
+    key = " ".join(["1", encoded.key, "pooled", engine.device.type, weights])
+    return kept(key, len(encoded), compute).numpy()

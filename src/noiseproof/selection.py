@@ -52,29 +52,44 @@ def estimate_transition(
     return transition / transition.sum(dim=1, keepdim=True)
 
 
+def confident_class(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Estimate the true class of each row, or -1.  (N, C), (N,) -> (N,) int64.
+
+    Northcutt et al. 2021, eq. 2 (confident learning): the likeliest of the classes whose
+    probability reaches that class's mean self-confidence; -1 where none does. The probabilities
+    must be out of sample; a model that has memorised the labels confirms them all.
+
+    >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.95, 0.05]])
+    >>> confident_class(probabilities, torch.tensor([0, 0, 1, 1])).tolist()
+    [0, -1, 1, 0]
+    """
+    _check_probabilities(probabilities, labels)
+    labels = labels.long()
+    scores = probabilities.double()
+    own = scores.gather(1, labels[:, None]).squeeze(1)  # (N,) self-confidence
+    count = torch.bincount(labels, minlength=scores.shape[1])
+    threshold = (
+        torch.bincount(labels, weights=own, minlength=len(count)) / count
+    )  # (C,), empty: NaN
+    reaches = scores >= threshold - 1e-6  # rounding must not exclude a class of equal confidences
+    best, true = scores.where(reaches, -1.0).max(dim=1)  # (N,)
+    return torch.where(best >= 0, true, -1)
+
+
 def confident_joint(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Count rows by estimated true class and given label.  (N, C), (N,) -> (C, C) int64.
 
-    Northcutt et al. 2021, eq. 1 and 2 (confident learning), transposed to our convention: row =
-    true class, column = given class. A row counts for the likeliest of the classes whose
-    probability reaches that class's mean self-confidence, and is left out if there is none. The
-    probabilities must be out of sample; a model that has memorised the labels confirms them all.
+    Northcutt et al. 2021, eq. 1, transposed to our convention: row = true class by
+    `confident_class`, column = given class. Rows without one are left out.
 
     >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.95, 0.05]])
     >>> confident_joint(probabilities, torch.tensor([0, 0, 1, 1])).tolist()
     [[1, 1], [0, 1]]
     """
-    _check_probabilities(probabilities, labels)
-    labels = labels.long()
+    true = confident_class(probabilities, labels)
     classes = probabilities.shape[1]
-    scores = probabilities.double()
-    own = scores.gather(1, labels[:, None]).squeeze(1)  # (N,) self-confidence
-    count = torch.bincount(labels, minlength=classes)
-    threshold = torch.bincount(labels, weights=own, minlength=classes) / count  # (C,), empty: NaN
-    reaches = scores >= threshold - 1e-6  # rounding must not exclude a class of equal confidences
-    best, true = scores.where(reaches, -1.0).max(dim=1)  # (N,)
-    sure = best >= 0
-    pairs = true[sure] * classes + labels[sure]
+    sure = true >= 0
+    pairs = true[sure] * classes + labels.long()[sure]
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
@@ -171,18 +186,18 @@ def draw_per_class(marked: Tensor, labels: Tensor, quota: Tensor, order: Tensor)
     return keep
 
 
-def held_out_agreement(
+def held_out_scores(
     features: Tensor, labels: Tensor, num_classes: int, folds: int = 5, ridge: float = 1.0
-) -> float:
-    """Measure how well features tell the labels of rows not trained on.  (N, D), (N,) -> kappa.
+) -> Tensor:
+    """Score every class for rows not trained on.  (N, D), (N,) -> (N, C) float64.
 
     A ridge classifier (least squares on standardised features, penalty `ridge` times the rows) is
-    trained on all folds but one and predicts that one. The result is Cohen's kappa of predictions
-    and labels: 1 is agreement, 0 what chance gives. Every fold has its share of each class.
+    trained on all folds but one and scores that one. Every fold has its share of each class. The
+    cost is one product of D x N and N x D, and D^3 a fold.
 
     >>> labels = torch.arange(40) % 2
-    >>> held_out_agreement(labels[:, None] * 2.0, labels, num_classes=2)
-    1.0
+    >>> held_out_scores(labels[:, None] * 2.0, labels, num_classes=2)[:2].round(decimals=2).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
     """
     columns = features.double()
     columns = columns - columns.mean(dim=0)
@@ -190,7 +205,7 @@ def held_out_agreement(
     columns = columns / torch.where(scale > 0, scale, 1.0)  # (N, D)
     target = torch.nn.functional.one_hot(labels, num_classes).double()  # (N, C)
     fold = place_in_class(labels) % folds
-    predicted = torch.zeros_like(labels)
+    scores = torch.zeros_like(target)
     parts = [fold == number for number in range(folds)]
     grams = torch.stack([columns[part].T @ columns[part] for part in parts])  # (folds, D, D)
     sums = torch.stack([columns[part].T @ target[part] for part in parts])  # (folds, D, C)
@@ -199,9 +214,33 @@ def held_out_agreement(
         gram = grams.sum(dim=0) - own_gram  # of the rows of the other folds
         gram.diagonal().add_(ridge * max(1, int((~part).sum())))
         wanted = sums.sum(dim=0) - own_sum - columns[~part].sum(dim=0)[:, None] * base
-        predicted[part] = (columns[part] @ torch.linalg.solve(gram, wanted) + base).argmax(dim=1)
+        scores[part] = columns[part] @ torch.linalg.solve(gram, wanted) + base
+    return scores
+
+
+def held_out_agreement(
+    features: Tensor, labels: Tensor, num_classes: int, folds: int = 5, ridge: float = 1.0
+) -> float:
+    """Measure how well features tell the labels of rows not trained on.  (N, D), (N,) -> kappa.
+
+    Cohen's kappa of labels and predictions by `held_out_scores`.
+
+    >>> labels = torch.arange(40) % 2
+    >>> held_out_agreement(labels[:, None] * 2.0, labels, num_classes=2)
+    1.0
+    """
+    return kappa(held_out_scores(features, labels, num_classes, folds, ridge).argmax(1), labels)
+
+
+def kappa(predicted: Tensor, labels: Tensor) -> float:
+    """Cohen's kappa: 1 is agreement, 0 what chance gives.  (N,), (N,) -> scalar.
+
+    >>> kappa(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
+    0.0
+    """
+    classes = 1 + int(torch.maximum(predicted.max(), labels.max()))
     agreement = float((predicted == labels).double().mean())
-    shares = [torch.bincount(x, minlength=num_classes) / len(labels) for x in (predicted, labels)]
+    shares = [torch.bincount(x, minlength=classes) / len(labels) for x in (predicted, labels)]
     chance = float(shares[0].double() @ shares[1].double())
     return (agreement - chance) / (1 - chance) if chance < 1 else 0.0
 

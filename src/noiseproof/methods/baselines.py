@@ -41,7 +41,6 @@ from noiseproof.noise import load_transition
 from noiseproof.selection import estimate_transition, lowest
 from noiseproof.tuning import PROMPTS, tune_model, usual_rate, virtual_tokens
 
-
 T = TypeVar("T", bound="Tuned")
 ALL_TASKS = ("text", "features", "image", "causal-lm")
 

@@ -25,19 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs
-from noiseproof.dialogues import DialogueColumns, Dialogues, read_dialogues
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
-from noiseproof.language import (
+from noiseproof.method import Method, require
+from noiseproof.models import save_model
+from noiseproof.noise import NoiseModel
+from noiseproof.tasks.base import LabelColumns, RowSettings, Task
+from noiseproof.tasks.dialogues import DialogueColumns, Dialogues, read_dialogues
+from noiseproof.tasks.language import (
     generate,
     is_encoder_decoder,
     load_language_model,
     load_saved_language_model,
 )
-from noiseproof.method import Method, require
-from noiseproof.models import save_model
-from noiseproof.noise import NoiseModel
-from noiseproof.tasks.base import LabelColumns, RowSettings, Task
 from noiseproof.tasks.measures import Measures, ResponseMeasures
 from noiseproof.tokens import IGNORED, TARGETS, losses_of_statistics, token_statistics
 
@@ -166,7 +166,9 @@ class CausalLM(Task):
     @classmethod
     def fitted(cls, method: Method, model: Any) -> Method:
         """The method as it runs on tokens."""
-        require(model is None or isinstance(model, str | Path), "the model must be a name or folder")
+        require(
+            model is None or isinstance(model, str | Path), "the model must be a name or folder"
+        )
         require(str(model) != "minilm", "task 'causal-lm' needs a language model: give model")
         return method.for_tokens()
 
@@ -216,7 +218,10 @@ class CausalLM(Task):
         limit = min(self.settings.max_length, int(self.tokenizer.model_max_length))
         prompts, responses = [], []
         for prompt, response in zip(*self._texts(inputs), strict=True):
-            first, second = self._prompt_ids(prompt, inputs.chat), self._response_ids(response, inputs.chat)
+            first, second = (
+                self._prompt_ids(prompt, inputs.chat),
+                self._response_ids(response, inputs.chat),
+            )
             if self.start is None:
                 first = first[:limit]
                 second = second[: limit - len(first)]
@@ -235,7 +240,9 @@ class CausalLM(Task):
                 UserWarning,
                 stacklevel=2,
             )
-        return EncodedDialogues(prompts, responses, self.start, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
+        return EncodedDialogues(
+            prompts, responses, self.start, int(self.tokenizer.pad_token_id or 0)
+        )
 
     def _texts(self, inputs: Dialogues) -> tuple[list[str], list[str]]:
         """Prompts and responses as they are tokenised."""
@@ -269,16 +276,16 @@ class CausalLM(Task):
         return str(text)
 
     def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
         end = self.tokenizer.eos_token_id
         if self.start is None and not chat and len(ids) > 1 and ids[-1] == end:
             ids = ids[:-1]  # a decoder would stop before the response
-        return ids or [int(self.tokenizer.bos_token_id or self.tokenizer.pad_token_id or 0)]  # type: ignore[arg-type]
+        return ids or [int(self.tokenizer.bos_token_id or self.tokenizer.pad_token_id or 0)]
 
     def _response_ids(self, response: str, chat: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return ids if chat or end is None else [*ids, int(end)]  # type: ignore[arg-type]
+        return ids if chat or end is None else [*ids, int(end)]
 
     # --- answering -------------------------------------------------------------------------------
 
@@ -300,7 +307,7 @@ class CausalLM(Task):
         outputs_of: Callable[[Encoded], Tensor],
         label_names: Sequence[str],
     ) -> dict[str, np.ndarray]:
-        """The response to every prompt; the loss of the response that the row has, if it has one."""
+        """The response to every prompt, and the loss of the response that a row has."""
         assert isinstance(inputs, Dialogues)
         found = {"predicted_response": np.array(self.respond(model, inputs), dtype=object)}
         if inputs.responses is not None:
@@ -344,9 +351,7 @@ class CausalLM(Task):
         """Log-probability of every choice after its prompt, by the sum or the mean over tokens."""
         owners = np.repeat(np.arange(len(choices)), [len(some) for some in choices])
         flat = [choice for some in choices for choice in some]
-        asked = replace(
-            inputs.take(owners), responses=flat, truth=None, choices=None, answers=None
-        )
+        asked = replace(inputs.take(owners), responses=flat, truth=None, choices=None, answers=None)
         outputs = outputs_of(self.encode(asked)).numpy()  # (all choices, 3)
         scores = -outputs[:, 0]
         if self.settings.choice_score == "mean":
@@ -355,9 +360,9 @@ class CausalLM(Task):
 
 
 def find_answer(pattern: str, text: str) -> str | None:
-    """The last match of a pattern, or of its first group, in a text; None without a match.
+    r"""The last match of a pattern, or of its first group, in a text; None without a match.
 
-    >>> find_answer(r"answer is (\\w+)", "the answer is A, no: the answer is B")
+    >>> find_answer(r"answer is (\w+)", "the answer is A, no: the answer is B")
     'B'
     """
     matches = list(re.finditer(pattern, text))

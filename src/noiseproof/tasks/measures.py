@@ -198,4 +198,3 @@ class ResponseMeasures(Measures):
             "token_accuracy": (outputs[:, 2] / tokens.clamp(min=1)).numpy(),
             "tokens": tokens.long().numpy(),
         }
-

@@ -151,7 +151,9 @@ class DialogueColumns(Reader):
     def columns(self, table: Table) -> tuple[str, ...]:
         """Name the columns of the prompts."""
         names = set(table.frame.columns)
-        parts = (self.text,) if self.text in names else tuple(p.strip() for p in self.text.split(","))
+        parts = (
+            (self.text,) if self.text in names else tuple(p.strip() for p in self.text.split(","))
+        )
         if len(parts) not in (1, 2) or len(set(parts)) != len(parts):
             raise InputError(f"text must name one column or two different ones, got {self.text!r}")
         for part in parts:
@@ -171,13 +173,23 @@ class DialogueColumns(Reader):
                 for row, cell in zip(rows, cells[0], strict=True)
             ]
             if self.label is not None and self.label not in table.frame.columns:
-                responses = [_last_turn(table, int(row), turns) for row, turns in zip(rows, messages, strict=True)]
+                responses = [
+                    _last_turn(table, int(row), turns)
+                    for row, turns in zip(rows, messages, strict=True)
+                ]
                 messages = [turns[:-1] for turns in messages]
             prompts = [json.dumps(turns, ensure_ascii=False) for turns in messages]
         else:
-            prompts = [_joined(table, int(row), columns, texts) for row, *texts in zip(rows, *cells, strict=True)]
+            prompts = [
+                _joined(table, int(row), columns, texts)
+                for row, *texts in zip(rows, *cells, strict=True)
+            ]
         if self.label is not None and responses is None:
-            if choices is not None and answers is not None and self.label not in table.frame.columns:
+            if (
+                choices is not None
+                and answers is not None
+                and self.label not in table.frame.columns
+            ):
                 responses = [some[int(place)] for some, place in zip(choices, answers, strict=True)]
             else:
                 table.require(self.label, "responses")
@@ -202,7 +214,9 @@ class DialogueColumns(Reader):
         names = table.frame.columns
         if ANSWER not in names or ANSWER in (self.label, *self.text.split(",")):
             return None, None
-        answers = [str(cell).strip() if cell is not None else "" for cell in _picked(table, ANSWER, rows)]
+        answers = [
+            str(cell).strip() if cell is not None else "" for cell in _picked(table, ANSWER, rows)
+        ]
         if CHOICES not in names:
             return None, tuple(answers)
         choices = []
@@ -288,14 +302,18 @@ def _joined(table: Table, row: int, columns: tuple[str, ...], texts: Sequence[An
 
 
 def _is_chat(cell: Any) -> bool:
-    return isinstance(cell, list | tuple | np.ndarray) and len(cell) > 0 and isinstance(cell[0], dict)
+    return (
+        isinstance(cell, list | tuple | np.ndarray) and len(cell) > 0 and isinstance(cell[0], dict)
+    )
 
 
 def _messages(table: Table, row: int, column: str, cell: Any) -> list[dict[str, str]]:
     """The turns of one row as plain role and content."""
     where = f"{table.place(row)}, column {column!r}"
     if not _is_chat(cell):
-        raise InputError(f"{where}: expected a list of messages with role and content, got {cell!r}")
+        raise InputError(
+            f"{where}: expected a list of messages with role and content, got {cell!r}"
+        )
     turns = []
     for turn in cell:
         role, content = turn.get("role"), turn.get("content")

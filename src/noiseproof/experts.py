@@ -1,0 +1,679 @@
+"""Linear layers with one shared down-projection and several up-projections, mixed token by token.
+
+    h = A x (.., r);  w = softmax(Wg x) (.., N);  y = W0 x + b0 + s sum_i w_i B_i h,  s = alpha / r
+
+The layout of HydraLoRA (Tian et al., NeurIPS 2024, arXiv:2404.19245); with poisoning experts behind
+the normal ones it is the layer of LoPE (Wang et al., NeurIPS 2025, arXiv:2505.23868). Experts are
+numbered normal first. At inference the poisoning experts can be left out in several ways, see
+`expert_weights`, without training again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from noiseproof.errors import InputError
+from noiseproof.models import ADAPTERS_CONFIG, is_head, new_modules
+
+MODES = ("none", "mask", "renorm", "compensate")
+FAMILY = "experts"  # in adapters.json
+EXPERTS_FILE = "adapters.safetensors"  # in model/: experts and head
+SHORTEST = 1e-12  # an output of a smaller norm has no direction
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "xlm-roberta": ("query", "value"),
+    "electra": ("query", "value"),
+    "distilbert": ("q_lin", "v_lin"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "modernbert": ("Wqkv",),
+    "vit": ("query", "value"),
+    "llama": ("q_proj", "v_proj"),
+    "mistral": ("q_proj", "v_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "t5": ("q", "v"),
+}
+"""Names of query and value projections by architecture; fused ones are adapted whole."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Settings of the layers.
+
+    Attributes:
+        rank: Of A and of every expert, r.
+        alpha: Scaling numerator; s = alpha / r.
+        dropout: On the input of A; the router sees all of it.
+        dropout_mode: shared (one mask a layer) or per_expert.
+        targets: Ends of the names of the linear modules to adapt; None takes `TARGETS`.
+        normal: Number of normal experts.
+        poison: Number of poisoning experts.
+        gate_input: What the router reads: x, or Ax.
+        gate_init: kaiming, or normal (deviation 0.02).
+        mode: How poisoning experts count at inference, one of `MODES`.
+        online: compensate: similarities of the token at hand instead of the calibrated ones.
+        sign: compensate: sign of the similarities; 0 is renorm.
+        most: compensate: how many experts are compensated; None is all.
+        order: compensate: which ones, theta (most similar first) or index.
+        beta: compensate: sum_to_one, keep_mass, or a factor.
+    """
+
+    rank: int = 4
+    alpha: float = 32.0
+    dropout: float = 0.05
+    dropout_mode: str = "shared"
+    targets: tuple[str, ...] | None = None
+    normal: int = 3
+    poison: int = 1
+    gate_input: str = "x"
+    gate_init: str = "kaiming"
+    mode: str = "compensate"
+    online: bool = False
+    sign: int = 1
+    most: int | None = None
+    order: str = "theta"
+    beta: str | float = "sum_to_one"
+
+    @property
+    def count(self) -> int:
+        """All experts, N."""
+        return self.normal + self.poison
+
+
+# --- pure functions ------------------------------------------------------------------------------
+
+
+def expert_weights(
+    logits: Tensor, settings: Experts, mode: str, theta: Tensor | None = None
+) -> Tensor:
+    """Weights of all experts from the logits of the router.  (.., N) -> (.., N) fp32.
+
+    ``none``: softmax. ``mask``: the same with 0 for the poisoning experts. ``renorm``: softmax over
+    the normal experts alone. ``compensate`` (DyCompEnSate, our reconstruction: the equation of the
+    paper was not available): each normal weight times 1 + sign theta, clamped to [0, 2], and
+    divided by their sum (beta=sum_to_one), also times the weight that normal experts had
+    (keep_mass), or times beta without a division.
+
+    Args:
+        logits: Of the router (.., N), normal experts first.
+        settings: Numbers of experts, and how compensate works.
+        mode: One of `MODES`.
+        theta: compensate: similarity of each normal expert to the poisoning ones, (NE,) or (.., NE).
+
+    >>> logits = torch.tensor([0.2, 0.3, 0.1, 0.4]).log()
+    >>> theta = torch.tensor([0.5, 0.0, -0.5])
+    >>> [round(x, 4) for x in expert_weights(logits, Experts(), "compensate", theta).tolist()]
+    [0.4615, 0.4615, 0.0769, 0.0]
+    >>> [round(x, 4) for x in expert_weights(logits, Experts(), "renorm").tolist()]
+    [0.3333, 0.5, 0.1667, 0.0]
+    """
+    normal = settings.normal
+    everything = torch.softmax(logits.float(), dim=-1)
+    if mode == "none" or not settings.poison:
+        return everything
+    masked = torch.zeros_like(everything)
+    if mode == "mask":
+        masked[..., :normal] = everything[..., :normal]
+        return masked
+    relative = torch.softmax(logits[..., :normal].float(), dim=-1)  # no 0 / 0 where D has it all
+    if mode == "renorm":
+        masked[..., :normal] = relative
+        return masked
+    assert theta is not None
+    factor = (1 + settings.sign * theta.float()).clamp(0, 2)
+    if settings.most is not None and settings.most < normal:
+        chosen = torch.zeros_like(factor)
+        if settings.order == "index":
+            chosen[..., : settings.most] = 1
+        else:
+            chosen.scatter_(-1, theta.topk(settings.most, dim=-1).indices, 1)
+        factor = torch.where(chosen > 0, factor, 1.0)
+    if isinstance(settings.beta, float | int):
+        masked[..., :normal] = settings.beta * everything[..., :normal] * factor
+        return masked
+    weights = relative * factor
+    total = weights.sum(dim=-1, keepdim=True)
+    weights = torch.where(total < 1e-6, 1 / normal, weights / total.clamp_min(1e-6))
+    if settings.beta == "keep_mass":
+        weights = weights * everything[..., :normal].sum(dim=-1, keepdim=True)
+    masked[..., :normal] = weights
+    return masked
+
+
+def similarities(hidden: Tensor, gram: Tensor, normal: int) -> Tensor:
+    """Cosine of each normal expert's output and that of the poisoning ones.  -> (.., NE) fp32.
+
+    cos(B_i h, B_D h) = h' G_iD h / sqrt(h' G_ii h  h' G_DD h) with G_ij = B_i' B_j, so the outputs
+    themselves are not needed. With several poisoning experts the mean over them; 0 where an output
+    has no direction.
+
+    Args:
+        hidden: h (.., r).
+        gram: G (N, N, r, r).
+        normal: NE.
+    """
+    hidden, gram = hidden.float(), gram.float()
+    own = gram.diagonal().permute(2, 0, 1)  # (N, r, r)
+    squares = torch.einsum("...a,nab,...b->...n", hidden, own, hidden).clamp_min(0)
+    cross = torch.einsum("...a,npab,...b->...np", hidden, gram[:normal, normal:], hidden)
+    norms = squares.sqrt()
+    product = norms[..., :normal, None] * norms[..., None, normal:]
+    cosine = torch.where(product < SHORTEST, 0.0, cross / product.clamp_min(SHORTEST))
+    return cosine.clamp(-1, 1).mean(dim=-1)
+
+
+def embedding_noise(
+    embeddings: Tensor, mask: Tensor, draws: Sequence[np.random.Generator], kind: str, alpha: float
+) -> Tensor:
+    """Uniform noise for token embeddings, none on padding.  (B, T, d), (B, T) -> (B, T, d).
+
+    a U with U uniform in (-1, 1). absolute: a = alpha (the paper, read literally). relative: alpha
+    times the root mean square of the batch's real entries. neftune: alpha / sqrt(T_i d), T_i real
+    tokens of the row (Jain et al. 2023, arXiv:2310.05914).
+
+    Args:
+        embeddings: Output of the embedding layer.
+        mask: 1 for real tokens.
+        draws: A random generator for each row, so that its noise depends on nothing else.
+        kind: absolute, relative or neftune.
+        alpha: Amplitude; 0 for a row without noise is up to the caller.
+    """
+    width = embeddings.shape[-1]
+    noise = torch.zeros(embeddings.shape, dtype=torch.float32)
+    real = mask.bool().cpu()
+    for row, random in enumerate(draws):
+        count = int(real[row].sum())
+        values = random.random((count, width), dtype=np.float32) * 2 - 1
+        noise[row][real[row]] = torch.from_numpy(values)
+    scale = torch.full((len(noise), 1, 1), float(alpha))
+    if kind == "relative":
+        scale *= rms_of_tokens(embeddings.detach(), mask).cpu()
+    elif kind == "neftune":
+        lengths = real.sum(dim=1).clamp_min(1).float()
+        scale /= (lengths * width).sqrt()[:, None, None]
+    return (scale * noise).to(embeddings.device, embeddings.dtype)
+
+
+def rms_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square over the entries of real tokens.  (B, T, d), (B, T) -> scalar.
+
+    >>> rms_of_tokens(torch.tensor([[[3.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 0]])).item()
+    3.0
+    """
+    real = mask.bool()
+    return values[real].float().square().mean().sqrt()
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+class Switch:
+    """What all layers of a model share; plain, no parameter and no buffer.
+
+    Attributes:
+        mode: How poisoning experts count in eval mode.
+        training_mode: How they count in training.
+        mask: Real tokens (B, T) of the call; None is all.
+        watch: Gets what each layer sees, in a call for the sake of that.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.training_mode = "none"
+        self.mask: Tensor | None = None
+        self.watch: Watch | None = None
+
+
+class ExpertLinear(nn.Module):
+    """A frozen linear module with experts beside it.
+
+    Attributes:
+        base_layer: The module as it was: `nn.Linear`, or the Conv1D of GPT-2.
+        lora_A: Shared down-projection.
+        lora_gate: The router; one row per expert, normal ones first.
+        lora_theta: Calibrated similarities (NE,); NaN before.
+        lora_gram: G_ij = B_i' B_j (N, N, r, r) of the calibration.
+    """
+
+    lora_theta: Tensor
+    lora_gram: Tensor
+
+    def __init__(self, base: nn.Module, settings: Experts, switch: Switch) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.settings, self.switch = settings, switch
+        wide, out = shape_of(base)
+        rank, count = settings.rank, settings.count
+        self.lora_A = nn.Linear(wide, rank, bias=False)
+        for name in self.expert_names:
+            self.add_module(name, nn.Linear(rank, out, bias=False))
+            nn.init.zeros_(self.get_submodule(name).weight)  # type: ignore[arg-type]
+        read = wide if settings.gate_input == "x" else rank
+        self.lora_gate = nn.Linear(read, count, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)
+        if settings.gate_init == "normal":
+            nn.init.normal_(self.lora_gate.weight, std=0.02)
+        else:  # never zeros: equal normal experts would get equal gradients for ever
+            nn.init.kaiming_uniform_(self.lora_gate.weight, a=5**0.5)
+        self.register_buffer("lora_theta", torch.full((settings.normal,), float("nan")))
+        self.register_buffer("lora_gram", torch.zeros(count, count, rank, rank))
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the up-projections, in order: lora_B0, .., lora_BD, lora_BD1, .."""
+        normal = [f"lora_B{number}" for number in range(self.settings.normal)]
+        poison = [f"lora_BD{number or ''}" for number in range(self.settings.poison)]
+        return normal + poison
+
+    def up(self) -> list[Tensor]:
+        """Weights of the experts, (d_out, r) each."""
+        return [self.get_submodule(name).weight for name in self.expert_names]  # type: ignore[misc]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(.., d_in) -> (.., d_out)."""
+        output: Tensor = self.base_layer(input)
+        own = self.lora_A.weight.dtype
+        cast = torch.is_autocast_enabled(input.device.type)
+        given = input if cast else input.to(own)
+        rate = self.settings.dropout if self.training else 0.0
+        hidden = self.lora_A(F.dropout(given, rate) if rate else given)  # (.., r)
+        undropped = hidden if not rate or self.settings.gate_input == "x" else self.lora_A(given)
+        logits = self._logits(input if self.settings.gate_input == "x" else undropped)
+        mode = self.switch.training_mode if self.training else self.switch.mode
+        theta = self._theta(hidden, mode)
+        weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
+        if self.switch.watch is not None:
+            self.switch.watch.note(self, output, hidden, logits)
+        used = self.settings.count if mode == "none" else self.settings.normal
+        if rate and self.settings.dropout_mode == "per_expert":
+            more = [self.lora_A(F.dropout(given, rate)) for _ in range(used - 1)]
+            shared = torch.stack([hidden, *more], dim=-2)  # (.., used, r)
+        else:
+            shared = hidden.unsqueeze(-2)
+        mixed = (weights[..., :used].to(hidden.dtype).unsqueeze(-1) * shared).flatten(-2)
+        update = F.linear(mixed, torch.cat(self.up()[:used], dim=1))
+        scale = self.settings.alpha / self.settings.rank
+        return output + (scale * update).to(output.dtype)
+
+    def calibrate(self, theta: Tensor) -> None:
+        """Keep the similarities (NE,) and the Gram matrices for inference."""
+        with torch.no_grad():
+            self.lora_theta.copy_(theta)
+            self.lora_gram.copy_(self.gram())
+
+    def gram(self) -> Tensor:
+        """G_ij = B_i' B_j  (N, N, r, r), fp32."""
+        experts = torch.stack([weight.detach().float() for weight in self.up()])  # (N, d_out, r)
+        return torch.einsum("ioa,job->ijab", experts, experts)
+
+    def _logits(self, read: Tensor) -> Tensor:
+        """What the router says, always in fp32."""
+        with torch.autocast(read.device.type, enabled=False):
+            return F.linear(read.float(), self.lora_gate.weight.float())
+
+    def _theta(self, hidden: Tensor, mode: str) -> Tensor | None:
+        if mode != "compensate" or not self.settings.poison:
+            return None
+        if not self.training and not self.settings.online:
+            return self.lora_theta
+        gram = self.gram() if self.training else self.lora_gram
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return similarities(hidden, gram, self.settings.normal)
+
+
+class Watch:
+    """What layers see in some calls, summed over the real tokens.
+
+    Attributes:
+        rows: Row numbers of the call, set by the caller.
+        poison: Row number -> mean weight of the poisoning experts over tokens and layers.
+        layers: Name of a layer -> sums.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("tokens", "w", "w2", "above", "entropy")
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self._names = names  # id of a layer -> its name
+        self.rows: list[int] = []
+        self.poison: dict[int, list[float]] = {}
+        self.layers: dict[str, dict[str, Any]] = {}
+
+    def note(self, layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
+        """Add one call of one layer."""
+        normal, count = layer.settings.normal, layer.settings.count
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            weights = torch.softmax(logits.double(), dim=-1)
+            poison = weights[..., normal:].sum(dim=-1)  # (B, T)
+            mask = layer.switch.mask
+            real = torch.ones_like(poison, dtype=torch.bool)
+            if mask is not None and mask.shape == poison.shape:
+                real = mask.bool()
+            if poison.ndim == 2 and len(self.rows) == len(poison):
+                means = (poison * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
+                for row, value in zip(self.rows, means.tolist(), strict=True):
+                    self.poison.setdefault(row, []).append(value)
+            chosen = poison[real]
+            entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)[real]
+            load = weights[..., :normal] / (1 - poison).clamp_min(1e-12).unsqueeze(-1)
+            theta = similarities(hidden, layer.gram(), normal) if layer.settings.poison else None
+            update = torch.stack([F.linear(hidden.float(), up.float()) for up in layer.up()], -2)
+            scale = layer.settings.alpha / layer.settings.rank
+            mixed = scale * (weights.float().unsqueeze(-1) * update).sum(dim=-2)
+            ratio = mixed.norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-12)
+            sums = {
+                "tokens": float(real.sum()),
+                "w": float(chosen.sum()),
+                "w2": float(chosen.square().sum()),
+                "above": float((chosen > layer.settings.poison / count).sum()),
+                "entropy": float(entropy.sum()),
+                "update": float(ratio[real].double().sum()),
+                "load": load[real].sum(dim=0),
+                "theta": 0.0 if theta is None else theta[real].double().sum(dim=0),
+            }
+        found = self.layers.setdefault(self._names[id(layer)], {})
+        for name, value in sums.items():
+            found[name] = found.get(name, 0.0) + value
+
+    def row_scores(self) -> dict[int, float]:
+        """Mean weight of the poisoning experts by row, over tokens and layers."""
+        return {row: float(np.mean(values)) for row, values in self.poison.items()}
+
+    def theta(self, name: str) -> Tensor:
+        """Mean similarities (NE,) of a layer.
+
+        Raises:
+            InputError: No real token was seen.
+        """
+        found = self.layers.get(name)
+        if not found or not found["tokens"]:
+            raise InputError("no real token was seen to calibrate the experts with")
+        mean: Tensor = found["theta"] / found["tokens"]
+        return mean
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per layer: mean, deviation and spread of the weights, JSON values."""
+        rows = []
+        for name, sums in self.layers.items():
+            tokens = max(1.0, sums["tokens"])
+            mean = sums["w"] / tokens
+            load = sums["load"] / tokens
+            row = {
+                "layer": name,
+                "poison_weight": mean,
+                "poison_weight_std": max(0.0, sums["w2"] / tokens - mean**2) ** 0.5,
+                "above_even_share": sums["above"] / tokens,
+                "entropy": sums["entropy"] / tokens,
+                "load_variation": float(load.std(correction=0) / load.mean()),
+                "update_ratio": sums["update"] / tokens,
+            }
+            if isinstance(sums["theta"], Tensor):
+                row["theta"] = (sums["theta"] / tokens).tolist()
+            rows.append(row)
+        return rows
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Width of input and output of a linear module.
+
+    Raises:
+        InputError: It is none.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        wide, out = module.weight.shape  # type: ignore[misc]
+        return int(wide), int(out)
+    raise InputError(f"experts go beside linear modules, got a {type(module).__name__}")
+
+
+# --- around a model ------------------------------------------------------------------------------
+
+
+class ExpertModel(nn.Module):
+    """A model of transformers whose target modules have experts; it answers as the model does.
+
+    Attributes:
+        model: The model; linear modules are replaced inside it.
+        settings: Of the layers.
+        switch: Shared by the layers.
+        noise: Called with the embeddings (B, T, d) and the mask in training; None adds none.
+        fresh_head: Weights of the head before training, by name.
+    """
+
+    def __init__(self, model: nn.Module, settings: Experts) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+        targets = settings.targets or default_targets(model)
+        self.settings = dataclasses.replace(settings, targets=targets)
+        self.switch = Switch("none" if not settings.poison else "renorm")
+        self.kept = kept_parameters(model)
+        for name in target_modules(model, targets):
+            parent, _, last = name.rpartition(".")
+            layer = ExpertLinear(model.get_submodule(name), self.settings, self.switch)
+            setattr(model.get_submodule(parent), last, layer)
+        self.noise: Callable[[Tensor, Tensor], Tensor] | None = None
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(self._embedded)
+        trained = set(self.trained)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self.fresh_head = {
+            name: parameter.detach().clone()
+            for name, parameter in self.named_parameters()
+            if name in {f"model.{kept}" for kept in self.kept}
+        }
+
+    def forward(self, **inputs: Any) -> Any:
+        """Output of the model."""
+        self.switch.mask = inputs.get("attention_mask")
+        try:
+            return self.model(**inputs)
+        finally:
+            self.switch.mask = None
+
+    def generate(self, *args: Any, **settings: Any) -> Any:
+        """Generate as the model does."""
+        return self.model.generate(*args, **settings)  # type: ignore[operator]
+
+    def get_base_model(self) -> nn.Module:
+        """The model, as peft names it; its experts are inside."""
+        return self.model
+
+    @property
+    def layers(self) -> dict[str, ExpertLinear]:
+        """The layers with experts, by name."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ExpertLinear)
+        }
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of what may train: experts, routers, head, and what the checkpoint did not hold."""
+        own = [name for name, _ in self.named_parameters() if ".lora_" in name]
+        return own + [f"model.{name}" for name in self.kept]
+
+    @property
+    def mode(self) -> str:
+        """How poisoning experts count at inference."""
+        return self.switch.mode
+
+    def set_inference_mode(self, mode: str) -> None:
+        """Count poisoning experts in another way from now on.
+
+        Raises:
+            InputError: Unknown, or the saved model cannot answer so.
+        """
+        if mode not in MODES:
+            raise InputError(f"unknown inference mode {mode!r}; available: {', '.join(MODES)}")
+        if mode != "none" and not self.settings.poison:
+            raise InputError(f"a model without poisoning experts has the mode none, not {mode!r}")
+        if mode == "none" and self.settings.poison and not self.has_poison:
+            raise InputError("the poisoning experts were not saved; use mask, renorm or compensate")
+        if mode == "compensate" and not self.settings.online:
+            if any(bool(layer.lora_theta.isnan().any()) for layer in self.layers.values()):
+                raise InputError("compensate needs a calibrated model; use renorm or mask")
+        self.switch.mode = mode
+
+    @property
+    def has_poison(self) -> bool:
+        """Whether the poisoning experts are there."""
+        return not getattr(self, "poison_left_out", False)
+
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Note what the layers see for a while."""
+        watch = Watch({id(layer): name for name, layer in self.layers.items()})
+        self.switch.watch = watch
+        try:
+            yield watch
+        finally:
+            self.switch.watch = None
+
+    def save_pretrained(self, folder: str, *, save_poison: bool = True, **_: Any) -> None:
+        """Write experts and head, and which model they belong to."""
+        from safetensors.torch import save_file
+
+        named = dict(self.named_parameters()) | dict(self.named_buffers())
+        wanted = self._saved_names()
+        tensors = {
+            name: named[name].detach().contiguous()
+            for name in wanted
+            if save_poison or ".lora_BD" not in name
+        }
+        save_file(tensors, str(Path(folder) / EXPERTS_FILE))
+        about = {
+            "base_model_name_or_path": str(self.config.name_or_path),
+            "family": FAMILY,
+            "save_poison": save_poison,
+            **dataclasses.asdict(self.settings),
+            "mode": self.switch.mode,
+        }
+        path = Path(folder) / ADAPTERS_CONFIG
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def _saved_names(self) -> list[str]:
+        buffers = [name for name, _ in self.named_buffers() if ".lora_" in name]
+        return self.trained + buffers
+
+    def _embedded(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if self.noise is None or not self.training:
+            return None
+        mask = self.switch.mask
+        if mask is None or mask.shape != output.shape[:2]:
+            mask = torch.ones(output.shape[:2], dtype=torch.long, device=output.device)
+        return output + self.noise(output, mask)
+
+
+def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
+    """Put saved experts into their model; without any the model itself.
+
+    Args:
+        model: What `noiseproof.models.load_saved_model` gave.
+        folder: Where `ExpertModel.save_pretrained` wrote.
+
+    Raises:
+        InputError: The file belongs to another model, or is not whole.
+    """
+    from safetensors.torch import load_file
+
+    about = folder / ADAPTERS_CONFIG
+    if not about.exists():
+        return model
+    values = json.loads(about.read_bytes())
+    if values.pop("family", "") != FAMILY:
+        return model
+    del values["base_model_name_or_path"]
+    save_poison, mode = values.pop("save_poison"), values.pop("mode")
+    values["targets"] = tuple(values["targets"])
+    adapted = ExpertModel(model, Experts(**values))
+    tensors = load_file(str(folder / EXPERTS_FILE))
+    named = dict(adapted.named_parameters()) | dict(adapted.named_buffers())
+    wanted = {n for n in adapted._saved_names() if save_poison or ".lora_BD" not in n}
+    wrong = wanted.symmetric_difference(tensors)
+    wrong |= {name for name in wanted & set(tensors) if tensors[name].shape != named[name].shape}
+    if wrong:
+        raise InputError(
+            f"{folder / EXPERTS_FILE} does not fit the model {adapted.config.name_or_path}: "
+            f"{sorted(wrong)[0]} differs; was the model replaced by another one?"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            named[name].copy_(tensor)
+    adapted.poison_left_out = not save_poison  # type: ignore[assignment]
+    adapted.set_inference_mode(mode)
+    return adapted.eval()
+
+
+def default_targets(model: nn.Module) -> tuple[str, ...]:
+    """Query and value projections of a known architecture.
+
+    Raises:
+        InputError: It is not known; lists its linear modules.
+    """
+    kind = str(getattr(model.config, "model_type", ""))
+    if kind in TARGETS:
+        return TARGETS[kind]
+    raise InputError(
+        f"experts do not know the query and value projections of {type(model).__name__}; give "
+        f"target_modules, some of {', '.join(linear_endings(model))}"
+    )
+
+
+def target_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the linear modules whose names end so.
+
+    Raises:
+        InputError: There is none, or one is not linear.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in targets):
+            shape_of(module)
+            found.append(name)
+    if not found:
+        raise InputError(
+            f"no module of {type(model).__name__} is called {' or '.join(targets)}; its linear "
+            f"modules are {', '.join(linear_endings(model))}"
+        )
+    return found
+
+
+def linear_endings(model: nn.Module) -> list[str]:
+    """Last parts of the names of all linear modules."""
+    kinds = (name.rpartition(".")[2] for name, module in model.named_modules() if _linear(module))
+    return list(dict.fromkeys(kinds))
+
+
+def kept_parameters(model: nn.Module) -> list[str]:
+    """Names of the model's own parameters that train beside the experts: head, new modules.
+
+    A decoder's output layer is no head: it was pre-trained.
+    """
+    config: Any = model.config
+    if not getattr(config, "num_labels", 0) or not hasattr(model, "num_labels"):
+        return []
+    head = is_head(model)
+    new = tuple(f"{name}." for name in new_modules(model))
+    return [n for n, _ in model.named_parameters() if head(n) or (bool(new) and n.startswith(new))]
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
