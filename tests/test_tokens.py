@@ -111,7 +111,9 @@ def test_only_positions_from_the_first_response_on_reach_the_output_layer() -> N
     model, ids = Positions(), torch.zeros(2, 6, dtype=torch.long)
     targets = torch.full((2, 6), IGNORED)
     targets[0, 4], targets[1, 5] = 1, 3
-    losses = token_losses(model, {"input_ids": ids, TARGETS: targets}, lambda logits, _: logits[:, 0])
+    losses = token_losses(
+        model, {"input_ids": ids, TARGETS: targets}, lambda logits, _: logits[:, 0]
+    )
     assert model.asked == 2
     assert losses.tolist() == [16.0, 44.0]  # positions 4 of row 0 and 5 of row 1
 
