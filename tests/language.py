@@ -63,7 +63,9 @@ def _qwen2() -> Any:
 def _gpt2() -> Any:
     from transformers import GPT2Config
 
-    return GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, **_tokens())
+    return GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, **_tokens()
+    )
 
 
 def _t5() -> Any:

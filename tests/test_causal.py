@@ -111,7 +111,9 @@ def test_every_architecture_learns_and_loads_without_noiseproof(
     assert metrics["test_loss"] == pytest.approx(losses[-1])
     assert metrics["test_perplexity"] == pytest.approx(math.exp(losses[-1]))
     assert result.record.model["trained_parameters"] > 0
-    loaded = python(str(Path(__file__).parent / "plain_language.py"), str(tmp_path / "run" / "model"))
+    loaded = python(
+        str(Path(__file__).parent / "plain_language.py"), str(tmp_path / "run" / "model")
+    )
     answer = last_json(loaded.stdout)
     assert not answer["noiseproof"], loaded.stderr
     encoded = result.predictor.task.encode(Dialogues(["the boat"], ["harbour"]))
@@ -131,6 +133,12 @@ def test_other_tunings_train_and_come_back(tune: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.outputs(encoded), result.predictor.outputs(encoded))
 
 
+def test_a_head_that_is_tied_to_the_embeddings_is_refused() -> None:
+    """To train it would be to train what the model reads with."""
+    with pytest.raises(InputError, match=r"same weights.*lora"):
+        fit(method=CrossEntropy(tune="head"))
+
+
 def test_a_merged_adapter_is_a_plain_model(tmp_path: Path) -> None:
     """Whoever serves the model may not have peft."""
     fit(merge=True, out=tmp_path / "run")
@@ -145,7 +153,9 @@ def test_what_is_left_behind_names_the_responses(tmp_path: Path) -> None:
     assert record.noise["noise_rate"] == 0.2
     wrong = (samples["label"] != samples["clean_label"]).to_numpy()
     assert wrong.mean() == 0.2 and samples["tokens"].eq(2).all()
-    assert {"memorization", "clean_fit", "detection_auroc", "test_token_accuracy"} <= {*record.metrics}
+    assert {"memorization", "clean_fit", "detection_auroc", "test_token_accuracy"} <= {
+        *record.metrics
+    }
     assert not {"test_accuracy", "recovery"} & {*record.metrics}
     assert not record.confusion and not record.per_class
     suspects = pd.read_csv(tmp_path / "run" / "suspects.csv")
@@ -287,7 +297,9 @@ def test_choices_are_compared_by_the_mean_or_by_the_sum(learned: tuple[FitResult
     """The sum prefers short choices, the mean long ones; a table must say which it shows."""
     result, _ = learned
     made: Any = result.predictor.task
-    rows = Dialogues(["the boat"], ["a"], choices=(("harbour", "harbour harbour harbour"),), answers=("0",))
+    rows = Dialogues(
+        ["the boat"], ["a"], choices=(("harbour", "harbour harbour harbour"),), answers=("0",)
+    )
     scores = {}
     for how in ("mean", "sum"):
         changed = made.with_settings(RowSettings(choice_score=how))
@@ -320,8 +332,14 @@ def test_a_prompt_that_fills_the_model_still_gets_an_answer() -> None:
 def test_generated_text_does_not_depend_on_the_batch() -> None:
     """Left padding without its mask shifts what the model reads."""
     prompts = ["the old boat and some more", "soil", "we saw the new oven today"]
-    for kind in ("llama", "gpt2", "t5"):
-        predictor = fit(kind=kind, max_new_tokens=5, train=train_settings(epochs=1)).predictor
+    for kind, tune in (
+        ("llama", "lora"),
+        ("gpt2", "adapter"),
+        ("t5", "lora"),
+        ("gpt2", "prompt_tuning"),
+    ):
+        method, train = CrossEntropy(tune=tune), train_settings(epochs=1)
+        predictor = fit(kind=kind, method=method, max_new_tokens=5, train=train).predictor
         assert predictor.predict(prompts) == [predictor.predict([one])[0] for one in prompts]
 
 
@@ -355,7 +373,7 @@ def test_methods_that_need_classes_are_refused_and_the_others_named() -> None:
     listed = {name for name, method in METHODS.items() if "causal-lm" in method.tasks}
     assert {"CrossEntropy", "GCE", "SCE", "SmallLoss", "CleaR"} <= listed
     for name in ("ELR", "TURN", "NMTune", "CoTeaching", "ForwardCorrection"):
-        with pytest.raises(InputError, match="does not support task 'causal-lm'.*SmallLoss"):
+        with pytest.raises(InputError, match=r"does not support task 'causal-lm'.*SmallLoss"):
             Job({}, task="causal-lm", model="gpt2", method=METHODS[name]())
 
 
@@ -417,9 +435,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / "bare" / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="tokenizer"):
-        noiseproof.fit(
-            response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA
-        )
+        noiseproof.fit(response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA)
 
 
 # --- a real model --------------------------------------------------------------------------------
