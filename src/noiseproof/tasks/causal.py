@@ -125,6 +125,7 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal-lm"
     summary: ClassVar[str] = "prompts or chat messages with responses"
     column: ClassVar[str] = "text"
+    text_labels: ClassVar[bool] = True
     measures: ClassVar[Measures] = ResponseMeasures()
     answer_columns: ClassVar[tuple[str, ...]] = ("predicted_response", "response_loss")
 
