@@ -351,3 +351,121 @@ def test_drift_says_how_far_the_shared_projection_has_moved() -> None:
     drift = layer.drift()
     wanted = {"drift_A": 2, "cosine_A": 1, "drift_poison": 2, "cosine_poison": 1}
     assert drift == pytest.approx(wanted, rel=1e-5)
+
+
+# --- around a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "qwen2", "t5"])
+def test_a_fresh_model_answers_bit_for_bit_as_the_bare_one(name: str) -> None:
+    """Experts start at zero: fine-tuning begins where pre-training ended."""
+    torch.manual_seed(3)
+    model, inputs = bare(name)
+    wanted = answer(model, inputs)
+    wrapped = ExpertModel(copy.deepcopy(model), Experts(online=True)).eval()
+    for mode in MODES:
+        wrapped.set_inference_mode(mode)
+        assert torch.equal(answer(wrapped, inputs), wanted)
+    count = {"gpt2": 2, "t5": 12}.get(name, 4)  # two layers; T5 has three attentions in each pair
+    assert len(wrapped.layers) == count
+    stirred(wrapped).set_inference_mode("none")
+    assert not torch.allclose(answer(wrapped, inputs), wanted)
+
+
+def test_only_experts_router_and_head_may_train() -> None:
+    model, _ = adapted("bert")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(model.trained)
+    assert {name for name in trainable if ".lora_" not in name} == {
+        "model.classifier.weight",
+        "model.classifier.bias",
+    }
+    decoder, _ = adapted("gpt2")
+    assert all(".lora_" in name for name in decoder.trained)
+
+
+def test_architectures_that_are_not_known_must_name_their_modules() -> None:
+    from transformers import AutoModelForSequenceClassification, FunnelConfig
+
+    own = FunnelConfig(vocab_size=40, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8,
+                       d_inner=24, num_labels=3)  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(own)
+    with pytest.raises(InputError, match=r"give target_modules, some of .*q_head.*k_head"):
+        ExpertModel(model, Experts())
+    assert len(ExpertModel(model, Experts(targets=("q_head",))).layers) > 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("q_proj", "no module of BertForSequenceClassification is called q_proj; .*query, key"),
+        ("LayerNorm", "experts go beside linear modules, got a LayerNorm"),
+        ("word_embeddings", "experts go beside linear modules, got a Embedding"),
+    ],
+)
+def test_modules_that_cannot_have_experts_are_refused(target: str, message: str) -> None:
+    model, _ = classifier("bert")
+    with pytest.raises(InputError, match=message):
+        ExpertModel(model, Experts(targets=(target,)))
+
+
+def test_inference_modes_that_the_model_cannot_answer_in_are_refused() -> None:
+    fresh = ExpertModel(classifier("bert")[0], Experts())
+    with pytest.raises(InputError, match="unknown inference mode 'all'; available: none, mask"):
+        fresh.set_inference_mode("all")
+    with pytest.raises(InputError, match="compensate needs a calibrated model; use renorm or mask"):
+        fresh.set_inference_mode("compensate")
+    fresh.has_poison = False
+    with pytest.raises(InputError, match="the poisoning experts were not saved"):
+        fresh.set_inference_mode("none")
+    hydra = ExpertModel(classifier("bert")[0], Experts(poison=0))
+    with pytest.raises(InputError, match="has the mode none, not 'mask'"):
+        hydra.set_inference_mode("mask")
+    hydra.set_inference_mode("none")
+    assert hydra.mode == "none"
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_a_row_is_answered_the_same_alone_and_in_any_batch(name: str, online: bool) -> None:
+    """Encoders are padded on the right and decoders on the left; neither may reach the router."""
+    model, inputs = adapted(name, online=online)
+    rows = inputs["attention_mask"].bool()
+    answers = []
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        together = answer(model, inputs)
+        assert torch.equal(together, answer(model, inputs))
+        for row, real in enumerate(rows):
+            alone = {key: value[row : row + 1, real] for key, value in inputs.items()}
+            if name in CAUSAL:
+                last = answer(model, alone)[:, -1]
+                found = together[row : row + 1, -1]
+            else:
+                last, found = answer(model, alone), together[row : row + 1]
+            if name == "gpt2" or name == "llama":
+                torch.testing.assert_close(found, last, rtol=1e-3, atol=1e-4)
+            else:
+                torch.testing.assert_close(found, last, rtol=1e-3, atol=1e-4)
+        answers.append(together)
+    for other in answers[1:]:
+        assert not torch.allclose(answers[0], other)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generation_with_a_cache_is_generation_without(name: str) -> None:
+    """The router reads the token at hand only, so a cache changes nothing."""
+    model, inputs = adapted(name, online=True)
+    ask = {key: value[:1] for key, value in inputs.items()}
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        cached, plain = (
+            model.generate(**ask, **settings, use_cache=cache, output_logits=True,
+                           return_dict_in_generate=True)
+            for cache in (True, False)
+        )  # fmt: skip
+        assert torch.equal(cached.sequences, plain.sequences)
+        assert cached.sequences.shape == (1, 13)
+        for one, other in zip(cached.logits, plain.logits, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
