@@ -28,6 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "arrays",
         "statistics",
         "charts",
+        "tokens",
     ),
     2: ("method", "noise", "tables", "models", "encoding", "evidence"),
     3: ("adapters", "experts", "data", "modules", "precision", "features"),

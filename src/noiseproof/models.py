@@ -195,7 +195,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Whether a transformers model writes text, so that its head is part of what was pre-trained."""
+    """Whether a transformers model writes text: its head is part of what was pre-trained."""
     can = getattr(plain_model(model), "can_generate", None)
     return bool(can()) if callable(can) else False
 

@@ -22,7 +22,7 @@ from noiseproof.tables import PIECE, Strings, array_column, write_table
 
 def set_metrics(prepared: Prepared, outputs: Mapping[str, Tensor]) -> dict[str, float]:
     """What is measured in an epoch of every set beside the training rows, from outputs (N, K)."""
-    row = {}
+    row: dict[str, float] = {}
     for name, scores in outputs.items():
         measured = prepared.task.measures.epoch(scores, prepared.sets[name])
         row |= {f"{name}_{what}": value for what, value in measured.items()}

@@ -25,19 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs
-from noiseproof.dialogues import DialogueColumns, Dialogues, read_dialogues
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
-from noiseproof.language import (
+from noiseproof.method import Method, require
+from noiseproof.models import save_model
+from noiseproof.noise import NoiseModel
+from noiseproof.tasks.base import LabelColumns, RowSettings, Task
+from noiseproof.tasks.dialogues import DialogueColumns, Dialogues, read_dialogues
+from noiseproof.tasks.language import (
     generate,
     is_encoder_decoder,
     load_language_model,
     load_saved_language_model,
 )
-from noiseproof.method import Method, require
-from noiseproof.models import save_model
-from noiseproof.noise import NoiseModel
-from noiseproof.tasks.base import LabelColumns, RowSettings, Task
 from noiseproof.tasks.measures import Measures, ResponseMeasures
 from noiseproof.tokens import IGNORED, TARGETS, losses_of_statistics, token_statistics
 
@@ -240,7 +240,7 @@ class CausalLM(Task):
                 UserWarning,
                 stacklevel=2,
             )
-        pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        pad = int(self.tokenizer.pad_token_id or 0)
         encoded = EncodedDialogues(prompts, responses, self.start, pad)
         encoded.source = (inputs, self.encode)
         return encoded
@@ -277,16 +277,16 @@ class CausalLM(Task):
         return str(text)
 
     def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
         end = self.tokenizer.eos_token_id
         if self.start is None and not chat and len(ids) > 1 and ids[-1] == end:
             ids = ids[:-1]  # a decoder would stop before the response
-        return ids or [int(self.tokenizer.bos_token_id or self.tokenizer.pad_token_id or 0)]  # type: ignore[arg-type]
+        return ids or [int(self.tokenizer.bos_token_id or self.tokenizer.pad_token_id or 0)]
 
     def _response_ids(self, response: str, chat: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return ids if chat or end is None else [*ids, int(end)]  # type: ignore[arg-type]
+        return ids if chat or end is None else [*ids, int(end)]
 
     # --- answering -------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class CausalLM(Task):
         outputs_of: Callable[[Encoded], Tensor],
         label_names: Sequence[str],
     ) -> dict[str, np.ndarray]:
-        """The response to every prompt; the loss of the response that the row has, if it has one."""
+        """The response to every prompt, and the loss of the response that a row has."""
         assert isinstance(inputs, Dialogues)
         found = {"predicted_response": np.array(self.respond(model, inputs), dtype=object)}
         if inputs.responses is not None:
@@ -361,9 +361,9 @@ class CausalLM(Task):
 
 
 def find_answer(pattern: str, text: str) -> str | None:
-    """The last match of a pattern, or of its first group, in a text; None without a match.
+    r"""The last match of a pattern, or of its first group, in a text; None without a match.
 
-    >>> find_answer(r"answer is (\\w+)", "the answer is A, no: the answer is B")
+    >>> find_answer(r"answer is (\w+)", "the answer is A, no: the answer is B")
     'B'
     """
     matches = list(re.finditer(pattern, text))
