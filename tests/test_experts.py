@@ -1,9 +1,8 @@
-"""Linear layers with experts: weights in closed form, exact start, no trace of padding, and back."""
+"""Linear layers with experts: weights in closed form, exact start, blind to padding, and back."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from families import CLASSES, classifier, config, text_inputs
+from families import classifier, config, text_inputs
 from noiseproof.errors import InputError
 from noiseproof.experts import (
     EXPERTS_FILE,
@@ -24,6 +23,7 @@ from noiseproof.experts import (
     ExpertModel,
     Experts,
     Switch,
+    Watch,
     embedding_noise,
     expert_weights,
     restored_experts,
@@ -82,13 +82,21 @@ def adapted(name: str, seed: int = 0, **settings: Any) -> tuple[ExpertModel, dic
     return stirred(ExpertModel(model, Experts(**settings))), inputs
 
 
-def layer_of(switch: Switch | None = None, wide: int = 6, out: int = 5, **more: Any) -> ExpertLinear:
+def layer_of(
+    switch: Switch | None = None, wide: int = 6, out: int = 5, **more: Any
+) -> ExpertLinear:
     """A stirred layer beside a random linear one."""
     settings = Experts(**({"dropout": 0.0} | more))
-    layer = ExpertLinear(nn.Linear(wide, out), settings, switch or Switch("none"))
+    layer = ExpertLinear(nn.Linear(6, 5), settings, switch or Switch("none"))
     for up in layer.up():
         nn.init.normal_(up)
     return layer.eval()
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    """The model, before the same dropout as always."""
+    torch.manual_seed(0)
+    return model
 
 
 def answer(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -431,6 +439,8 @@ def test_a_row_is_answered_the_same_alone_and_in_any_batch(name: str, online: bo
     """Encoders are padded on the right and decoders on the left; neither may reach the router."""
     model, inputs = adapted(name, online=online)
     rows = inputs["attention_mask"].bool()
+    if name == "gpt2":  # counts positions from the padding otherwise
+        inputs["position_ids"] = (rows.cumsum(dim=1) - 1).clamp_min(0)
     answers = []
     for mode in MODES:
         model.set_inference_mode(mode)
@@ -439,14 +449,10 @@ def test_a_row_is_answered_the_same_alone_and_in_any_batch(name: str, online: bo
         for row, real in enumerate(rows):
             alone = {key: value[row : row + 1, real] for key, value in inputs.items()}
             if name in CAUSAL:
-                last = answer(model, alone)[:, -1]
-                found = together[row : row + 1, -1]
+                found, wanted = together[row, -1], answer(model, alone)[0, -1]
             else:
-                last, found = answer(model, alone), together[row : row + 1]
-            if name == "gpt2" or name == "llama":
-                torch.testing.assert_close(found, last, rtol=1e-3, atol=1e-4)
-            else:
-                torch.testing.assert_close(found, last, rtol=1e-3, atol=1e-4)
+                found, wanted = together[row], answer(model, alone)[0]
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
         answers.append(together)
     for other in answers[1:]:
         assert not torch.allclose(answers[0], other)
@@ -456,16 +462,273 @@ def test_a_row_is_answered_the_same_alone_and_in_any_batch(name: str, online: bo
 def test_generation_with_a_cache_is_generation_without(name: str) -> None:
     """The router reads the token at hand only, so a cache changes nothing."""
     model, inputs = adapted(name, online=True)
-    ask = {key: value[:1] for key, value in inputs.items()}
     for mode in MODES:
         model.set_inference_mode(mode)
         settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
         cached, plain = (
-            model.generate(**ask, **settings, use_cache=cache, output_logits=True,
+            model.generate(**inputs, **settings, use_cache=cache, output_logits=True,
                            return_dict_in_generate=True)
             for cache in (True, False)
         )  # fmt: skip
         assert torch.equal(cached.sequences, plain.sequences)
-        assert cached.sequences.shape == (1, 13)
+        assert cached.sequences.shape == (4, 13)
         for one, other in zip(cached.logits, plain.logits, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+# --- embedding noise -----------------------------------------------------------------------------
+
+
+def draws(*rows: int) -> list[np.random.Generator]:
+    return [np.random.default_rng(row) for row in rows]
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "wanted"),
+    [("absolute", 0.05, [0.05, 0.05]), ("relative", 0.1, [0.1, 0.3]), ("neftune", 5.0, None)],
+)
+def test_embedding_noise_is_uniform_of_its_amplitude_and_spares_padding(
+    kind: str, alpha: float, wanted: list[float] | None
+) -> None:
+    """neftune: alpha / sqrt(T d) with the row's own length T, not that of the padded batch."""
+    wide = 4000
+    embeddings = torch.ones(2, 5, wide)
+    embeddings[1] = 3
+    embeddings[1, 2:] = 1000  # padding counts for nothing
+    noise = embedding_noise(embeddings, MASK, draws(0, 1), kind, alpha)
+    assert not noise[1, 2:].any()
+    wanted = wanted or [5 / (5 * wide) ** 0.5, 5 / (2 * wide) ** 0.5]
+    for row, amplitude in enumerate(wanted):
+        real = noise[row][MASK[row].bool()]
+        assert float(real.abs().max()) == pytest.approx(amplitude, rel=1e-2)
+        assert float(real.abs().max()) <= amplitude * (1 + 1e-6)
+        assert float(real.std()) == pytest.approx(amplitude / 3**0.5, rel=3e-2)
+    ratio = rms_of_tokens(noise, MASK) / rms_of_tokens(embeddings, MASK)
+    if kind == "relative":
+        torch.testing.assert_close(ratio, torch.full((2,), 0.1 / 3**0.5), rtol=3e-2, atol=0)
+
+
+def test_the_noise_of_a_row_depends_neither_on_its_neighbours_nor_on_padding() -> None:
+    embeddings = torch.randn(2, 5, 8)
+    for kind in ("absolute", "relative", "neftune"):
+        both = embedding_noise(embeddings, MASK, draws(7, 9), kind, 0.1)
+        alone = embedding_noise(embeddings[1:, :2], MASK[1:, :2], draws(9), kind, 0.1)
+        torch.testing.assert_close(both[1:, :2], alone)
+        left = embedding_noise(embeddings.flip(1), MASK.flip(1), draws(7, 9), kind, 0.1)
+        torch.testing.assert_close(left[1, 3:], both[1, :2], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_added_in_training_only_and_with_the_mask_of_the_call() -> None:
+    model, inputs = adapted("bert", dropout=0.0)
+    seen: list[Tensor] = []
+
+    def shake(embeddings: Tensor, mask: Tensor) -> Tensor:
+        seen.append(mask)
+        return torch.linspace(-1, 1, embeddings.shape[-1]).expand_as(embeddings)
+
+    wanted = answer(model, inputs)
+    model.noise = shake
+    assert torch.equal(answer(model, inputs), wanted) and not seen
+    model.train()
+    model.switch.training_mode = model.mode
+    shaken = [answer(seeded(model), inputs)]
+    assert len(seen) == 1 and torch.equal(seen[0], inputs["attention_mask"])
+    model.noise = None
+    shaken.append(answer(seeded(model), inputs))
+    assert not torch.allclose(*shaken) and len(seen) == 1
+    model.noise = shake
+    answer(model, {"input_ids": inputs["input_ids"]})
+    assert bool(seen[1].all()) and seen[1].shape == inputs["input_ids"].shape
+
+
+# --- watching ------------------------------------------------------------------------------------
+
+
+def watched(model: ExpertModel, inputs: dict[str, Tensor], size: int, pad: int = 0) -> Watch:
+    """What the layers see in batches of this size, with so many more columns of padding."""
+    rows = len(inputs["input_ids"])
+    padded = {key: F.pad(value, (0, pad)) for key, value in inputs.items()}
+    with model.watching() as watch:
+        for start in range(0, rows, size):
+            watch.rows = list(range(start, min(rows, start + size)))
+            answer(model, {key: value[start : start + size] for key, value in padded.items()})
+    return watch
+
+
+def test_similarities_depend_neither_on_padding_nor_on_the_size_of_batches() -> None:
+    model, inputs = adapted("bert")
+    model.set_inference_mode("none")
+    reference = watched(model, inputs, 4)
+    for size, pad in ((1, 0), (3, 0), (4, 5)):
+        other = watched(model, inputs, size, pad)
+        for name in model.layers:
+            torch.testing.assert_close(other.theta(name), reference.theta(name))
+        scores = other.row_scores()
+        assert scores == pytest.approx(reference.row_scores(), rel=1e-5) and len(scores) == 4
+        for one, two in zip(other.table(), reference.table(), strict=True):
+            assert one.pop("layer") == two.pop("layer")
+            assert one.pop("theta") == pytest.approx(two.pop("theta"), abs=1e-6)
+            assert one == pytest.approx(two, rel=1e-4)
+    before = reference.table()
+    answer(model, inputs)
+    assert reference.table() == before  # it is closed and sees no more
+
+
+def test_the_table_of_a_layer_is_what_its_weights_say() -> None:
+    """Against the formulas, over real tokens only."""
+    model, inputs = adapted("bert")
+    model.set_inference_mode("none")
+    name, layer = next(iter(model.layers.items()))
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, given, output: seen.append(given[0]))
+    row = watched(model, inputs, 4).table()[0]
+    handle.remove()
+    given = seen[0][inputs["attention_mask"].bool()]
+    with torch.no_grad():
+        weights = torch.softmax(layer.lora_gate(given), dim=-1)
+        hidden = layer.lora_A(given)
+        update = layer(given) - layer.base_layer(given)
+        ratio = update.norm(dim=1) / layer.base_layer(given).norm(dim=1)
+        theta = similarities(hidden, layer.gram(), 3).mean(dim=0)
+    poison, load = weights[:, 3], (weights[:, :3] / (1 - weights[:, 3:])).mean(dim=0)
+    assert row["layer"] == name
+    assert row["poison_weight"] == pytest.approx(float(poison.mean()), rel=1e-5)
+    assert row["poison_weight_std"] == pytest.approx(float(poison.std(correction=0)), rel=1e-4)
+    assert row["above_even_share"] == pytest.approx(float((poison > 0.25).float().mean()))
+    entropy = -(weights * weights.log()).sum(dim=1).mean()
+    assert row["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    variation = load.std(correction=0) / load.mean()
+    assert row["load_variation"] == pytest.approx(float(variation), rel=1e-3)
+    assert row["update_ratio"] == pytest.approx(float(ratio.mean()), rel=1e-3)
+    assert row["theta"] == pytest.approx(theta.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_without_a_real_token_there_is_nothing_to_calibrate_with() -> None:
+    model, _ = adapted("bert")
+    with model.watching() as watch:
+        pass
+    with pytest.raises(InputError, match="no real token was seen"):
+        watch.theta(next(iter(model.layers)))
+
+
+def test_loads_count_real_tokens_and_carry_a_gradient() -> None:
+    model, inputs = adapted("bert")
+    model.switch.loads = []
+    model(**inputs)
+    model(**{key: F.pad(value, (0, 4)) for key, value in inputs.items()})
+    short, padded = model.switch.loads[:4], model.switch.loads[4:]
+    for one, two in zip(short, padded, strict=True):
+        torch.testing.assert_close(one, two)
+        assert one.shape == (3,) and float(one.detach().sum()) == pytest.approx(1)
+        assert one.requires_grad
+
+
+# --- back from disk ------------------------------------------------------------------------------
+
+
+def trained_pair(**changes: Any) -> tuple[nn.Module, ExpertModel, dict[str, Tensor]]:
+    """A bare model, and the same one with experts and a head that have learned something."""
+    base, inputs = classifier("bert")
+    model = stirred(ExpertModel(copy.deepcopy(base), Experts(**changes)))
+    nn.init.normal_(model.get_parameter("model.classifier.weight"))
+    return base, model, inputs
+
+
+def answers_by_mode(model: ExpertModel, inputs: dict[str, Tensor], *modes: str) -> list[Tensor]:
+    found = []
+    for mode in modes:
+        model.set_inference_mode(mode)
+        found.append(answer(model, inputs))
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"poison": 2, "gate_input": "Ax"}, {"online": True}])
+def test_a_saved_model_answers_as_before_in_every_mode(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    base, model, inputs = trained_pair(**changes)
+    wanted = answers_by_mode(model, inputs, *MODES)
+    model.save_pretrained(str(tmp_path))
+    again = restored_experts(base, tmp_path)
+    assert isinstance(again, ExpertModel) and not again.training
+    assert (again.mode, again.settings) == ("compensate", model.settings)
+    found = answers_by_mode(again, inputs, *MODES)
+    assert all(map(torch.equal, found, wanted))
+    for one, two in zip(again.layers.values(), model.layers.values(), strict=True):
+        assert torch.equal(one.lora_theta, two.lora_theta) and bool(one.lora_theta.any())
+        assert torch.equal(one.lora_gram, two.lora_gram)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_without_its_poisoning_experts_a_model_still_answers_masked(
+    online: bool, tmp_path: Path
+) -> None:
+    """Online similarities then come from the Gram matrices."""
+    base, model, inputs = trained_pair(online=online)
+    masked = [mode for mode in MODES if mode != "none"]
+    wanted = answers_by_mode(model, inputs, *masked)
+    model.save_poison = False
+    model.save_pretrained(str(tmp_path))
+    assert not any("lora_BD" in name for name in load_file(str(tmp_path / EXPERTS_FILE)))
+    again = restored_experts(base, tmp_path)
+    assert isinstance(again, ExpertModel)
+    assert all(map(torch.equal, answers_by_mode(again, inputs, *masked), wanted))
+    with pytest.raises(InputError, match="poisoning experts were not saved; use mask, renorm"):
+        again.set_inference_mode("none")
+    again.save_pretrained(str(tmp_path))  # a second time, nothing made up takes their place
+    assert not any("lora_BD" in name for name in load_file(str(tmp_path / EXPERTS_FILE)))
+
+
+def test_a_model_that_would_answer_in_a_mode_it_did_not_save_is_refused(tmp_path: Path) -> None:
+    base, model, _ = trained_pair()
+    model.set_inference_mode("none")
+    model.save_poison = False
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match="poisoning experts were not saved"):
+        restored_experts(base, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_file_that_is_not_whole_is_refused_by_name(change: str, tmp_path: Path) -> None:
+    """A tensor that is not loaded would leave fresh values in its place, without a word."""
+    base, model, _ = trained_pair()
+    model.save_pretrained(str(tmp_path))
+    tensors = load_file(str(tmp_path / EXPERTS_FILE))
+    name = next(key for key in tensors if key.endswith("lora_B1.weight"))
+    if change == "missing":
+        del tensors[name]
+    elif change == "extra":
+        name = name.replace("lora_B1", "lora_B7")
+        tensors[name] = torch.zeros(3)
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, str(tmp_path / EXPERTS_FILE))
+    with pytest.raises(InputError, match=rf"does not fit the model .*{name} differs"):
+        restored_experts(base, tmp_path)
+
+
+def test_other_adapters_and_plain_models_are_left_alone(tmp_path: Path) -> None:
+    base, _ = classifier("bert")
+    assert restored_experts(base, tmp_path) is base
+    (tmp_path / ADAPTERS_CONFIG).write_text('{"family": "adapters"}', encoding="utf-8")
+    assert restored_experts(base, tmp_path) is base
+
+
+def test_a_model_without_poison_comes_back_with_normal_experts_alone(tmp_path: Path) -> None:
+    base, model, inputs = trained_pair(poison=0)
+    wanted = answer(model, inputs)
+    model.save_pretrained(str(tmp_path))
+    again = restored_experts(base, tmp_path)
+    assert isinstance(again, ExpertModel) and again.mode == "none"
+    assert torch.equal(answer(again, inputs), wanted)
+    assert json.loads((tmp_path / ADAPTERS_CONFIG).read_bytes())["poison"] == 0
+
+
+def test_the_head_can_be_given_back_what_it_had() -> None:
+    base, model, _ = trained_pair()
+    model.restore_head()
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(model.get_parameter(f"model.{name}"), base.get_parameter(name))
