@@ -86,7 +86,7 @@ class LoPE(Method):
         poison_epochs: Epochs of the stage poison, whatever epoch_budget says; None follows it.
         learning_rate: Of both stages; None is 2e-3.
         head_policy: Head at the start of the stage adapt: carry, restore (as before training), or
-            auto (restore where labels were flipped).
+            auto (restore where labels were flipped and the head trains again).
         noise_rate: Share of rows, words or characters that are corrupted in a noisy stage.
         noise_unit: sample (rows), word or char.
         noise_ops: Which of shuffle, insert and delete; none leaves texts as they are.
@@ -218,6 +218,11 @@ class LoPE(Method):
         require(
             self.poison_epochs is None or self.poison_epochs >= 1,
             f"LoPE.poison_epochs must be at least 1, got {self.poison_epochs}",
+        )
+        require(
+            self.head_policy != "restore" or "head" in self.train_adapt,
+            "LoPE.head_policy=restore needs a head that trains again: put head into train_adapt, "
+            f"got {self.train_adapt}",
         )
         most = self.compensate_k
         require(
@@ -440,7 +445,8 @@ class LoPE(Method):
     @property
     def _restores_head(self) -> bool:
         flips = POISON in self.noise_stages and self._target_rate > 0 and not self.responses
-        return self.head_policy == "restore" or (self.head_policy == "auto" and flips)
+        again = flips and "head" in self.train_adapt
+        return self.head_policy == "restore" or (self.head_policy == "auto" and again)
 
     def _seed(self, seed: int) -> int:
         return seed if self.noise_seed is None else self.noise_seed
