@@ -44,7 +44,9 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 def groups_of(names: set[str]) -> set[str]:
     """Groups of parameters; those of the encoder are called so."""
-    return {"encoder" if ".lora_" not in n and "classifier" not in n else group_of(n) for n in names}
+    return {
+        "encoder" if ".lora_" not in n and "classifier" not in n else group_of(n) for n in names
+    }
 
 
 class Spy:
@@ -165,10 +167,10 @@ def test_a_frozen_tensor_that_changes_is_noticed_by_name(
 @pytest.mark.parametrize(
     ("settings", "epochs", "wanted"),
     [
-        ({}, 5, [(POISON, 2), (ADAPT, 3)]),
+        ({}, 5, [(POISON, 1), (ADAPT, 4)]),
         ({"epoch_budget": "per_stage"}, 2, [(POISON, 2), (ADAPT, 2)]),
-        ({"poison_epochs": 1}, 6, [(POISON, 1), (ADAPT, 5)]),
-        ({"poison_epochs": 1, "epoch_budget": "per_stage"}, 3, [(POISON, 1), (ADAPT, 3)]),
+        ({"poison_epochs": 2}, 6, [(POISON, 2), (ADAPT, 4)]),
+        ({"poison_epochs": 1, "epoch_budget": "per_stage"}, 3, [(POISON, 3), (ADAPT, 3)]),
         ({"num_poison_experts": 0, "inference_mode": "none"}, 3, [(ADAPT, 3)]),
     ],
     ids=str,
@@ -357,7 +359,9 @@ def test_the_noisy_stages_can_be_chosen(
     noisy = tuple(stage for stage in (POISON, ADAPT) if spy.labels[stage, 0] != labels)
     assert noisy == stages
     warned = [str(warning.message) for warning in recwarn]
-    assert any("the stage poison adds no noise" in text for text in warned) == (POISON not in stages)
+    assert any("the stage poison adds no noise" in text for text in warned) == (
+        POISON not in stages
+    )
 
 
 @pytest.mark.parametrize("mode", ["absolute", "relative", "neftune"])
@@ -387,9 +391,7 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
         assert shares[0] == pytest.approx(0.05 / 3**0.5, rel=0.05)
 
 
-def test_a_share_of_the_rows_can_be_shaken(
-    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shaken: list[Tensor] = []
     original = LoPE._shake
 
@@ -458,6 +460,8 @@ def test_without_a_poisoning_expert_it_is_hydralora(tiny_run: Tiny) -> None:
     method = LoPE.preset("hydralora")
     outcome = tiny_run.fit(method, epochs=2)
     model = experts(outcome)
-    assert model.mode == "none" and not method.modes(model) and "experts" not in outcome.run.findings
+    assert (
+        model.mode == "none" and not method.modes(model) and "experts" not in outcome.run.findings
+    )
     assert not any("lora_BD" in name for name in model.trained)
     assert [row["stage"] for row in outcome.history] == [ADAPT, ADAPT]
