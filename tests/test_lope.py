@@ -72,7 +72,8 @@ class Spy:
             spy.modes[run.stage] = (inner.switch.training_mode, inner.mode)
 
         def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
-            labels = batch.columns.get("noisy_label", batch.labels)
+            noisy = run.stage in method.noise_stages
+            labels = batch.columns["noisy_label"] if noisy else batch.labels
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
             for place, row in enumerate(batch.rows.tolist()):
                 key = (run.stage, run.epoch)
@@ -305,9 +306,10 @@ def test_the_noise_of_the_method_is_not_the_noise_of_the_data() -> None:
 
     noise = parse_noise("text:0.3")
     assert noise is not None
-    texts = np.full((400, 1), "one two three four", dtype=object)
+    texts = [("one two three four",)] * 400
     found = noise.apply(np.zeros(400, dtype=np.int64), 2, 0, texts=texts)
-    assert found.mask.tolist() != changed(LoPE(noise_rate=0.3), 400)
+    hit = found.extras["text_changed"].tolist()
+    assert 60 < sum(hit) < 180 and hit != changed(LoPE(noise_rate=0.3), 400)
 
 
 def test_the_first_stage_trains_on_corrupted_rows_and_the_second_on_those_given(
@@ -341,9 +343,9 @@ def test_only_the_labels_or_only_the_texts_can_be_corrupted(spy: Spy, tiny_run: 
     labels = dict(enumerate(tiny_run.labels.tolist()))
     tiny_run.fit(LoPE(**NOISY, target_noise_rate=0.0), epochs=2)
     assert spy.labels[POISON, 0] == labels
-    texts = spy.texts[POISON, 0]
+    assert spy.texts[POISON, 0] != spy.texts[ADAPT, 0]
     tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.5), epochs=2)
-    assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0] != texts
+    assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0]
     wrong = sum(label != labels[row] for row, label in spy.labels[POISON, 0].items())
     assert wrong == 12  # as in all label noise here, a share of the rows to the row
 
@@ -411,7 +413,7 @@ def test_a_share_of_the_rows_can_be_shaken(
 
 
 def test_similarities_are_measured_on_rows_as_given_without_dropout(tiny_run: Tiny) -> None:
-    """Done again they come out the same, and in batches of another size."""
+    """Done again they come out the same; of fewer rows they are others."""
     outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
     model = experts(outcome)
     first = {name: layer.lora_theta.clone() for name, layer in model.layers.items()}
@@ -419,9 +421,6 @@ def test_similarities_are_measured_on_rows_as_given_without_dropout(tiny_run: Ti
     LoPE(**NOISY).finalize_model(outcome.run)
     for name, layer in model.layers.items():
         assert torch.equal(layer.lora_theta, first[name]) and bool(first[name].any())
-    smaller = experts(tiny_run.fit(LoPE(**NOISY), epochs=2, eval_batch_size=3))
-    for name, layer in smaller.layers.items():
-        torch.testing.assert_close(layer.lora_theta, first[name], rtol=1e-4, atol=1e-6)
     few = LoPE(**NOISY | {"theta_examples": 2})
     less = experts(tiny_run.fit(few, epochs=2))
     assert any(not torch.allclose(layer.lora_theta, first[n]) for n, layer in less.layers.items())

@@ -17,8 +17,8 @@ all of them, as published); embedding noise is relative to the embeddings' size 
 is absolute, and scales differ between models); it is drawn by row and epoch, not from one stream;
 the head trains in both stages and starts anew in the second where labels were flipped in the first
 (the paper has no classifiers).
-Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32, dropout =
-0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the characters, beta, the
+Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
+lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the characters, beta, the
 moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA; paper 2e-4 for 7
 billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its controls
 (hydralora-noise, hydralora-neftune, no-noise).
@@ -54,6 +54,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
+from noiseproof.models import set_dropout
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 
@@ -72,8 +73,9 @@ class LoPE(Method):
     Attributes:
         rank: Rank of the shared down-projection and of every expert.
         alpha: Scaling numerator; updates are scaled by alpha / rank.
-        dropout: On the input of the down-projection.
-        dropout_mode: shared (one mask a layer), or per_expert (costs a product more each).
+        dropout: Dropout of the encoder; None keeps the model's own.
+        lora_dropout: On the input of the down-projection.
+        dropout_mode: Masks of lora_dropout: shared (one mask a layer), or per_expert (costs a product more each).
         target_modules: Ends of the names of linear modules; None takes query and value.
         num_experts: Normal experts.
         num_poison_experts: Poisoning experts; 0 is HydraLoRA, with the stage adapt alone.
@@ -116,7 +118,8 @@ class LoPE(Method):
 
     rank: int = 4
     alpha: float = 32.0
-    dropout: float = 0.05
+    dropout: float | None = None
+    lora_dropout: float = 0.05
     dropout_mode: str = "shared"
     target_modules: tuple[str, ...] | None = None
     num_experts: int = 3
@@ -188,7 +191,9 @@ class LoPE(Method):
             ("emb_noise_prob", 0, 1),
         ):
             require_range("LoPE", name, getattr(self, name), low, high, open_low=name == "alpha")
-        require_range("LoPE", "dropout", self.dropout, 0, 1, open_high=True)
+        require_range("LoPE", "lora_dropout", self.lora_dropout, 0, 1, open_high=True)
+        if self.dropout is not None:
+            require_range("LoPE", "dropout", self.dropout, 0, 1, open_high=True)
         require_range("LoPE", "noise_rate", self.noise_rate, 0, 1, open_high=True)
         if self.target_noise_rate is not None:
             require_range("LoPE", "target_noise_rate", self.target_noise_rate, 0, 1, open_high=True)
@@ -285,12 +290,14 @@ class LoPE(Method):
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
         """Put experts beside the target modules; they start as if they were not there."""
+        if self.dropout is not None:
+            set_dropout(model, self.dropout)
         adapted = ExpertModel(
             model,
             Experts(
                 rank=self.rank,
                 alpha=self.alpha,
-                dropout=self.dropout,
+                dropout=self.lora_dropout,
                 dropout_mode=self.dropout_mode,
                 targets=self.target_modules,
                 normal=self.num_experts,
@@ -360,10 +367,11 @@ class LoPE(Method):
             model.keep_down()
             if self._restores_head:
                 model.restore_head()
-        if run.stage not in self.noise_stages:
-            return {}
-        if run.epoch == 0 and run.stage == POISON and not self._adds_noise:
+        noisy = run.stage in self.noise_stages
+        if run.epoch == 0 and run.stage == POISON and not (noisy and self._adds_noise):
             run.warn("the stage poison adds no noise, so the poisoning expert learns what all do")
+        if not noisy:
+            return {}
         labels, flipped = run.labels, torch.zeros(len(run.labels), dtype=torch.bool)
         rate = self._target_rate
         if not self.responses and rate > 0:
