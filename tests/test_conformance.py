@@ -215,7 +215,9 @@ def test_only_the_part_that_is_tuned_changes(
     assert outcome.trainable == sum(before[name].numel() for name in changed)
 
 
-@pytest.mark.parametrize("case", [case for case, method in CASES.items() if hasattr(method, "tune")])
+@pytest.mark.parametrize(
+    "case", [case for case, method in CASES.items() if hasattr(method, "tune")]
+)
 def test_a_frozen_encoder_is_not_left_in_train_mode(
     case: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

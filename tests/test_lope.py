@@ -44,7 +44,9 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 def groups_of(names: set[str]) -> set[str]:
     """Groups of parameters; those of the encoder are called so."""
-    return {"encoder" if ".lora_" not in n and "classifier" not in n else group_of(n) for n in names}
+    return {
+        "encoder" if ".lora_" not in n and "classifier" not in n else group_of(n) for n in names
+    }
 
 
 class Spy:
@@ -166,10 +168,10 @@ def test_a_frozen_tensor_that_changes_is_noticed_by_name(
 @pytest.mark.parametrize(
     ("settings", "epochs", "wanted"),
     [
-        ({}, 5, [(POISON, 2), (ADAPT, 3)]),
+        ({}, 5, [(POISON, 1), (ADAPT, 4)]),
         ({"epoch_budget": "per_stage"}, 2, [(POISON, 2), (ADAPT, 2)]),
-        ({"poison_epochs": 1}, 6, [(POISON, 1), (ADAPT, 5)]),
-        ({"poison_epochs": 1, "epoch_budget": "per_stage"}, 3, [(POISON, 1), (ADAPT, 3)]),
+        ({"poison_epochs": 2}, 6, [(POISON, 2), (ADAPT, 4)]),
+        ({"poison_epochs": 1, "epoch_budget": "per_stage"}, 3, [(POISON, 3), (ADAPT, 3)]),
         ({"num_poison_experts": 0, "inference_mode": "none"}, 3, [(ADAPT, 3)]),
     ],
     ids=str,
@@ -390,9 +392,7 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
         assert shares[0] == pytest.approx(0.05 / 3**0.5, rel=0.05)
 
 
-def test_a_share_of_the_rows_can_be_shaken(
-    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shaken: list[Tensor] = []
     original = LoPE._shake
 
@@ -516,11 +516,11 @@ print(json.dumps(found))
 
 
 def test_a_fresh_process_answers_as_the_run_did_in_four_modes(
-    folder: Path, run_of: Callable[..., Path], tiny_model: Path
+    folder: Path, tiny_model: Path
 ) -> None:
     """Experts, router, head and similarities all come back; the mode is the one deployed."""
-    result = noiseproof.fit(**job(folder, tiny_model), out=str(folder / "plain"))
-    done = python("-c", LOADING, str(folder / "plain"))
+    result = noiseproof.fit(**job(folder, tiny_model), out=str(folder / "fresh"))
+    done = python("-c", LOADING, str(folder / "fresh"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = last_json(done.stdout)
     assert found.pop("mode") == "compensate"
@@ -590,11 +590,13 @@ def test_the_best_epoch_is_one_of_the_second_stage(
     folder: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Weights of the first stage have normal experts that never learned anything."""
-    settings = job(folder, tiny_model, validation_share=0.3, test=None)
-    result = noiseproof.fit(
-        **settings | {"train": train_settings(epochs=4, select="best", evaluate="epoch")}
-    )
-    assert result.record.best_epoch in (2, 3)
+    method = LoPE(**NOISY, poison_epochs=2, emb_noise_mode="off", learning_rate=1e-6)
+    train = train_settings(epochs=4, select="best", evaluate="epoch")
+    given = job(folder, tiny_model, validation="split:0.3", method=method, train=train)
+    noiseproof.fit(**given, out=str(tmp_path / "run"))
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    first = history["validation_accuracy"][0]
+    assert (history["validation_accuracy"][:2] >= first).all()
 
 
 def test_what_it_trains_cannot_be_merged(folder: Path, tiny_model: Path) -> None:
