@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
-from tiny import LABELS, SOURCE, Tiny, last_json, python, same_weights, table, train_settings
+from tiny import Tiny, last_json, python, table, train_settings
 
 NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
 """Settings with which some of 25 rows are corrupted."""
+TWO = NOISY | {"poison_epochs": 2}
+"""The same with two epochs of the stage poison."""
 
 
 def experts(outcome: Outcome) -> ExpertModel:
@@ -118,7 +119,7 @@ def test_each_stage_trains_its_own_experts_and_leaves_the_rest_bit_for_bit(
     """A poisoning expert that moves in the second stage learns the data; normal ones that move in
     the first learn the noise.
     """
-    outcome = tiny_run.fit(LoPE(**NOISY), epochs=4, weight_decay=0.1)
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4, weight_decay=0.1)
     wanted = {POISON: {"A", "BD", "head"}, ADAPT: {"A", "B", "gate", "head"}}
     assert {stage: groups_of(names) for stage, names in spy.trainable.items()} == wanted
     assert list(spy.optimised.values()) == [spy.trainable[POISON], spy.trainable[ADAPT]]
@@ -161,7 +162,7 @@ def test_a_frozen_tensor_that_changes_is_noticed_by_name(
         return original(method, model, batch, run)
 
     monkeypatch.setattr(LoPE, "compute_loss", compute_loss)
-    with pytest.raises(RuntimeError, match="lora_BD.weight was frozen in this stage of LoPE"):
+    with pytest.raises(RuntimeError, match=r"lora_BD\.weight was frozen in this stage of LoPE"):
         tiny_run.fit(LoPE(**NOISY), epochs=2)
 
 
@@ -189,7 +190,7 @@ def test_epochs_are_shared_out_among_the_stages(
 def test_too_few_epochs_are_refused_before_anything_runs(
     settings: dict[str, Any], epochs: int
 ) -> None:
-    with pytest.raises(InputError, match="two stages of at least one epoch.*epoch_budget"):
+    with pytest.raises(InputError, match=r"two stages of at least one epoch.*epoch_budget"):
         LoPE(**settings).stages(epochs)
 
 
@@ -318,7 +319,7 @@ def test_the_first_stage_trains_on_corrupted_rows_and_the_second_on_those_given(
     spy: Spy, tiny_run: Tiny
 ) -> None:
     """Texts and labels, both; and what is predicted in between is of the rows as given."""
-    outcome = tiny_run.fit(LoPE(**NOISY), epochs=4)
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4)
     given = {
         row: tuple(values["input_ids"][0][values["attention_mask"][0].bool()].tolist())
         for row, values in ((r, tiny_run.encoded.inputs(np.array([r]))) for r in range(25))
@@ -335,7 +336,7 @@ def test_the_first_stage_trains_on_corrupted_rows_and_the_second_on_those_given(
 
 
 def test_noise_can_be_drawn_anew_in_every_epoch(spy: Spy, tiny_run: Tiny) -> None:
-    tiny_run.fit(LoPE(**NOISY, noise_resample="epoch"), epochs=4)
+    tiny_run.fit(LoPE(**TWO, noise_resample="epoch"), epochs=4)
     assert spy.texts[POISON, 0] != spy.texts[POISON, 1]
     assert spy.labels[POISON, 0] != spy.labels[POISON, 1]
     assert spy.texts[ADAPT, 0] == spy.texts[ADAPT, 1]
@@ -381,7 +382,7 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
         return made
 
     monkeypatch.setattr(lope, "embedding_noise", noise)
-    outcome = tiny_run.fit(LoPE(**NOISY, emb_noise_mode=mode), epochs=4)
+    outcome = tiny_run.fit(LoPE(**TWO, emb_noise_mode=mode), epochs=4)
     assert len(calls) == 2 * 4  # epochs and steps of the stage poison
     for kind, mask, made in calls:
         assert kind == mode and bool(made[mask.bool()].any()) and not made[~mask.bool()].any()
@@ -402,7 +403,7 @@ def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.M
         return made
 
     monkeypatch.setattr(LoPE, "_shake", shake)
-    tiny_run.fit(LoPE(**NOISY, emb_noise_prob=0.5), epochs=8)
+    tiny_run.fit(LoPE(**NOISY | {"poison_epochs": 4}, emb_noise_prob=0.5), epochs=5)
     rows = torch.cat(shaken)
     assert len(rows) == 100 and abs(int(rows.sum()) - 50) < 4 * 5
     shaken.clear()
@@ -573,9 +574,10 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(method, model, batch, run)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(LoPE, "compute_loss", compute_loss)
-        noiseproof.fit(**given)
+        with pytest.raises(Interrupted):
+            noiseproof.fit(**given)
     noiseproof.fit(**given, resume=True)
     for name in ("model/" + EXPERTS_FILE, "history.csv"):
         assert (out / name).read_bytes() == (run_of("plain") / name).read_bytes()
@@ -586,17 +588,18 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
         assert records[0][key] == records[1][key]
 
 
-def test_the_best_epoch_is_one_of_the_second_stage(
-    folder: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_the_best_epoch_is_one_of_the_second_stage(tiny_run: Tiny) -> None:
     """Weights of the first stage have normal experts that never learned anything."""
-    method = LoPE(**NOISY, poison_epochs=2, emb_noise_mode="off", learning_rate=1e-6)
-    train = train_settings(epochs=4, select="best", evaluate="epoch")
-    given = job(folder, tiny_model, validation="split:0.3", method=method, train=train)
-    noiseproof.fit(**given, out=str(tmp_path / "run"))
-    history = pd.read_csv(tmp_path / "run" / "history.csv")
-    first = history["validation_accuracy"][0]
-    assert (history["validation_accuracy"][:2] >= first).all()
+
+    def measure(predict_on: Any, run: Run) -> dict[str, float]:
+        return {"validation_accuracy": 0.9 if run.stage == POISON else 0.5 - 0.1 * run.epoch}
+
+    outcome = tiny_run.fit(
+        LoPE(**NOISY, poison_epochs=2),
+        extra={"measure": measure},
+        **{"epochs": 4, "select": "best", "evaluate": "epoch"},
+    )
+    assert outcome.best_epoch == 2 and outcome.history[2]["stage"] == ADAPT
 
 
 def test_what_it_trains_cannot_be_merged(folder: Path, tiny_model: Path) -> None:
@@ -654,7 +657,7 @@ def test_test_noise_is_part_of_the_identifier_only_where_it_is_used(
     from noiseproof.preparation import Prepared
 
     jobs = [Job(**job(folder, tiny_model, test_noise=noise)) for noise in (None, "text:0.3")]
-    assert "test_noise" in noiseproof.job.LATER and jobs[0].id != jobs[1].id
+    assert "test_noise" not in jobs[0].spec() and "test_noise" in jobs[1].spec()
     work = Prepared(jobs[1])
     clean, bad = work.sets["test"].inputs.as_texts(), work.sets["ood:corrupted"].inputs.as_texts()
     assert len(clean) == len(bad) == 12
@@ -724,7 +727,8 @@ def test_presets_are_what_the_papers_describe() -> None:
     assert presets["default"] == LoPE()
     paper = presets["paper"]
     assert (paper.rank, paper.num_experts, paper.num_poison_experts) == (4, 3, 1)
-    assert (paper.noise_rate, paper.emb_noise_alpha, paper.emb_noise_mode) == (0.05, 0.05, "absolute")
+    assert (paper.noise_rate, paper.emb_noise_alpha) == (0.05, 0.05)
+    assert paper.emb_noise_mode == "absolute"
     assert (paper.learning_rate, paper.epoch_budget) == (2e-4, "per_stage")
     assert paper.train_poison == ("A", "BD", "head") and paper.inference_mode == "compensate"
     for name in ("hydralora", "hydralora-noise", "hydralora-neftune"):
@@ -732,7 +736,6 @@ def test_presets_are_what_the_papers_describe() -> None:
     transforms = {name: method.stages(4)[0].transform for name, method in presets.items()}
     silent = {name for name, transform in transforms.items() if transform is None}
     assert silent == {"hydralora", "hydralora-neftune", "no-noise"}
-    assert {name for name, method in presets.items() if method.epoch_budget == "per_stage"} == {"paper"}
 
 
 def test_every_group_of_parameters_has_a_name() -> None:
