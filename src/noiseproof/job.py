@@ -223,7 +223,7 @@ class Job:
         )
         require(
             self.task in HAVE_ENCODERS,
-            f"measure_distortion looks at an encoder, as tasks {', '.join(HAVE_ENCODERS)} have one; "
+            f"measure_distortion looks at an encoder, as {', '.join(HAVE_ENCODERS)} have one; "
             f"got task {self.task!r}",
         )
         require(
