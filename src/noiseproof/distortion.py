@@ -139,6 +139,18 @@ class Look:
     weights: dict[str, Tensor]
 
 
+def encoder_features(model: nn.Module, encoded: Encoded, settings: TrainSettings) -> Tensor:
+    """What an encoder makes of rows in eval mode, averaged over tokens or positions (N, D).
+
+    Raises:
+        InputError: The model does not tell its encoder.
+    """
+    engine = Engine(settings)
+    model.to(engine.device)
+    with evaluation_mode(model):
+        return engine.compute(encoded, lambda inputs: mean_pooled(model, inputs))
+
+
 def look_at(model: nn.Module, train: Encoded, held_out: Encoded, settings: TrainSettings) -> Look:
     """Features and weights of the encoder as it is now, in eval mode; nothing is changed.
 
@@ -146,13 +158,7 @@ def look_at(model: nn.Module, train: Encoded, held_out: Encoded, settings: Train
         InputError: The model does not tell its encoder.
     """
     _, encoder = encoder_of(model)
-    engine = Engine(settings)
-    model.to(engine.device)
-    with evaluation_mode(model):
-        tables = [
-            engine.compute(rows, lambda inputs: mean_pooled(model, inputs))
-            for rows in (train, held_out)
-        ]
+    tables = [encoder_features(model, rows, settings) for rows in (train, held_out)]
     weights = {name: part.detach().cpu().clone() for name, part in encoder.named_parameters()}
     return Look(tables[0], tables[1], weights)
 
