@@ -24,6 +24,7 @@ from noiseproof.finetune import fit
 from noiseproof.job import Job
 from noiseproof.methods import METHODS, CrossEntropy
 from noiseproof.selection import held_out_scores
+from rows import image_model, image_rows
 from tiny import Tiny, table, train_settings
 
 
@@ -138,6 +139,14 @@ def test_measuring_changes_no_weight_and_no_number(tiny_model: Path, name: str) 
 def test_adapters_are_seen_in_the_features(tiny_model: Path) -> None:
     found = fitted(tiny_model, CrossEntropy(tune="lora"), measure_distortion=True).record.metrics
     assert found["distortion_cka"] < 0.99999 and found["distortion_parameters"] is None
+
+
+def test_image_encoders_are_measured_alike() -> None:
+    found = fit(image_rows(), task="image", model=image_model(), method=CrossEntropy(),
+                test=image_rows(12, wrong=0.0, seed=1), clean_label="clean_label",
+                measure_distortion=True, train=train_settings(epochs=1)).record.metrics  # fmt: skip
+    assert found["distortion_cka"] < 0.99999 and found["distortion_parameters"] > 0
+    assert 0 <= found["distortion_knn"] <= 1
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from noiseproof.grid import Grid
     from noiseproof.loop import Progress
     from noiseproof.record import RunRecord
+    from noiseproof.study import Asked, Survey
 
 PROGRAM = "noiseproof"
 
@@ -352,7 +353,7 @@ def study(words: list[str]) -> None:
     add("--image", type=str, default="image", help="Column or array of images.")
     add("--features", type=str, default="features", help="Columns or array of features.")
     add("--preprocess", type=str, default="code",
-        help="spectrum: none, l2, code (l2, rows centred) or column (columns centred).")  # fmt: skip
+        help="spectrum: none, l2, code (l2 and rows centred) or column.")  # fmt: skip
     add("--test", type=str | None, help="Test rows: a file, or a share to split off.")
     add("--clean-label", type=str | None, help="Column of the true labels of noisy data.")
     add("--sample", type=int | None, help="Training rows; by default by the size.")
