@@ -659,7 +659,9 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
 
     def made(test_noise: str | None, **changes: Any) -> tuple[Prepared, Any]:
         train = train_settings(seed=changes.pop("seed", 0))
-        work = Prepared(Job(**job(folder, tiny_model, test_noise=test_noise, train=train, **changes)))
+        work = Prepared(
+            Job(**job(folder, tiny_model, test_noise=test_noise, train=train, **changes))
+        )
         bad = work.sets.get(f"{OOD}{CORRUPTED}")
         return work, bad and [tuple(row) for row in bad.inputs.as_texts()]
 
