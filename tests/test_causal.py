@@ -21,6 +21,7 @@ from noiseproof.loop import Progress
 from noiseproof.method import Method
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
 from noiseproof.mixture import LossMixture
+from noiseproof.report import report
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
 from noiseproof.tasks.causal import find_answer, same_answer
 from noiseproof.tasks.dialogues import Dialogues
@@ -436,6 +437,21 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         (tmp_path / "bare" / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="tokenizer"):
         noiseproof.fit(response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA)
+
+
+def test_an_audit_of_responses_points_to_the_run() -> None:
+    """It looks for neighbours of other classes, and there is one class."""
+    with pytest.raises(InputError, match=r"suspects\.csv"):
+        noiseproof.audit(response_rows(), task="causal-lm", model="gpt2")
+
+
+def test_a_report_shows_what_is_measured_of_responses(learned: tuple[FitResult, Path]) -> None:
+    """A page without the test loss would say nothing of the model."""
+    report(learned[1], out=learned[1].parent / "page.html")
+    page = (learned[1].parent / "page.html").read_text(encoding="utf-8")
+    for words in ("Perplexity", "Token accuracy", "Choices", "Exact match", "test loss"):
+        assert words in page
+    assert "Test accuracy" not in page
 
 
 # --- a real model --------------------------------------------------------------------------------
