@@ -215,8 +215,9 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_micro_batches_give_the_gradient_of_the_batch() -> None:
     """A mean over tokens instead of rows would depend on the cut."""
-    one = fit(train=train_settings(epochs=1)).predictor
-    cut = fit(train=train_settings(epochs=1, micro_batch_size=3)).predictor
+    method = CrossEntropy(tune="lora", dropout=0.0)  # whose draws depend on the cut
+    one = fit(method=method, train=train_settings(epochs=1)).predictor
+    cut = fit(method=method, train=train_settings(epochs=1, micro_batch_size=3)).predictor
     encoded = one.task.encode(Dialogues(["the boat"], ["harbour"]))
     torch.testing.assert_close(one.outputs(encoded), cut.outputs(encoded), rtol=1e-4, atol=1e-4)
 
