@@ -77,7 +77,7 @@ def test_a_long_row_loses_the_end_of_its_response_and_one_without_any_is_counted
     assert words(encoded, 1) == (["the", "boat"], ["harbour", "and"])
     with pytest.warns(UserWarning, match="1 of 2 rows have no response token within 3"):
         encoded = task(max_length=3).encode(rows)
-    assert not len(encoded.responses[0])
+    assert not len(encoded.responses[0]) and encoded.counts == {"without_response": 1}
     with pytest.raises(InputError, match="no row has a response token within 2"):
         task(max_length=2).encode(rows)
 
