@@ -105,7 +105,7 @@ def _reshaped(model: ReshapedClassifier, encoded: Encoded, settings: TrainSettin
 
 
 def _settings(asked: Asked) -> RowSettings:
-    return RowSettings(text=asked.text, image=asked.image, features=asked.features)
+    return RowSettings(**{"text": asked.text, **asked.where})
 
 
 def _examples(inputs: Inputs) -> Examples:
