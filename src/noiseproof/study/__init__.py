@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.study.contract import SIZES, Asked, Study
+from noiseproof.study.lope_ablation import LopeAblation
 from noiseproof.study.peft_under_noise import PeftUnderNoise
 from noiseproof.study.running import plan, write_pages
 
-STUDIES: dict[str, Study] = {study.name: study for study in (PeftUnderNoise(),)}
+STUDIES: dict[str, Study] = {study.name: study for study in (PeftUnderNoise(), LopeAblation())}
 
 __all__ = ["SIZES", "STUDIES", "Asked", "Study", "find_study", "plan", "write_pages"]
 
