@@ -19,9 +19,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from language import language_model
 from noiseproof import cli, load
 from noiseproof.methods import METHODS
-from rows import feature_rows, image_model, image_rows
+from rows import feature_rows, image_model, image_rows, response_rows
 from test_layers import FLOORS
 from tiny import environment, table
 
@@ -84,6 +85,13 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         y_train=train["label"],
         x_test=test["features"],
         y_test=test["clean_label"],
+    )
+    for name, rows in (("sft", response_rows(24)), ("sft-test", response_rows(6, seed=1))):
+        frame = pd.DataFrame({"prompt": rows["text"], "response": rows["label"]})
+        frame.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    frame[["prompt"]].to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
+    monkeypatch.setattr(
+        "noiseproof.tasks.language.resolve_model", lambda name: language_model("qwen2")
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

@@ -20,7 +20,9 @@ CORRUPTED = "corrupted"  # name of the test set that test_noise makes
 OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
-OPT_IN = ("only_clean_rows", "probe_gradients")
+HAVE_ENCODERS = ("text", "image")  # whose features can be bent
+OUTSIDE = ("prompt", "prefix")  # no part of the encoder that mean-pooled features come from
+OPT_IN = ("only_clean_rows", "probe_gradients", "measure_distortion")
 """Settings of studies, off by default."""
 LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {
     "test_ood",
@@ -37,8 +39,8 @@ class Job:
     Attributes:
         data: Training rows: a CSV, TSV, JSONL or Parquet file, a saved datasets folder, a hub name;
             from Python also a DataFrame, a Dataset or a dict of columns.
-        text: Text column, or two of them as "first,second"; also prompts or chat messages.
-        label: Column of the given labels, which may be wrong; of causal-lm, the responses.
+        text: Text column, or two as "first,second"; prompts or chat messages of causal-lm.
+        label: Column of the given labels (or responses), which may be wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
@@ -64,9 +66,9 @@ class Job:
         augment: What is done to training images: none, or crop, flip and rand joined by "+".
         on_bad_image: error, or skip (images that cannot be read are left out and counted).
         image_workers: Processes that decode images; 0 decodes in this one.
-        template: Text around the {prompt} that a language model answers; chat has its own.
+        template: Text around the {prompt} of a language model; chat has its own.
         max_new_tokens: Longest response that is generated.
-        choice_score: Compare choices by the mean or the sum of their tokens' log-probabilities.
+        choice_score: Compare choices by mean or sum of the log-probabilities of tokens.
         answer_pattern: Regular expression of the final answer in a response; generates responses.
         answer_rows: Test rows that are answered for answer_pattern, at most.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
@@ -81,6 +83,8 @@ class Job:
             steps as all rows would take. Needs the true labels.
         probe_gradients: For studies: rows on which the gradient share of wrong labels is measured
             after every epoch. Needs the true labels.
+        measure_distortion: For studies: compare the features of the deployed encoder with those of
+            the pre-trained one, once at the end. Needs the true labels and test rows.
     """
 
     data: Any
@@ -119,6 +123,7 @@ class Job:
     merge: bool = False
     only_clean_rows: bool = False
     probe_gradients: int = 0
+    measure_distortion: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
@@ -192,6 +197,7 @@ class Job:
                 f"{name} needs to know which labels are wrong: give clean_label, the column of the "
                 "true labels, or noise to inject",
             )
+        self._check_distortion(tune)
         self.method.stages(self.train.epochs)
         check_tracker(self.train.tracker)
 
@@ -207,6 +213,23 @@ class Job:
         require(
             CORRUPTED not in (self.test_ood or {}),
             f"test_noise makes a set named {CORRUPTED!r}; give the one in test_ood another name",
+        )
+
+    def _check_distortion(self, tune: str) -> None:
+        if not self.measure_distortion:
+            return
+        require(
+            self.test is not None, "measure_distortion compares features of test rows; give test"
+        )
+        require(
+            self.task in HAVE_ENCODERS,
+            f"measure_distortion looks at an encoder, as {', '.join(HAVE_ENCODERS)} have one; "
+            f"got task {self.task!r}",
+        )
+        require(
+            tune not in OUTSIDE,
+            f"measure_distortion cannot see {tune}, which stands outside the encoder; use full, "
+            "head, lora, adapter or bitfit",
         )
 
     @property

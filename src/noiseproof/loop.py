@@ -187,6 +187,7 @@ class _Loop:
     report: Callable[[Progress], None] | None
     watch: Stopwatch
     passes: float
+    score: Callable[[Mapping[str, Any]], float | None]
     stop: StopSignals
     run: Run
 

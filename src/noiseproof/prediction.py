@@ -75,7 +75,7 @@ class Predictor:
         Raises:
             InputError: The labels are no classes.
         """
-        if self.task.answer_columns != Task.answer_columns:
+        if self.task.text_labels:
             raise InputError(
                 f"task {self.task.name!r} has no class probabilities; predict gives its answers"
             )
@@ -155,7 +155,7 @@ def predict(
         features: Other columns of features than in training.
         image: Another column of images than in training.
         on_bad_image: error, or skip; as in training unless given.
-        max_new_tokens: Longest response of a language model, in tokens; as in training unless given.
+        max_new_tokens: Longest response of a language model; as in training unless given.
         model: See `load`.
         split: Split of a hub data set or of an archive.
 

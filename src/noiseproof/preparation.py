@@ -176,7 +176,7 @@ class Prepared:
 
     def _corrupted(self, test: Examples) -> Examples:
         """The test rows with texts that text noise corrupted; what is to be said stays right."""
-        noise = parse_noise(self.job.test_noise)
+        noise = parse_noise(self.job.test_noise or "")
         assert noise is not None  # the job has checked it
         given = test.inputs.as_texts()
         seed = derive_seed(self.seeds["noise"], "test texts")

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from noiseproof.losses import cross_entropy
 
 TARGETS = "targets"
 IGNORED = -100
@@ -91,7 +90,7 @@ def token_statistics(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         model ranks first.
     """
     found, count = at_targets(model, inputs), len(inputs[TARGETS])
-    loss = cross_entropy(found.logits, found.targets)
+    loss = F.cross_entropy(found.logits, found.targets, reduction="none")
     right = (found.logits.argmax(dim=1) == found.targets).to(loss.dtype)
     columns = (loss, torch.ones_like(loss), right)
     return torch.stack([row_sums(column, found.rows, count) for column in columns], dim=1)

@@ -25,19 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs
-from noiseproof.dialogues import DialogueColumns, Dialogues, read_dialogues
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
-from noiseproof.language import (
+from noiseproof.method import Method, require
+from noiseproof.models import save_model
+from noiseproof.noise import NoiseModel
+from noiseproof.tasks.base import LabelColumns, RowSettings, Task
+from noiseproof.tasks.dialogues import DialogueColumns, Dialogues, read_dialogues
+from noiseproof.tasks.language import (
     generate,
     is_encoder_decoder,
     load_language_model,
     load_saved_language_model,
 )
-from noiseproof.method import Method, require
-from noiseproof.models import save_model
-from noiseproof.noise import NoiseModel
-from noiseproof.tasks.base import LabelColumns, RowSettings, Task
 from noiseproof.tasks.measures import Measures, ResponseMeasures
 from noiseproof.tokens import IGNORED, TARGETS, losses_of_statistics, token_statistics
 
@@ -125,6 +125,7 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal-lm"
     summary: ClassVar[str] = "prompts or chat messages with responses"
     column: ClassVar[str] = "text"
+    text_labels: ClassVar[bool] = True
     measures: ClassVar[Measures] = ResponseMeasures()
     answer_columns: ClassVar[tuple[str, ...]] = ("predicted_response", "response_loss")
 
@@ -240,7 +241,7 @@ class CausalLM(Task):
                 UserWarning,
                 stacklevel=2,
             )
-        pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        pad = int(self.tokenizer.pad_token_id or 0)
         encoded = EncodedDialogues(prompts, responses, self.start, pad)
         encoded.source = (inputs, self.encode)
         return encoded
@@ -277,29 +278,36 @@ class CausalLM(Task):
         return str(text)
 
     def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
         end = self.tokenizer.eos_token_id
         if self.start is None and not chat and len(ids) > 1 and ids[-1] == end:
             ids = ids[:-1]  # a decoder would stop before the response
-        return ids or [int(self.tokenizer.bos_token_id or self.tokenizer.pad_token_id or 0)]  # type: ignore[arg-type]
+        return ids or [int(self.tokenizer.bos_token_id or self.tokenizer.pad_token_id or 0)]
 
     def _response_ids(self, response: str, chat: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return ids if chat or end is None else [*ids, int(end)]  # type: ignore[arg-type]
+        return ids if chat or end is None else [*ids, int(end)]
 
     # --- answering -------------------------------------------------------------------------------
 
     def respond(self, model: nn.Module, inputs: Dialogues) -> list[str]:
-        """Answer prompts greedily: N texts of at most ``max_new_tokens`` tokens."""
-        limit = min(self.settings.max_length, int(self.tokenizer.model_max_length))
+        """Answer prompts greedily: N texts of at most ``max_new_tokens`` tokens.
+
+        A decoder has room for prompt and response together: the response gets half of it at most,
+        and a prompt that is too long for the rest loses its beginning.
+        """
+        limit, new = int(self.tokenizer.model_max_length), self.settings.max_new_tokens
+        if self.start is None:
+            new = min(new, max(1, limit // 2))
+            limit -= new
         texts = inputs.prompts
         if inputs.chat:
             texts = [self._chat(json.loads(text), True) for text in texts]
         else:
             texts = [self._framed(text) for text in texts]
-        prompts = [self._prompt_ids(text, inputs.chat)[:limit] for text in texts]
-        return generate(model, self.tokenizer, prompts, self.settings.max_new_tokens)
+        prompts = [self._prompt_ids(text, inputs.chat)[-limit:] for text in texts]
+        return generate(model, self.tokenizer, prompts, new)
 
     def answers(
         self,
@@ -308,7 +316,7 @@ class CausalLM(Task):
         outputs_of: Callable[[Encoded], Tensor],
         label_names: Sequence[str],
     ) -> dict[str, np.ndarray]:
-        """The response to every prompt; the loss of the response that the row has, if it has one."""
+        """The response to every prompt, and the loss of the response that a row has."""
         assert isinstance(inputs, Dialogues)
         found = {"predicted_response": np.array(self.respond(model, inputs), dtype=object)}
         if inputs.responses is not None:
@@ -361,9 +369,9 @@ class CausalLM(Task):
 
 
 def find_answer(pattern: str, text: str) -> str | None:
-    """The last match of a pattern, or of its first group, in a text; None without a match.
+    r"""The last match of a pattern, or of its first group, in a text; None without a match.
 
-    >>> find_answer(r"answer is (\\w+)", "the answer is A, no: the answer is B")
+    >>> find_answer(r"answer is (\w+)", "the answer is A, no: the answer is B")
     'B'
     """
     matches = list(re.finditer(pattern, text))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,12 +128,15 @@ def generate(
 ) -> list[str]:
     """Answer prompts greedily: N lists of token ids -> N texts.
 
-    Prompts of one batch are padded on the left, so that all responses start at one place.
+    Prompts of one batch are padded on the left, so that all responses start at one place. What a
+    model answers does not depend on the batch: prompts that follow learned tokens, which must
+    stand right before them, share a batch only where they are equally long.
     """
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
-    pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-    for rows in _batches(prompts):
+    pad = int(tokenizer.pad_token_id or 0)
+    alike = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+    for rows in _batches(prompts, alike):
         width = max(len(prompts[row]) for row in rows)
         ids = torch.full((len(rows), width), pad)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -139,7 +144,8 @@ def generate(
             start = width - len(prompts[row])
             ids[place, start:] = torch.tensor(prompts[row])
             mask[place, start:] = 1
-        with evaluation_mode(model):
+        with evaluation_mode(model), quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # they are not
             made: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -155,8 +161,10 @@ def generate(
     return answers
 
 
-def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Rows of similar length together."""
+def _batches(prompts: Sequence[Sequence[int]], alike: bool) -> Iterator[list[int]]:
+    """Rows of similar length together, or of equal length alone."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    for start in range(0, len(order), GENERATE_ROWS):
-        yield order[start : start + GENERATE_ROWS]
+    for _, group in groupby(order, lambda row: len(prompts[row]) if alike else 0):
+        rows = list(group)
+        for start in range(0, len(rows), GENERATE_ROWS):
+            yield rows[start : start + GENERATE_ROWS]

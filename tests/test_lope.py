@@ -1,0 +1,743 @@
+"""LoPE: what trains in which stage, which rows are corrupted, and what is left of it at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import noiseproof
+from noiseproof.checkpoint import Interrupted
+from noiseproof.engine import Engine
+from noiseproof.errors import InputError
+from noiseproof.experts import EXPERTS_FILE, MODES, ExpertModel
+from noiseproof.job import Job
+from noiseproof.loop import Outcome
+from noiseproof.method import Batch, Method, Run
+from noiseproof.methods import LoPE
+from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
+from tiny import Tiny, last_json, python, table, train_settings
+
+NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
+"""Settings with which some of 25 rows are corrupted."""
+TWO = NOISY | {"poison_epochs": 2}
+"""The same with two epochs of the stage poison."""
+
+
+def experts(outcome: Outcome) -> ExpertModel:
+    assert isinstance(outcome.model, ExpertModel)
+    return outcome.model
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def groups_of(names: set[str]) -> set[str]:
+    """Groups of parameters; those of the encoder are called so."""
+    return {
+        "encoder" if ".lora_" not in n and "classifier" not in n else group_of(n) for n in names
+    }
+
+
+class Spy:
+    """Looks at the model when stages begin and in every step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.starts: dict[str, dict[str, Tensor]] = {}
+        self.trainable: dict[str, set[str]] = {}
+        self.optimised: dict[str, set[str]] = {}
+        self.labels: dict[tuple[str, int], dict[int, int]] = {}
+        self.texts: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
+        self.modes: dict[str, tuple[str, str]] = {}
+        self.gradients: dict[str, set[str]] = {}
+        spy = self
+        start, loss, backward = LoPE.on_stage_start, LoPE.compute_loss, Engine.backward
+        begin = Engine.start_stage
+
+        def on_stage_start(method: LoPE, run: Run) -> None:
+            start(method, run)
+            spy.starts[run.stage] = values(run.model)
+            trainable = {n for n, p in run.model.named_parameters() if p.requires_grad}
+            spy.trainable[run.stage] = trainable
+            inner = run.model
+            assert isinstance(inner, ExpertModel)
+            spy.modes[run.stage] = (inner.switch.training_mode, inner.mode)
+
+        def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+            noisy = run.stage in method.noise_stages
+            labels = batch.columns["noisy_label"] if noisy else batch.labels
+            ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+            for place, row in enumerate(batch.rows.tolist()):
+                key = (run.stage, run.epoch)
+                spy.labels.setdefault(key, {})[row] = int(labels[place])
+                tokens = tuple(ids[place][mask[place]].tolist())
+                spy.texts.setdefault(key, {})[row] = tokens
+            return loss(method, model, batch, run)
+
+        def start_stage(engine: Engine, model: nn.Module, *given: Any) -> Any:
+            optimizer = begin(engine, model, *given)
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            named = {n for n, p in model.named_parameters() if id(p) in held}
+            spy.optimised[str(len(spy.optimised))] = named
+            return optimizer
+
+        def back(engine: Engine, method: Method, *given: Any) -> float:
+            found: float = backward(engine, method, *given)
+            run = given[-1]
+            with_gradient = {n for n, p in run.model.named_parameters() if p.grad is not None}
+            spy.gradients.setdefault(run.stage, set()).update(with_gradient)
+            return found
+
+        monkeypatch.setattr(LoPE, "on_stage_start", on_stage_start)
+        monkeypatch.setattr(LoPE, "compute_loss", compute_loss)
+        monkeypatch.setattr(Engine, "start_stage", start_stage)
+        monkeypatch.setattr(Engine, "backward", back)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+def test_each_stage_trains_its_own_experts_and_leaves_the_rest_bit_for_bit(
+    spy: Spy, tiny_run: Tiny
+) -> None:
+    """A poisoning expert that moves in the second stage learns the data; normal ones that move in
+    the first learn the noise.
+    """
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4, weight_decay=0.1)
+    wanted = {POISON: {"A", "BD", "head"}, ADAPT: {"A", "B", "gate", "head"}}
+    assert {stage: groups_of(names) for stage, names in spy.trainable.items()} == wanted
+    assert list(spy.optimised.values()) == [spy.trainable[POISON], spy.trainable[ADAPT]]
+    assert spy.gradients == spy.trainable
+    assert [row["stage"] for row in outcome.history] == [POISON, POISON, ADAPT, ADAPT]
+
+    begin, middle, end = spy.starts[POISON], spy.starts[ADAPT], values(outcome.model)
+    first = {name for name in begin if not torch.equal(begin[name], middle[name])}
+    second = {name for name in begin if not torch.equal(middle[name], end[name])}
+    assert first == spy.trainable[POISON]
+    assert second | {n for n in spy.trainable[ADAPT] if "classifier" in n} == spy.trainable[ADAPT]
+    total = sum(end[name].numel() for name in first | second)
+    assert outcome.trainable == total
+
+
+def test_normal_experts_become_different_experts(tiny_run: Tiny) -> None:
+    model = experts(tiny_run.fit(LoPE(**NOISY), epochs=4))
+    for layer in model.layers.values():
+        one, two, three = (up.detach() for up in layer.up()[:3])
+        assert not torch.allclose(one, two, atol=1e-4) and not torch.allclose(two, three, atol=1e-4)
+        assert bool(layer.up()[3].any())
+
+
+def test_what_trains_can_be_chosen(spy: Spy, tiny_run: Tiny) -> None:
+    method = LoPE(**NOISY, train_poison=("BD", "gate", "head"), train_adapt=("B",))
+    tiny_run.fit(method, epochs=2)
+    wanted = {POISON: {"BD", "gate", "head"}, ADAPT: {"B"}}
+    assert {stage: groups_of(names) for stage, names in spy.trainable.items()} == wanted
+
+
+def test_a_frozen_tensor_that_changes_is_noticed_by_name(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LoPE.compute_loss
+
+    def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        if run.stage == ADAPT:
+            layer = next(iter(run.model.layers.values()))  # type: ignore[union-attr, operator]
+            layer.lora_BD.weight.data.add_(1e-3)
+        return original(method, model, batch, run)
+
+    monkeypatch.setattr(LoPE, "compute_loss", compute_loss)
+    with pytest.raises(RuntimeError, match=r"lora_BD\.weight was frozen in this stage of LoPE"):
+        tiny_run.fit(LoPE(**NOISY), epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "wanted"),
+    [
+        ({}, 5, [(POISON, 1), (ADAPT, 4)]),
+        ({"epoch_budget": "per_stage"}, 2, [(POISON, 2), (ADAPT, 2)]),
+        ({"poison_epochs": 2}, 6, [(POISON, 2), (ADAPT, 4)]),
+        ({"poison_epochs": 1, "epoch_budget": "per_stage"}, 3, [(POISON, 3), (ADAPT, 3)]),
+        ({"num_poison_experts": 0, "inference_mode": "none"}, 3, [(ADAPT, 3)]),
+    ],
+    ids=str,
+)
+def test_epochs_are_shared_out_among_the_stages(
+    settings: dict[str, Any], epochs: int, wanted: list[tuple[str, int]]
+) -> None:
+    stages = LoPE(**settings).stages(epochs)
+    assert [(stage.name, stage.epochs) for stage in stages] == wanted
+    assert [stage.selectable for stage in stages] == [stage.name == ADAPT for stage in stages]
+    assert all(stage.learning_rate == 2e-3 for stage in stages)
+
+
+@pytest.mark.parametrize(("settings", "epochs"), [({}, 1), ({"poison_epochs": 3}, 3)])
+def test_too_few_epochs_are_refused_before_anything_runs(
+    settings: dict[str, Any], epochs: int
+) -> None:
+    with pytest.raises(InputError, match=r"two stages of at least one epoch.*epoch_budget"):
+        LoPE(**settings).stages(epochs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_poisoning_expert_counts_in_the_second_stage_as_told(
+    mode: str, spy: Spy, tiny_run: Tiny
+) -> None:
+    """In training as ``adapt_forward`` says; measured in between it is left out."""
+    outcome = tiny_run.fit(LoPE(**NOISY, adapt_forward=mode), epochs=2)
+    assert spy.modes == {POISON: ("none", "none"), ADAPT: (mode, "renorm")}
+    assert experts(outcome).mode == "compensate"
+    assert all(np.isfinite(row["loss"]) for row in outcome.history)
+
+
+@pytest.mark.parametrize(
+    ("settings", "restored"),
+    [
+        ({"head_policy": "restore", "target_noise_rate": 0.0}, True),
+        ({"head_policy": "carry"}, False),
+        ({"head_policy": "auto"}, True),
+        ({"head_policy": "auto", "target_noise_rate": 0.0}, False),
+        ({"head_policy": "auto", "noise_stages": ()}, False),
+        ({"head_policy": "auto", "train_adapt": ("A", "B", "gate")}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:the stage poison adds no noise")
+def test_the_head_starts_anew_where_flipped_labels_taught_it(
+    settings: dict[str, Any], restored: bool, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = []
+    original = LoPE.compute_loss
+
+    def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        if run.epoch == run.step == 0:
+            heads.append(run.model.get_parameter("model.classifier.weight").detach().clone())
+        return original(method, model, batch, run)
+
+    monkeypatch.setattr(LoPE, "compute_loss", compute_loss)
+    tiny_run.fit(LoPE(**(NOISY | settings)), epochs=2)
+    assert torch.equal(*heads) == restored
+
+
+def test_the_balance_term_is_the_variation_of_the_loads(tiny_run: Tiny) -> None:
+    """Squared coefficient of variation of normal experts' loads, averaged over layers."""
+    plain, more = LoPE(**NOISY), LoPE(**NOISY, balance_weight=0.5)
+    outcome = tiny_run.fit(plain, epochs=2)
+    model = experts(outcome).eval()
+    rows = torch.arange(4)
+    inputs = tiny_run.encoded.inputs(np.arange(4))
+    batch = Batch(inputs, tiny_run.labels[:4], rows)
+    run = dataclasses.replace(outcome.run, stage=ADAPT, step=1)
+    bare, with_term = (m.compute_loss(model, batch, run).detach() for m in (plain, more))
+    loads = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, given, _: loads.append(
+                torch.softmax(layer.lora_gate(given[0])[..., :3], dim=-1)[
+                    inputs["attention_mask"].bool()
+                ].mean(dim=0)
+            )
+        )
+        for layer in model.layers.values()
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    stacked = torch.stack(loads)
+    spread = (stacked.std(dim=1, correction=0) / stacked.mean(dim=1)).square().mean().detach()
+    torch.testing.assert_close(with_term - bare, 0.5 * spread, rtol=1e-3, atol=1e-6)
+    assert float(spread) > 0 and model.switch.loads is None
+
+
+# --- which rows are corrupted --------------------------------------------------------------------
+
+
+def changed(
+    method: LoPE, rows: int = 4000, epoch: int = 0, seed: int = 0, text: str = "one two three four"
+) -> list[bool]:
+    """Which rows the first stage changes."""
+    transform = method.stages(4)[0].transform
+    assert transform is not None
+    return [transform((text,), row, epoch, seed) != (text,) for row in range(rows)]
+
+
+def test_as_many_rows_are_corrupted_as_the_rate_says() -> None:
+    for rate in (0.05, 0.3):
+        hits = sum(changed(LoPE(noise_rate=rate)))
+        assert abs(hits - rate * 4000) < 4 * (4000 * rate * (1 - rate)) ** 0.5
+
+
+def test_each_operation_gets_a_third() -> None:
+    """Lengths tell them apart: inserting adds characters, deleting takes some, shuffling none."""
+    transform = LoPE(noise_rate=0.99).stages(2)[0].transform
+    assert transform is not None
+    text = "one two three four five six seven"
+    found = [transform((text,), row, 0, 0)[0] for row in range(3000)]
+    hits = [other for other in found if other != text]
+    kinds = np.bincount([1 + (len(other) > len(text)) - (len(other) < len(text)) for other in hits])
+    rest = 4 * (len(hits) * 2 / 9) ** 0.5
+    assert len(kinds) == 3 and all(abs(count - len(hits) / 3) < rest for count in kinds)
+
+
+def test_a_row_is_corrupted_by_its_number_and_the_seed_alone() -> None:
+    method = LoPE(noise_rate=0.3)
+    assert changed(method, 200) == changed(method, 400)[:200]
+    assert changed(method, 400) != changed(method, 400, seed=1)
+    assert changed(method, 400) != changed(method, 400, epoch=1)
+    own = LoPE(noise_rate=0.3, noise_seed=1)
+    assert changed(own, 400) == changed(own, 400, seed=5) == changed(method, 400, seed=1)
+
+
+def test_the_noise_of_the_method_is_not_the_noise_of_the_data() -> None:
+    """Equal draws would corrupt the same rows twice, and leave the others alone twice."""
+    from noiseproof.noise import parse_noise
+
+    noise = parse_noise("text:0.3")
+    assert noise is not None
+    texts = [("one two three four",)] * 400
+    found = noise.apply(np.zeros(400, dtype=np.int64), 2, 0, texts=texts)
+    hit = found.extras["text_changed"].tolist()
+    assert 60 < sum(hit) < 180 and hit != changed(LoPE(noise_rate=0.3), 400)
+
+
+def test_the_first_stage_trains_on_corrupted_rows_and_the_second_on_those_given(
+    spy: Spy, tiny_run: Tiny
+) -> None:
+    """Texts and labels, both; and what is predicted in between is of the rows as given."""
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4)
+    given = {
+        row: tuple(values["input_ids"][0][values["attention_mask"][0].bool()].tolist())
+        for row, values in ((r, tiny_run.encoded.inputs(np.array([r]))) for r in range(25))
+    }
+    labels = dict(enumerate(tiny_run.labels.tolist()))
+    for epoch in (0, 1):
+        assert spy.texts[ADAPT, epoch] == given and spy.labels[ADAPT, epoch] == labels
+    texts, flipped = spy.texts[POISON, 0], spy.labels[POISON, 0]
+    assert (texts, flipped) == (spy.texts[POISON, 1], spy.labels[POISON, 1])  # drawn once
+    hit = {row for row in given if texts[row] != given[row] or flipped[row] != labels[row]}
+    assert 0 < len(hit) < 25 and any(flipped[row] != labels[row] for row in hit)
+    assert outcome.history[0]["corrupted_share"] == len(hit) / 25
+    assert outcome.run.columns["corrupted"].nonzero().flatten().tolist() == sorted(hit)
+
+
+def test_noise_can_be_drawn_anew_in_every_epoch(spy: Spy, tiny_run: Tiny) -> None:
+    tiny_run.fit(LoPE(**TWO, noise_resample="epoch"), epochs=4)
+    assert spy.texts[POISON, 0] != spy.texts[POISON, 1]
+    assert spy.labels[POISON, 0] != spy.labels[POISON, 1]
+    assert spy.texts[ADAPT, 0] == spy.texts[ADAPT, 1]
+
+
+def test_only_the_labels_or_only_the_texts_can_be_corrupted(spy: Spy, tiny_run: Tiny) -> None:
+    labels = dict(enumerate(tiny_run.labels.tolist()))
+    tiny_run.fit(LoPE(**NOISY, target_noise_rate=0.0), epochs=2)
+    assert spy.labels[POISON, 0] == labels
+    assert spy.texts[POISON, 0] != spy.texts[ADAPT, 0]
+    tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.4), epochs=2)
+    assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0]
+    wrong = sum(label != labels[row] for row, label in spy.labels[POISON, 0].items())
+    assert wrong == 10  # to the row, as in all label noise here
+
+
+@pytest.mark.parametrize("stages", [(), (ADAPT,), (POISON, ADAPT)])
+def test_the_noisy_stages_can_be_chosen(
+    stages: tuple[str, ...], spy: Spy, tiny_run: Tiny, recwarn: pytest.WarningsRecorder
+) -> None:
+    tiny_run.fit(LoPE(**NOISY, noise_stages=stages), epochs=2)
+    labels = dict(enumerate(tiny_run.labels.tolist()))
+    noisy = tuple(stage for stage in (POISON, ADAPT) if spy.labels[stage, 0] != labels)
+    assert noisy == stages
+    warned = [str(warning.message) for warning in recwarn]
+    silent = any("the stage poison adds no noise" in text for text in warned)
+    assert silent == (POISON not in stages)
+
+
+@pytest.mark.parametrize("mode", ["absolute", "relative", "neftune"])
+def test_embeddings_shake_in_the_first_stage_and_never_after(
+    mode: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training only: what is predicted, measured and calibrated is not disturbed."""
+    from noiseproof.methods import lope
+
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    original = lope.embedding_noise
+
+    def noise(embeddings: Tensor, mask: Tensor, draws: Any, kind: str, alpha: float) -> Tensor:
+        made = original(embeddings, mask, draws, kind, alpha)
+        calls.append((kind, mask, made))
+        return made
+
+    monkeypatch.setattr(lope, "embedding_noise", noise)
+    outcome = tiny_run.fit(LoPE(**TWO, emb_noise_mode=mode), epochs=4)
+    assert len(calls) == 2 * 4  # epochs and steps of the stage poison
+    for kind, mask, made in calls:
+        assert kind == mode and bool(made[mask.bool()].any()) and not made[~mask.bool()].any()
+    assert experts(outcome).noise is None
+    shares = [row.get("embedding_noise") for row in outcome.history]
+    assert shares[2:] == [None, None] and all(share and share > 0 for share in shares[:2])
+    if mode == "relative":
+        assert shares[0] == pytest.approx(0.05 / 3**0.5, rel=0.05)
+
+
+def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    shaken: list[Tensor] = []
+    original = LoPE._shake
+
+    def shake(*given: Any) -> Tensor:
+        made = original(*given)
+        shaken.append(made.flatten(1).any(dim=1))
+        return made
+
+    monkeypatch.setattr(LoPE, "_shake", shake)
+    tiny_run.fit(LoPE(**NOISY | {"poison_epochs": 4}, emb_noise_prob=0.5), epochs=5)
+    rows = torch.cat(shaken)
+    assert len(rows) == 100 and abs(int(rows.sum()) - 50) < 4 * 5
+    shaken.clear()
+    tiny_run.fit(LoPE(**NOISY, emb_noise_mode="off"), epochs=2)
+    assert not shaken
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_similarities_are_measured_on_rows_as_given_without_dropout(tiny_run: Tiny) -> None:
+    """Done again they come out the same; of fewer rows they are others."""
+    outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
+    model = experts(outcome)
+    first = {name: layer.lora_theta.clone() for name, layer in model.layers.items()}
+    assert all(bool(layer.lora_calibrated) for layer in model.layers.values())
+    LoPE(**NOISY).finalize_model(outcome.run)
+    for name, layer in model.layers.items():
+        assert torch.equal(layer.lora_theta, first[name]) and bool(first[name].any())
+    few = LoPE(**NOISY | {"theta_examples": 2})
+    less = experts(tiny_run.fit(few, epochs=2))
+    assert any(not torch.allclose(layer.lora_theta, first[n]) for n, layer in less.layers.items())
+
+
+def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None:
+    outcome = tiny_run.fit(LoPE(**NOISY), epochs=4)
+    found = outcome.run.findings["experts"]
+    json.dumps(found, allow_nan=False)
+    model = experts(outcome)
+    assert [row["layer"] for row in found["layers"]] == list(model.layers)
+    for row, layer in zip(found["layers"], model.layers.values(), strict=True):
+        assert row["theta"] == pytest.approx(layer.lora_theta.tolist(), rel=1e-5)
+        assert row["drift_A"] > 0 and -1 <= row["cosine_A"] <= 1
+    assert found["even_share"] == 0.25 and found["rows"] == 25
+    assert found["poison_weight"] == pytest.approx(
+        np.mean([row["poison_weight"] for row in found["layers"]])
+    )
+    assert 0 <= found["noise_auroc"] <= 1 and 0 <= found["raised_share"] <= 1
+
+
+def test_online_similarities_and_a_partial_compensation_run_to_the_end(tiny_run: Tiny) -> None:
+    method = LoPE(**NOISY, theta_mode="online", compensate_k=1, beta="keep_mass", gate_input="Ax")
+    outcome = tiny_run.fit(method, epochs=2)
+    model = experts(outcome)
+    found = {}
+    for mode, switch in method.modes(model).items():
+        switch()
+        found[mode] = model.mode
+    assert found == {mode: mode for mode in MODES} and list(found)[-1] == "compensate"
+
+
+def test_without_a_poisoning_expert_it_is_hydralora(tiny_run: Tiny) -> None:
+    method = LoPE.preset("hydralora")
+    outcome = tiny_run.fit(method, epochs=2)
+    model = experts(outcome)
+    assert model.mode == "none" and not method.modes(model)
+    assert "experts" not in outcome.run.findings
+    assert not any("lora_BD" in name for name in model.trained)
+    assert [row["stage"] for row in outcome.history] == [ADAPT, ADAPT]
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs below are, with their tables."""
+    made: Path = tmp_path_factory.mktemp("lope")
+    table(25, wrong=0.2).to_csv(made / "train.csv", index=False)
+    table(12, seed=1).to_csv(made / "test.csv", index=False)
+    return made
+
+
+def job(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "data": str(folder / "train.csv"),
+        "test": str(folder / "test.csv"),
+        "clean_label": "clean_label",
+        "model": str(model),
+        "method": LoPE(**NOISY),
+        "train": train_settings(),
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def run_of(folder: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Folder of a run by name, made once."""
+
+    def run(name: str, **changes: Any) -> Path:
+        out = folder / name
+        if not out.exists():
+            noiseproof.fit(**job(folder, tiny_model, **changes), out=str(out))
+        return out
+
+    return run
+
+
+LOADING = """
+import json, sys
+import noiseproof
+from noiseproof.experts import MODES
+from tiny import table, train_settings
+predictor = noiseproof.load(sys.argv[1])
+found = {"mode": predictor.model.mode}
+for mode in MODES:
+    predictor.model.set_inference_mode(mode)
+    texts = table(12, seed=1)["text"].tolist()
+    found[mode] = predictor.predict_proba(texts, settings=train_settings()).tolist()
+print(json.dumps(found))
+"""
+
+
+def test_a_fresh_process_answers_as_the_run_did_in_four_modes(
+    folder: Path, tiny_model: Path
+) -> None:
+    """Experts, router, head and similarities all come back; the mode is the one deployed."""
+    result = noiseproof.fit(**job(folder, tiny_model), out=str(folder / "fresh"))
+    done = python("-c", LOADING, str(folder / "fresh"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = last_json(done.stdout)
+    assert found.pop("mode") == "compensate"
+    model, texts = result.predictor.model, table(12, seed=1)["text"].tolist()
+    assert isinstance(model, ExpertModel)
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        wanted = result.predictor.predict_proba(texts, settings=train_settings())
+        np.testing.assert_array_equal(np.array(found[mode]), np.asarray(wanted, dtype=float))
+    assert len({str(answers) for answers in found.values()}) == 4
+
+
+def test_the_record_holds_every_mode_and_what_the_router_does(run_of: Callable[..., Path]) -> None:
+    record = json.loads((run_of("plain") / "record.json").read_bytes())
+    assert list(record["modes"]) == ["none", "mask", "renorm", "compensate"]
+    deployed = record["modes"]["compensate"]
+    assert deployed["test_accuracy"] == record["metrics"]["test_accuracy"]
+    assert set(record["findings"]) == {"experts"}
+
+
+def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:
+    whole = run_of("plain")
+    small = run_of("small", method=LoPE(**NOISY, save_poison=False))
+    texts = table(12, seed=1)["text"].tolist()
+    one, two = (noiseproof.load(out) for out in (whole, small))
+    np.testing.assert_array_equal(
+        *(loaded.predict_proba(texts, settings=train_settings()) for loaded in (one, two))
+    )
+    sizes = [(out / "model" / EXPERTS_FILE).stat().st_size for out in (whole, small)]
+    assert sizes[1] < sizes[0]
+    with pytest.raises(InputError, match="poisoning experts were not saved"):
+        two.model.set_inference_mode("none")
+
+
+@pytest.mark.parametrize("step", [(POISON, 0, 2), (ADAPT, 0, 2), (ADAPT, 1, 1)], ids=str)
+def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
+    step: tuple[str, int, int],
+    folder: Path,
+    run_of: Callable[..., Path],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The noise of rows and embeddings is drawn again, and what is frozen is frozen again."""
+    out = folder / "-".join(map(str, step))
+    given = job(folder, tiny_model) | {"out": str(out)}
+    original = LoPE.compute_loss
+
+    def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        if (run.stage, run.epoch, run.step) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(method, model, batch, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoPE, "compute_loss", compute_loss)
+        with pytest.raises(Interrupted):
+            noiseproof.fit(**given)
+    noiseproof.fit(**given, resume=True)
+    for name in ("model/" + EXPERTS_FILE, "history.csv"):
+        assert (out / name).read_bytes() == (run_of("plain") / name).read_bytes()
+    one, two = (pd.read_parquet(path / "samples.parquet") for path in (out, run_of("plain")))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    records = [json.loads((p / "record.json").read_bytes()) for p in (out, run_of("plain"))]
+    for key in ("metrics", "modes", "findings"):
+        assert records[0][key] == records[1][key]
+
+
+def test_the_best_epoch_is_one_of_the_second_stage(tiny_run: Tiny) -> None:
+    """Weights of the first stage have normal experts that never learned anything."""
+
+    def measure(predict_on: Any, run: Run) -> dict[str, float]:
+        return {"validation_accuracy": 0.9 if run.stage == POISON else 0.5 - 0.1 * run.epoch}
+
+    outcome = tiny_run.fit(
+        LoPE(**NOISY, poison_epochs=2),
+        extra={"measure": measure},
+        **{"epochs": 4, "select": "best", "evaluate": "epoch"},
+    )
+    assert outcome.best_epoch == 2 and outcome.history[2]["stage"] == ADAPT
+
+
+def test_what_it_trains_cannot_be_merged(folder: Path, tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="LoPE trains depends on the token and cannot be merged"):
+        Job(**job(folder, tiny_model, merge=True))
+
+
+def test_rows_of_numbers_and_images_are_refused(folder: Path) -> None:
+    for task in ("features", "image"):
+        with pytest.raises(InputError, match="LoPE"):
+            Job({}, task=task, method=LoPE(), model=None)
+
+
+# --- test rows with corrupted texts --------------------------------------------------------------
+
+
+def test_the_test_set_is_measured_once_more_with_corrupted_texts(
+    folder: Path, run_of: Callable[..., Path]
+) -> None:
+    """As a set of its own: the clean one and the model stay bit for bit what they were."""
+    plain, noisy = run_of("plain"), run_of("noisy", test_noise="text:1.0,unit=char")
+    one, two = (json.loads((run / "record.json").read_bytes()) for run in (plain, noisy))
+    for key, value in one["metrics"].items():
+        assert two["metrics"][key] == value
+    assert (plain / "model" / EXPERTS_FILE).read_bytes() == (
+        noisy / "model" / EXPERTS_FILE
+    ).read_bytes()
+    found = two["ood"]["corrupted"]
+    assert found["rows"] == 12 and found != one["ood"].get("corrupted")
+    assert any("corrupted" in name for name in two["modes"]["compensate"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_noise": "symmetric:0.3"}, "test_noise must be text noise such as text:0.3"),
+        ({"test_noise": "text:0.3", "test": None}, "test_noise corrupts the test rows; give test"),
+        (
+            {"test_noise": "text:0.3", "test_ood": {"corrupted": "test.csv"}},
+            "test_noise makes a set named 'corrupted'; give the one in test_ood another name",
+        ),
+    ],
+    ids=str,
+)
+def test_noise_that_cannot_fall_on_test_texts_is_refused(
+    changes: dict[str, Any], message: str, folder: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Job(**job(folder, tiny_model, **changes))
+
+
+def test_test_noise_is_part_of_the_identifier_only_where_it_is_used(
+    folder: Path, tiny_model: Path
+) -> None:
+    from noiseproof.preparation import Prepared
+
+    jobs = [Job(**job(folder, tiny_model, test_noise=noise)) for noise in (None, "text:0.3")]
+    assert "test_noise" not in jobs[0].spec() and "test_noise" in jobs[1].spec()
+    work = Prepared(jobs[1])
+    clean, bad = work.sets["test"].inputs.as_texts(), work.sets["ood:corrupted"].inputs.as_texts()
+    assert len(clean) == len(bad) == 12
+    again = Prepared(jobs[1]).sets["ood:corrupted"].inputs.as_texts()
+    assert [tuple(row) for row in again] == [tuple(row) for row in bad]
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dropout_mode": "none"}, "LoPE.dropout_mode must be one of shared, per_expert"),
+        ({"gate_input": "h"}, "LoPE.gate_input must be one of x, Ax; got 'h'"),
+        ({"gate_init": "zeros"}, "LoPE.gate_init must be one of kaiming, normal"),
+        ({"epoch_budget": "half"}, "LoPE.epoch_budget must be one of total, per_stage"),
+        ({"head_policy": "new"}, "LoPE.head_policy must be one of auto, carry, restore"),
+        (
+            {"head_policy": "restore", "train_adapt": ("B",)},
+            "needs a head that trains again: put head into train_adapt",
+        ),
+        ({"noise_unit": "line"}, "LoPE.noise_unit must be one of sample, word, char"),
+        ({"noise_charset": "utf8"}, "LoPE.noise_charset must be one of ascii, keyboard"),
+        ({"noise_resample": "step"}, "LoPE.noise_resample must be one of static, epoch"),
+        ({"emb_noise_mode": "gauss"}, "LoPE.emb_noise_mode must be one of absolute, relative"),
+        ({"adapt_forward": "all"}, "LoPE.adapt_forward must be one of none, mask, renorm"),
+        ({"inference_mode": "all"}, "LoPE.inference_mode must be one of none, mask, renorm"),
+        ({"theta_mode": "token"}, "LoPE.theta_mode must be one of calibrate, online"),
+        ({"compensate_order": "size"}, "LoPE.compensate_order must be one of theta, index"),
+        ({"rank": 0}, "LoPE.rank must be at least 1, got 0"),
+        ({"num_experts": 0}, "LoPE.num_experts must be at least 1"),
+        ({"theta_examples": 0}, "LoPE.theta_examples must be at least 1"),
+        ({"num_poison_experts": 3}, "LoPE.num_poison_experts must be 0, 1 or 2, got 3"),
+        ({"num_poison_experts": 0}, "has nothing to mask.*use the preset hydralora"),
+        ({"alpha": 0}, "LoPE.alpha"),
+        ({"lora_dropout": 1.0}, "LoPE.lora_dropout"),
+        ({"dropout": 1.0}, "LoPE.dropout"),
+        ({"balance_weight": -1.0}, "LoPE.balance_weight"),
+        ({"learning_rate": 0.0}, "LoPE.learning_rate"),
+        ({"noise_rate": 1.0}, "LoPE.noise_rate"),
+        ({"target_noise_rate": 1.0}, "LoPE.target_noise_rate"),
+        ({"emb_noise_alpha": -0.1}, "LoPE.emb_noise_alpha"),
+        ({"emb_noise_prob": 1.5}, "LoPE.emb_noise_prob"),
+        ({"noise_seed": -1}, "LoPE.noise_seed must lie in"),
+        ({"poison_epochs": 0}, "LoPE.poison_epochs must be at least 1"),
+        ({"compensate_k": 4}, r"LoPE.compensate_k must lie in \[0, 3\], got 4"),
+        ({"compensate_sign": 2}, "LoPE.compensate_sign must be -1, 0 or 1"),
+        ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number; got 'one'"),
+        ({"beta": 0.0}, "LoPE.beta"),
+        ({"train_poison": ()}, "LoPE.train_poison must name some of A, B, BD, gate, head"),
+        ({"train_adapt": ("C",)}, "LoPE.train_adapt must name some of A, B, BD, gate, head"),
+        ({"noise_stages": ("train",)}, "LoPE.noise_stages must name some of poison, adapt"),
+        ({"noise_ops": ("swap",)}, "LoPE.noise_ops must name some of shuffle, insert, delete"),
+        ({"char_strength": 0.0}, "strength"),
+        ({"shuffle_window": 1}, "window"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LoPE(**settings)
+
+
+def test_presets_are_what_the_papers_describe() -> None:
+    presets = LoPE.presets()
+    assert presets["default"] == LoPE()
+    paper = presets["paper"]
+    assert (paper.rank, paper.num_experts, paper.num_poison_experts) == (4, 3, 1)
+    assert (paper.noise_rate, paper.emb_noise_alpha) == (0.05, 0.05)
+    assert paper.emb_noise_mode == "absolute"
+    assert (paper.learning_rate, paper.epoch_budget) == (2e-4, "per_stage")
+    assert paper.train_poison == ("A", "BD", "head") and paper.inference_mode == "compensate"
+    for name in ("hydralora", "hydralora-noise", "hydralora-neftune"):
+        assert [stage.name for stage in presets[name].stages(1)] == [ADAPT]
+    transforms = {name: method.stages(4)[0].transform for name, method in presets.items()}
+    silent = {name for name, transform in transforms.items() if transform is None}
+    assert silent == {"hydralora", "hydralora-neftune", "no-noise"}
+
+
+def test_every_group_of_parameters_has_a_name() -> None:
+    names = ("lora_A", "lora_B0", "lora_BD", "lora_gate", "classifier")
+    assert tuple(group_of(f"model.layer.{name}.weight") for name in names) == GROUPS
