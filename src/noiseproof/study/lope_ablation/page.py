@@ -33,13 +33,12 @@ from noiseproof.study.lope_ablation.analysis import (
     RATES,
     SETS,
     Records,
-    Values,
     data_rate,
     key_of,
     mode_accuracy,
     set_accuracy,
 )
-from noiseproof.study.peft_under_noise.analysis import Estimate
+from noiseproof.study.peft_under_noise.analysis import Estimate, Values, Verdict
 
 QUESTIONS = {
     "Noise": "Which noise does the poisoning expert need?",
@@ -51,6 +50,12 @@ QUESTIONS = {
     "Other noise": "What if the data have noise of another kind?",
 }
 SHOWN = (("Test", "test"), ("Corrupted test", "corrupted"))
+SUMMED: dict[Verdict, str] = {
+    "holds": "hold",
+    "contradicted": "fail",
+    "open": "are open",
+    "no claim": "without a claim: too few runs",
+}
 STYLES = {LOPE: 1, HYDRA: 2, LORA: 0}
 
 
@@ -83,9 +88,7 @@ def page(found: Found, title: str) -> Report:
 def _subtitle(records: Records) -> str:
     verdicts = [one.verdict(records) for group in ORDERINGS.values() for one in group]
     counts = Counter(verdicts)
-    told = [f"{counts[name]} {said}" for name, said in (
-        ("holds", "hold"), ("contradicted", "fail"), ("open", "are open"),
-        ("no claim", "without a claim: too few runs")) if counts[name]]  # fmt: skip
+    told = [f"{counts[name]} {said}" for name, said in SUMMED.items() if counts[name]]
     return f"Of {len(verdicts)} orderings: {', '.join(told)}."
 
 
