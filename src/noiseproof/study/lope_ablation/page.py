@@ -135,7 +135,7 @@ def _dots(records: Records, question: str) -> str:
         found = one.tested(records)
         if found is not None:
             ends = found.interval
-            dots.append(charts.Dot(one.name, 100 * found.mean, 100 * ends.low if ends else None,
+            dots.append(charts.Dot(one.short or one.name, 100 * found.mean, 100 * ends.low if ends else None,
                                    100 * ends.high if ends else None, 1))  # fmt: skip
     return charts.dot_chart(dots, title="Difference of test accuracy, points",
                             x_label=f"with {LEVEL:.0%} interval")  # fmt: skip
