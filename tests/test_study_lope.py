@@ -166,7 +166,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give --test"):
         plan(STUDY, Asked(data=str(tmp_path / "rows.csv")))
     with pytest.raises(InputError, match="LoPE needs rows of text"):
-        plan(STUDY, Asked(task="image"))
+        plan(STUDY, Asked(data="images", test="0.2", task="image"))
     with pytest.raises(InputError, match="no parts to leave out"):
         plan(STUDY, Asked(parts=("lora",)))
 
