@@ -154,11 +154,19 @@ def test_names_in_the_orderings_are_names_in_the_grid(tmp_path: Path) -> None:
     assert all(one.tested(records) for group in ORDERINGS.values() for one in group)
 
 
+def test_names_in_charts_are_short_enough_to_be_whole() -> None:
+    for name, group in ORDERINGS.items():
+        for one in group:
+            assert name in ("Rate", "Noisier data") or len(one.short or one.name) <= 22
+
+
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="epochs must be at least 2"):
         plan(STUDY, Asked(epochs=1))
     with pytest.raises(InputError, match="give --test"):
         plan(STUDY, Asked(data=str(tmp_path / "rows.csv")))
+    with pytest.raises(InputError, match="LoPE needs rows of text"):
+        plan(STUDY, Asked(data="images", test="0.2", task="image"))
     with pytest.raises(InputError, match="no parts to leave out"):
         plan(STUDY, Asked(parts=("lora",)))
 

@@ -101,6 +101,7 @@ class LopeAblation(Study):
             asked.epochs is None or asked.epochs >= 2,
             f"LoPE has two stages: epochs must be at least 2, got {asked.epochs}",
         )
+        require(asked.task == "text", f"LoPE needs rows of text; got --task {asked.task}")
         require(not asked.parts, "the study has no parts to leave out; give none")
         size = SIZES[asked.size]
         values = common(self, asked, rows=size.rows, epochs=size.epochs, seeds=size.seeds,

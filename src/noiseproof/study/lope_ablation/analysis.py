@@ -104,12 +104,14 @@ class Ordering:
         source: Where the paper says so, and by how much; empty where it does not.
         better: What should be above.
         worse: What should be below.
+        short: Name in a chart, where the other is long.
     """
 
     name: str
     source: str
     better: Of
     worse: Of
+    short: str = ""
 
     def tested(self, records: Records, name: str = "test") -> Estimate | None:
         """The paired difference on one of `SETS`; None where nothing can be compared."""
@@ -168,6 +170,7 @@ def mismatched(kind: str, own: str) -> Ordering:
     return Ordering(
         f"data with {kind}, LoPE trained on {own}: LoPE > HydraLoRA", "Table 3, all kinds",
         of(f"LoPE trained on {own}", part), of(HYDRA, part),
+        f"{kind}, by {own}",
     )  # fmt: skip
 
 
@@ -194,16 +197,20 @@ ORDERINGS: dict[str, tuple[Ordering, ...]] = {
         Ordering("5 % > 3.5 %", "Figure 4, no value", of(LOPE), mean_rate("0.035")),
     ),
     "Compute": (
-        Ordering("LoPE > HydraLoRA, half the epochs", "Table 1: +1.6", of(LOPE), of(HYDRA, HALF)),
-        Ordering("LoPE > HydraLoRA, as many epochs", "", of(LOPE), of(HYDRA)),
-        Ordering("LoPE > HydraLoRA, 4 experts", "", of(LOPE), of("HydraLoRA, 4 experts")),
-        Ordering("LoPE > HydraLoRA, NEFTune", "", of(LOPE), of("HydraLoRA, NEFTune")),
+        Ordering("LoPE > HydraLoRA, half the epochs", "Table 1: +1.6", of(LOPE), of(HYDRA, HALF),
+                 "LoPE > Hydra, half"),
+        Ordering("LoPE > HydraLoRA, as many epochs", "", of(LOPE), of(HYDRA),
+                 "LoPE > Hydra"),
+        Ordering("LoPE > HydraLoRA, 4 experts", "", of(LOPE), of("HydraLoRA, 4 experts"),
+                 "LoPE > Hydra, 4"),
+        Ordering("LoPE > HydraLoRA, NEFTune", "", of(LOPE), of("HydraLoRA, NEFTune"),
+                 "LoPE > Hydra, NEFTune"),
         Ordering("LoPE > LoRA", "Table 1: +5.4", of(LOPE), of(LORA)),
         Ordering("HydraLoRA > LoRA", "Table 1: +3.8", of(HYDRA), of(LORA)),
         Ordering("HydraLoRA > HydraLoRA, noise", "Table 4: +1.9", of(HYDRA),
-                 of("HydraLoRA, noise")),
+                 of("HydraLoRA, noise"), "Hydra > Hydra, noise"),
         Ordering("HydraLoRA, half the epochs > LoPE, no noise", "Tables 1, 2: +1.2",
-                 of(HYDRA, HALF), of(KINDS["none"])),
+                 of(HYDRA, HALF), of(KINDS["none"]), "Hydra, half > no noise"),
     ),
     "Noisier data": (
         Ordering("LoPE minus HydraLoRA: more at the highest rate than at the lowest",

@@ -135,8 +135,8 @@ def _dots(records: Records, question: str) -> str:
         found = one.tested(records)
         if found is not None:
             ends = found.interval
-            dots.append(charts.Dot(one.name, 100 * found.mean, 100 * ends.low if ends else None,
-                                   100 * ends.high if ends else None, 1))  # fmt: skip
+            low, high = (100 * ends.low, 100 * ends.high) if ends else (None, None)
+            dots.append(charts.Dot(one.short or one.name, 100 * found.mean, low, high, 1))
     return charts.dot_chart(dots, title="Difference of test accuracy, points",
                             x_label=f"with {LEVEL:.0%} interval")  # fmt: skip
 
