@@ -94,10 +94,12 @@ def fit(words: list[str]) -> None:
 
     example: noiseproof fit tickets.csv --label intent --method CleaR --out runs/tickets
     """
+    from argparse import SUPPRESS
+
     from noiseproof.cards import field_meanings
     from noiseproof.engine import TrainSettings
     from noiseproof.finetune import run_job
-    from noiseproof.job import Job
+    from noiseproof.job import OPT_IN, Job
 
     words, configs = _take_configs(words)
     start = "--data="  # in a config; on the command line it has no name
@@ -118,7 +120,7 @@ def fit(words: list[str]) -> None:
             f"--{item.name.replace('_', '-')}",
             type=hint,
             default=item.default,
-            help=meanings[item.name],
+            help=SUPPRESS if item.name in OPT_IN else meanings[item.name],
             **flag,
         )
     parser.add_argument("--out", type=str, required=True, help="Folder of the run.")
