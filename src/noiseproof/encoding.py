@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.errors import InputError
 from noiseproof.losses import cross_entropy
+
+
+RowChange = Callable[[tuple[str, ...], int], tuple[str, ...]]
+"""The texts of a row and its number -> as many texts."""
 
 
 class Encoded(ABC):
@@ -25,8 +32,33 @@ class Encoded(ABC):
     one_output: bool = True
     """Whether the model gives one vector per row, so that a head can run on cached features."""
 
+    source: tuple[Any, Callable[[Any], Encoded]] | None = None
+    """The inputs that the rows were encoded from, and what encodes such."""
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def changed(
+        self, change: RowChange, rows: np.ndarray | None = None
+    ) -> tuple[Encoded, np.ndarray]:
+        """The rows with other texts, encoded anew, and which of them differ (M,) bool.
+
+        Args:
+            change: What is done to the texts of a row.
+            rows: Numbers of the rows (M,); None takes all.
+
+        Raises:
+            InputError: These rows were not encoded from texts.
+        """
+        if self.source is None:
+            raise InputError("only rows of text can be changed before they are encoded")
+        inputs, encode = self.source
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows)
+        inputs = inputs.take(chosen)
+        given = inputs.as_texts()
+        texts = [change(some, int(row)) for some, row in zip(given, chosen, strict=True)]
+        differs = np.array([one != other for one, other in zip(given, texts, strict=True)])
+        return encode(inputs.with_texts(np.array(texts, dtype=object))), differs
 
     @abstractmethod
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:

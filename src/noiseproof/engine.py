@@ -300,14 +300,24 @@ class Engine:
 
     # --- passes ----------------------------------------------------------------------------------
 
-    def predict(self, encoded: Encoded, before_batch: BeforeBatch | None = None) -> Tensor:
+    def predict(
+        self,
+        encoded: Encoded,
+        before_batch: BeforeBatch | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Outputs of all rows in row order, eval mode, fp32 (N, K) on the CPU, in every process.
 
-        They are what the rows keep, see `Encoded.outputs`: the logits (N, C) of classes.
+        They are what the rows keep, see `Encoded.outputs`: the logits (N, C) of classes. With row
+        numbers (M,) those of these rows alone (M, K).
         """
         view = self.view(encoded)
+
+        def outputs(inputs: dict[str, Tensor]) -> Tensor:
+            return view.outputs(self.net, inputs)
+
         with evaluation_mode(self.net):
-            return self.compute(view, lambda inputs: view.outputs(self.net, inputs), before_batch)
+            return self.compute(view, outputs, before_batch, rows)
 
     def encode(
         self,
@@ -327,20 +337,22 @@ class Engine:
         encoded: Encoded,
         compute: Callable[[dict[str, Tensor]], Tensor],
         before_batch: BeforeBatch | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Compute a row-wise tensor over all rows; batches are dealt to the processes."""
+        """Compute a row-wise tensor over all rows, or these; batches are dealt to the processes."""
+        chosen = np.arange(len(encoded)) if rows is None else rows.numpy()
         gathered: Tensor | None = None
-        for number, rows in enumerate(prediction_batches(encoded.lengths)):
+        for number, places in enumerate(prediction_batches(encoded.lengths[chosen])):
             if number % self.processes != self.rank and gathered is not None:
                 continue
-            index = torch.from_numpy(rows.copy())
+            batch = chosen[places]
             if before_batch is not None:
-                before_batch(index)
-            values = compute(self._to_device(encoded.inputs(rows))).float().cpu()
+                before_batch(torch.from_numpy(batch))
+            values = compute(self._to_device(encoded.inputs(batch))).float().cpu()
             if gathered is None:
-                gathered = torch.zeros(len(encoded), *values.shape[1:])
+                gathered = torch.zeros(len(chosen), *values.shape[1:])
             if number % self.processes == self.rank:
-                gathered[index] = values
+                gathered[torch.from_numpy(places.copy())] = values
         assert gathered is not None
         return self.sum_over_processes(gathered)
 

@@ -3,7 +3,7 @@
     model = method.prepare_model(model)
     for stage in method.stages(epochs):
         freeze by stage; fresh optimizer and schedule
-        for epoch in stage:
+        for epoch in stage:                                # texts as the stage transforms them
             columns |= method.on_epoch_start(run)          # predict -> (N, C) -> (N, ...)
             for batch in rows where keep:                  # columns joined by row number
                 loss = method.compute_loss(model, batch, run); backward; clip; step
@@ -38,7 +38,7 @@ from noiseproof.checkpoint import (
     save_checkpoint,
     with_prefix,
 )
-from noiseproof.encoding import Encoded
+from noiseproof.encoding import Encoded, RowChange
 from noiseproof.engine import (
     Engine,
     TrainSettings,
@@ -48,7 +48,7 @@ from noiseproof.engine import (
     training_batches,
 )
 from noiseproof.errors import InputError
-from noiseproof.method import BeforeBatch, Columns, Method, Run, Stage
+from noiseproof.method import BeforeBatch, Columns, Method, RowTransform, Run, Stage
 from noiseproof.models import (
     count_parameters,
     fast_dropout,
@@ -211,6 +211,8 @@ class _Loop:
         self.best: dict[str, Tensor] = {}
         self.own_rows = torch.zeros(len(labels), dtype=torch.bool)
         self._predicted: Tensor | None = None
+        self._transformed: tuple[tuple[int, int], Encoded, Tensor] | None = None
+        self._forgotten = False
 
     def run_all(self, model: nn.Module, resume: bool) -> Outcome:
         self.stages = stages = self.method.stages(self.settings.epochs)
@@ -228,6 +230,7 @@ class _Loop:
             encode=self._encode,
             features=lambda: self.engine.features(self.encoded),
             row_losses=self.encoded.losses,
+            forget=self._forget,
         )
         self.prepared = {name for name, p in model.named_parameters() if p.requires_grad}
         names = (name for name, _ in model.named_parameters())
@@ -270,6 +273,7 @@ class _Loop:
         order_seed = _or(settings.order_seed, settings.seed)
         words = (state.stage, run.epoch)
         run.generator.manual_seed(derive_seed(settings.seed, "hooks", *words))
+        encoded = self._encoded_for(stage)
         if state.step == 0:
             self._score()
             torch.manual_seed(derive_seed(order_seed, "dropout", *words, self.engine.rank))
@@ -287,7 +291,7 @@ class _Loop:
             rows = repeated(rows, self.passes, derive_seed(order_seed, "repeated", *words))
         batches = training_batches(
             rows,
-            self.engine.view(self.encoded).lengths,
+            self.engine.view(encoded).lengths,
             settings.batch_size,
             derive_seed(order_seed, "order", *words),
         )
@@ -296,7 +300,7 @@ class _Loop:
         started = time.perf_counter()
         for step in range(state.step, len(batches)):
             run.step = step
-            loss = self._step(batches[step], self._rate(stage, rate, step, len(batches)))
+            loss = self._step(encoded, batches[step], self._rate(stage, rate, step, len(batches)))
             state.loss_sum += loss * len(batches[step])
             state.step = step + 1
             if self.report and self.engine.main:
@@ -332,10 +336,10 @@ class _Loop:
         progress = (self.run.epoch + (step + 0.5) / steps) / stage.epochs
         return peak * rate_factor(self.settings, progress)
 
-    def _step(self, rows: np.ndarray, rate: float) -> float:
+    def _step(self, encoded: Encoded, rows: np.ndarray, rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.engine.backward(self.method, self.encoded, rows, self.run)
+        loss = self.engine.backward(self.method, encoded, rows, self.run)
         if not math.isfinite(loss):
             run = self.run
             raise FloatingPointError(
@@ -373,7 +377,7 @@ class _Loop:
             row.update(self.measure(self.engine.predict, run))
         state.seconds["eval_s"] += time.perf_counter() - started
         state.history.append(row)
-        self._keep_best(row)
+        self._keep_best(stage, row)
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.engine.track(numbers, len(state.history))
         if self.report and self.engine.main:
@@ -392,6 +396,10 @@ class _Loop:
             self._predicted = None
         self.engine.net = model
         deployed = self.method.finalize_model(self.run)
+        if self._forgotten and self.measure:
+            best = self.state.best_row
+            row = self.state.history[-1 if best is None else best]
+            row.update(self.measure(self.engine.predict, self.run))
         return Outcome(
             deployed,
             self.run,
@@ -404,13 +412,42 @@ class _Loop:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _predict(self, before_batch: BeforeBatch | None = None) -> Tensor:
+    def _encoded_for(self, stage: Stage) -> Encoded:
+        """The rows as this epoch trains on them; every pass without gradient sees those given."""
+        if stage.transform is None:
+            self.run.changed = None
+            return self.encoded
+        key = (self.state.stage, self.run.epoch if stage.redraw else 0)
+        if self._transformed is None or self._transformed[0] != key:
+            change = self._change(stage.transform, key[1])
+            encoded, changed = self.encoded.changed(change)
+            self._transformed = (key, encoded, torch.from_numpy(changed))
+        _, encoded, self.run.changed = self._transformed
+        return encoded
+
+    def _change(self, transform: RowTransform, epoch: int) -> RowChange:
+        seed = self.settings.seed
+        return lambda texts, row: transform(texts, row, epoch, seed)
+
+    def _predict(
+        self,
+        before_batch: BeforeBatch | None = None,
+        rows: Tensor | None = None,
+        transform: RowTransform | None = None,
+    ) -> Tensor:
         """Logits of the training rows; kept until the next step unless the caller sets gates."""
-        if before_batch is not None:
-            return self.engine.predict(self.encoded, before_batch)
+        if transform is not None:
+            chosen = None if rows is None else rows.numpy()
+            encoded, _ = self.encoded.changed(self._change(transform, 0), chosen)
+            return self.engine.predict(encoded, before_batch)
+        if before_batch is not None or rows is not None:
+            return self.engine.predict(self.encoded, before_batch, rows)
         if self._predicted is None:
             self._predicted = self.engine.predict(self.encoded)
         return self._predicted.clone()
+
+    def _forget(self) -> None:
+        self._predicted, self._forgotten = None, True
 
     def _encode(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
         """What the head reads of the training rows (N, D, 2)."""
@@ -450,14 +487,17 @@ class _Loop:
         if stage.trains == "head":
             head = is_head(self.run.model)
             return lambda name: name in self.prepared and head(name)
-        return stage.trains or self.prepared.__contains__
+        trains = stage.trains
+        if trains is None:
+            return self.prepared.__contains__
+        return lambda name: name in self.prepared and trains(name)
 
     def _merge(self) -> None:
         self.engine.merge_writes(self.run, self.method.writes, self.own_rows)
         self.own_rows.zero_()
 
-    def _keep_best(self, row: HistoryRow) -> None:
-        score = self.score(row)
+    def _keep_best(self, stage: Stage, row: HistoryRow) -> None:
+        score = self.score(row) if stage.selectable else None
         if self.settings.select != "best" or score is None or score <= self.state.best_score:
             return
         self.state.best_score, self.state.best_row = score, len(self.state.history) - 1

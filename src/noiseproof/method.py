@@ -35,13 +35,35 @@ M = TypeVar("M", bound="Method")
 
 
 class Predict(Protocol):
-    """Score every training row with the current model, in row order, without gradient."""
+    """Score the training rows with the current model, in row order, without gradient."""
 
-    def __call__(self, before_batch: BeforeBatch | None = None) -> Tensor:
+    def __call__(
+        self,
+        before_batch: BeforeBatch | None = None,
+        rows: Tensor | None = None,
+        transform: RowTransform | None = None,
+    ) -> Tensor:
         """Return fp32 logits (N, C) on the CPU; the same in every process.
+
+        With row numbers (M,) only these rows are scored, in this order: (M, C). A transform is
+        applied to their texts first, as for epoch 0; ``before_batch`` then gets places in ``rows``.
 
         Rows whose label is a text have statistics (N, 3) in their place, see
         `noiseproof.tokens.token_statistics`; `Run.losses` reads either.
+        """
+
+
+class RowTransform(Protocol):
+    """Change the texts of a row before it is encoded; a pure function."""
+
+    def __call__(self, texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
+        """Return as many texts as came.
+
+        Args:
+            texts: One text, or the two of a pair, or a prompt and its response.
+            row: Number of the row in the training set.
+            epoch: Epoch of the stage; 0 where the stage does not redraw.
+            seed: Seed of the run.
         """
 
 
@@ -76,11 +98,15 @@ class Stage:
     Attributes:
         name: ``train``, ``probe``, ``tune``, ``poison`` or ``adapt``.
         epochs: Epochs of this stage.
-        trains: Parameter name -> whether it is trained; ``"head"`` is the task head, None trains
-            all that ``prepare_model`` left trainable.
+        trains: Parameter name -> whether it is trained, of those that ``prepare_model`` left
+            trainable; ``"head"`` is the task head, None trains all of them.
         learning_rate: Rate of this stage; the user's ``train.learning_rate`` goes first.
         settings: What this stage has instead of the user's ``train`` settings: ``batch_size``,
             ``learning_rate``, ``weight_decay``, ``schedule`` or ``warmup_share``.
+        transform: Changes the texts that this stage trains on, see `RowTransform`; whatever is
+            predicted, encoded or measured keeps to the rows as given.
+        redraw: Transform anew in every epoch, not once for the stage.
+        selectable: Whether ``train.select=best`` may take weights of this stage.
     """
 
     name: str
@@ -88,6 +114,9 @@ class Stage:
     trains: Callable[[str], bool] | Literal["head"] | None = None
     learning_rate: float | None = None
     settings: Mapping[str, int | float | str] = field(default_factory=dict)
+    transform: RowTransform | None = None
+    redraw: bool = False
+    selectable: bool = True
 
 
 @dataclass
@@ -104,6 +133,10 @@ class Run:
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
         features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
             trains on cached features; else it returns None.
+        forget: For `Method.finalize_model`: the model answers differently now. What `predict` kept
+            is dropped, and the last epoch is measured again.
+        changed: Which rows the stage's transform changed (N,) bool; None without one.
+        findings: What a method found out about its model, as JSON values for the record.
         row_losses: Loss of every row (N,) from what `predict` gives and the labels.
         stage: Name of the current stage.
         epoch: Epoch within the stage, from 0.
@@ -122,6 +155,9 @@ class Run:
     seed: int = 0
     encode: Encode | None = None
     features: Callable[[], Tensor | None] = lambda: None
+    forget: Callable[[], None] = lambda: None
+    changed: Tensor | None = None
+    findings: dict[str, Any] = field(default_factory=dict)
     row_losses: RowLoss = cross_entropy
     stage: str = "train"
     epoch: int = 0
@@ -205,6 +241,13 @@ class Method:
     def finalize_model(self, run: Run) -> nn.Module:
         """Return the model to deploy."""
         return run.model
+
+    def modes(self, model: nn.Module) -> Mapping[str, Callable[[], None]]:
+        """Ways in which the deployed model can answer: name -> what switches to it.
+
+        The test set is measured in each of them; the way that it is deployed in comes last.
+        """
+        return {}
 
     def restore_model(self, model: nn.Module) -> nn.Module:
         """Put back on a loaded model what plain transformers and peft do not save."""

@@ -240,9 +240,10 @@ class CausalLM(Task):
                 UserWarning,
                 stacklevel=2,
             )
-        return EncodedDialogues(
-            prompts, responses, self.start, int(self.tokenizer.pad_token_id or 0)
-        )
+        pad = int(self.tokenizer.pad_token_id or 0)
+        encoded = EncodedDialogues(prompts, responses, self.start, pad)
+        encoded.source = (inputs, self.encode)
+        return encoded
 
     def _texts(self, inputs: Dialogues) -> tuple[list[str], list[str]]:
         """Prompts and responses as they are tokenised."""

@@ -130,7 +130,7 @@ def generate(
     """
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
-    pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+    pad = int(tokenizer.pad_token_id or 0)
     for rows in _batches(prompts):
         width = max(len(prompts[row]) for row in rows)
         ids = torch.full((len(rows), width), pad)

@@ -166,6 +166,7 @@ class TextClassification(Task):
         }
         encoded = EncodedTexts(path, padding, left=self.tokenizer.padding_side == "left")
         encoded.key = key
+        encoded.source = (Texts(texts, pairs), self.encode)
         return encoded
 
 
