@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from decoders import decoder_rows, language_model
 from tiny import LABELS
 
 
@@ -54,6 +55,7 @@ def image_rows(
 SOURCES: dict[str, Callable[..., dict[str, Any]]] = {
     "features": feature_rows,
     "image": image_rows,
+    "causal-lm": decoder_rows,
 }
 """Task -> rows as `fit` takes them."""
 
@@ -124,4 +126,5 @@ PROCESSORS = {
 
 def settings_of(task: str) -> dict[str, Any]:
     """Further settings of a job on the rows of a task."""
-    return {"model": image_model()} if task == "image" else {}
+    models = {"image": image_model, "causal-lm": language_model}
+    return {"model": models[task]()} if task in models else {}

@@ -27,6 +27,7 @@ from noiseproof.models import (
     encoder_layers,
     evaluation_mode,
     is_head,
+    is_language_model,
     new_modules,
     pooler_name,
     quiet,
@@ -379,6 +380,10 @@ class AdaptedModel(nn.Module):
         """Output of the classifier."""
         return self.model(**inputs)
 
+    def generate(self, **inputs: Any) -> Any:
+        """What a language model writes; see transformers."""
+        return self.model.generate(**inputs)  # type: ignore[operator]
+
     def get_base_model(self) -> nn.Module:
         """The classifier, as peft names it."""
         return self.model
@@ -573,7 +578,10 @@ def restored(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def kept_parameters(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Names of the model's own parameters that train beside an adapter, in order."""
+    """Names of the model's own parameters that train beside an adapter, in order.
+
+    The output layer of a language model is not among them: it was trained with the rest.
+    """
     inside = {id(part) for block in encoder_layers(model) for part in block.parameters()}
     head = is_head(model)
     modules = new_modules(model) + (pooler_name(model) if adapter.pooler else [])
@@ -582,7 +590,7 @@ def kept_parameters(model: nn.Module, adapter: Adapter) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if head(name)
+        if (head(name) and not is_language_model(model))
         or name.startswith(tuple(f"{module}." for module in modules))
         or (
             outer

@@ -220,6 +220,8 @@ def encoder_of(model: nn.Module) -> tuple[str, nn.Module]:
 def head_modules(model: nn.Module) -> list[str]:
     """Names of the top modules outside the encoder that have parameters."""
     inner = plain_model(model)
+    if is_language_model(model):
+        return []  # its output layer is no new one
     encoder, _ = encoder_of(model)
     return [
         name
@@ -288,8 +290,15 @@ def layer_modules(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 def is_head(model: nn.Module) -> Callable[[str], bool]:
     """A predicate over the parameter names of ``model``: does it lie in the task head?
 
-    Prompts that peft puts before an encoder are no part of the head.
+    Prompts that peft puts before an encoder are no part of the head. That of a language model is
+    its output layer, and nothing where the model reads with the same weights.
     """
+    if is_language_model(model):
+        outputs: Any = plain_model(model)
+        head = {id(parameter) for parameter in outputs.get_output_embeddings().parameters()}
+        head -= {id(parameter) for parameter in outputs.get_input_embeddings().parameters()}
+        found = {name for name, parameter in model.named_parameters() if id(parameter) in head}
+        return found.__contains__
     _, encoder = encoder_of(model)
     head = {id(parameter) for parameter in plain_model(model).parameters()}
     head -= {id(parameter) for parameter in encoder.parameters()}

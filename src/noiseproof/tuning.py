@@ -110,7 +110,13 @@ def tune_model(
     if tune == "full":
         return model
     if tune == "head":
-        set_trainable(model, is_head(model))
+        head = is_head(model)
+        if not any(head(name) for name, _ in model.named_parameters()):
+            raise InputError(
+                f"tune=head: {type(model).__name__} reads and writes with the same weights, so it "
+                "has no head of its own; use lora"
+            )
+        set_trainable(model, head)
         return model
     if tune in FAMILIES:
         size = rank if tune == "adapter" else VIRTUAL_TOKENS
