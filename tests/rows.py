@@ -126,5 +126,5 @@ PROCESSORS = {
 
 def settings_of(task: str) -> dict[str, Any]:
     """Further settings of a job on the rows of a task."""
-    models = {"image": image_model, "causal-lm": language_model}
+    models = {"image": image_model, "causal-lm": lambda: language_model("qwen")}
     return {"model": models[task]()} if task in models else {}
