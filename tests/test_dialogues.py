@@ -149,3 +149,23 @@ def test_new_rows_may_have_no_responses() -> None:
     table = Table(pd.DataFrame({"prompt": ["a", "b"]}), "the table")
     found = DialogueColumns("prompt").read(table, np.arange(2))
     assert found.responses is None and found.shown() == {"prompt": ["a", "b"]}
+
+
+def test_rows_with_one_response_can_be_left_out() -> None:
+    """Generated data has rows that a model refused, or left empty."""
+    rows = {"prompt": list("abcd"), "label": ["x", "", None, "sorry"]}
+    with pytest.raises(InputError, match="row 2 .*drop_label=''"):
+        read(rows, label="label")
+    reader = DialogueColumns("prompt", label="label")
+    found = read_dialogues(rows, reader, drop_label="")
+    assert dialogues(found).responses == ["x", "sorry"] and found.dropped == 2
+    assert list(found.row_ids) == ["0", "3"]
+
+
+def test_labels_of_rows_with_choices_name_one_of_them() -> None:
+    """Multiple-choice tables call the number of the right choice their label."""
+    rows = {"prompt": ["q", "r"], "choices": [["one", "two"], ["red", "blue"]]}
+    found = read(rows | {"label": [1, 0], "true": ["A", 0]}, label="label", clean_label="true")
+    assert dialogues(found).responses == ["two", "red"]
+    assert dialogues(found).truth == ["one", "red"]
+    assert found.clean_labels is not None and found.clean_labels.tolist() == [-1, 0]
