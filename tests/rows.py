@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from decoders import decoder_rows, language_model
-from tiny import LABELS
+from language import language_model
+from tiny import LABELS, table
 
 
 def labels_of(rows: int, wrong: float, seed: int) -> tuple[list[str], list[str]]:
@@ -52,10 +52,16 @@ def image_rows(
     return {"image": pixels, "label": given, "clean_label": clean}
 
 
+def response_rows(rows: int = 25, *, wrong: float = 0.2, seed: int = 0) -> dict[str, Any]:
+    """Prompts of topic words; the response names the topic."""
+    given, clean = labels_of(rows, wrong, seed)
+    return {"text": table(rows, seed=seed)["text"].tolist(), "label": given, "clean_label": clean}
+
+
 SOURCES: dict[str, Callable[..., dict[str, Any]]] = {
     "features": feature_rows,
     "image": image_rows,
-    "causal-lm": decoder_rows,
+    "causal-lm": response_rows,
 }
 """Task -> rows as `fit` takes them."""
 
@@ -126,5 +132,5 @@ PROCESSORS = {
 
 def settings_of(task: str) -> dict[str, Any]:
     """Further settings of a job on the rows of a task."""
-    models = {"image": image_model, "causal-lm": lambda: language_model("qwen")}
+    models = {"image": image_model, "causal-lm": lambda: language_model("gpt2")}
     return {"model": models[task]()} if task in models else {}

@@ -1,10 +1,9 @@
-"""Language models on prompts with responses: encoding, answers, runs from beginning to end."""
+"""Fine-tuning language models on doubtful responses, from a table to answers."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,407 +13,429 @@ import pytest
 import torch
 
 import noiseproof
-from decoders import CONFIGS, chat_rows, decoder_rows, language_model, tokenizer_of_words
-from noiseproof.cli import main
-from noiseproof.engine import TrainSettings
+from language import CHAT, language_model, tokenizer
 from noiseproof.errors import InputError
+from noiseproof.finetune import FitResult
 from noiseproof.job import Job
+from noiseproof.loop import Progress
+from noiseproof.method import Method
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
 from noiseproof.mixture import LossMixture
-from noiseproof.prediction import Predictor, predict_logits
-from noiseproof.tasks import RowSettings
-from noiseproof.tasks.causal import CausalLM, find_answer, same_answer
+from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
+from noiseproof.tasks.causal import find_answer, same_answer
 from noiseproof.tasks.dialogues import Dialogues
-from noiseproof.tasks.language import generate, load_language_model
+from rows import response_rows
 from tiny import last_json, python, same_weights, train_settings
 
-LORA = CrossEntropy(tune="lora")
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
+LORA = CrossEntropy(tune="lora")
 
 
-def fit(data: Any = None, family: str = "llama", **settings: Any) -> noiseproof.FitResult:
-    """A run of seconds on tiny rows."""
-    given = {"method": LORA, "train": train_settings(epochs=2), "task": "causal-lm"} | settings
-    rows = decoder_rows() if data is None else data
-    return noiseproof.fit(rows, model=language_model(family), **given)
+def fit(data: Any = None, *, kind: str = "gpt2", chat: bool = False, **settings: Any) -> FitResult:
+    quick: dict[str, Any] = {"method": LORA, "train": train_settings(epochs=2)}
+    model = language_model(kind, chat=chat)
+    rows = response_rows() if data is None else data
+    return noiseproof.fit(rows, task="causal-lm", model=model, **(quick | settings))
 
 
-def task_of(family: str = "llama", **settings: Any) -> tuple[CausalLM, torch.nn.Module]:
-    """A tiny model in eval mode with its task."""
-    row_settings = RowSettings(**settings)
-    task, model = CausalLM.load(language_model(family), None, row_settings)  # type: ignore[arg-type]
-    return task, model.eval()
+def task(max_length: int = 64, *, chat: bool = False, start: int | None = None) -> CausalLM:
+    return CausalLM(tokenizer(chat=chat), RowSettings(max_length=max_length), start)
+
+
+def words(encoded: EncodedDialogues, row: int) -> tuple[list[str], list[str]]:
+    names = tokenizer().convert_ids_to_tokens
+    return names(encoded.prompts[row].tolist()), names(encoded.responses[row].tolist())
 
 
 # --- encoding ------------------------------------------------------------------------------------
 
 
-def test_a_row_is_its_prompt_in_the_template_then_the_response_and_the_end() -> None:
-    task, _ = task_of(template="which place : {prompt}")
-    encoded = task.encode(task.inputs_of(["rose ?"], ["garden ."]))
-    words = task.tokenizer.convert_ids_to_tokens
-    assert words(encoded.prompts[0].tolist()) == ["<s>", "which", "place", ":", "rose", "?"]
-    assert words(encoded.responses[0].tolist()) == ["garden", ".", "</s>"]
+def test_a_prompt_is_framed_and_a_response_ends() -> None:
+    """Without an end of text the model never learns to stop; without a frame words run together."""
+    settings = RowSettings(template="user : {prompt} assistant : ")
+    encoded = CausalLM(tokenizer(), settings).encode(Dialogues(["the boat"], ["harbour"]))
+    prompt, response = words(encoded, 0)
+    assert prompt == ["user", ":", "the", "boat", "assistant", ":"]
+    assert response == ["harbour", "</s>"]
 
 
-def test_messages_are_written_in_the_template_of_the_tokenizer() -> None:
-    task, _ = task_of()
-    turns = chat_rows(2)[1]
-    encoded = task.encode(task.inputs_of([turns[:-1]], [turns[-1]["content"]]))
-    prompt, response = task.tokenizer.batch_decode([encoded.prompts[0], encoded.responses[0]])
-    assert prompt.split()[:3] == ["<turn>", "system", ":"] and prompt.split()[-1] == ":"
-    assert response == turns[-1]["content"] + " </s>"
-    whole = task.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-    assert [*encoded.prompts[0], *encoded.responses[0]] == list(whole)
+def test_a_chat_is_framed_by_the_tokenizers_template() -> None:
+    """An instruction-tuned model knows its own template and no other."""
+    turns = [{"role": "user", "content": "the boat"}]
+    encoded = task(chat=True).encode(Dialogues([json.dumps(turns)], ["harbour"], chat=True))
+    prompt, response = words(encoded, 0)
+    assert prompt == ["user", ":", "the", "boat", "</s>", "assistant", ":"]
+    assert response == ["harbour", "</s>"]
 
 
-def test_long_rows_lose_the_end_of_their_response_and_say_so() -> None:
-    task, model = task_of(max_length=5)
-    rows = task.inputs_of(["rose ?", "rose soil leaf ?"], ["garden . garden .", "garden ."])
-    with pytest.warns(UserWarning, match="1 of 2 rows have no response token within 5 tokens"):
-        encoded = task.encode(rows)
-    assert [len(response) for response in encoded.responses] == [2, 0]
-    assert predict_logits(model, encoded, train_settings())[:, 1].tolist() == [2, 0]
-    with pytest.raises(InputError, match="no row has a response token within 5 tokens"):
-        task.encode(rows.take(np.array([1])))
+def test_a_long_row_loses_the_end_of_its_response_and_one_without_any_is_counted() -> None:
+    """A row that is cut to its prompt teaches nothing, and the user has to know."""
+    rows = Dialogues(["the old boat", "the boat"], ["harbour", "harbour and more"])
+    encoded = task(max_length=4).encode(rows)
+    assert words(encoded, 0) == (["the", "old", "boat"], ["harbour"])
+    assert words(encoded, 1) == (["the", "boat"], ["harbour", "and"])
+    with pytest.warns(UserWarning, match="1 of 2 rows have no response token within 3"):
+        encoded = task(max_length=3).encode(rows)
+    assert not len(encoded.responses[0])
+    with pytest.raises(InputError, match="no row has a response token within 2"):
+        task(max_length=2).encode(rows)
 
 
-# --- answering -----------------------------------------------------------------------------------
+def test_an_encoder_and_its_decoder_are_cut_each_on_its_own() -> None:
+    """The prompt of an encoder-decoder takes no room from the response."""
+    encoded = task(max_length=2, start=0).encode(Dialogues(["the old boat"], ["harbour and more"]))
+    assert words(encoded, 0) == (["the", "old"], ["harbour", "and"])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_prompts_are_answered_together_as_each_alone(family: str) -> None:
-    """Padding on the left must not change what is written."""
-    task, model = task_of(family, max_new_tokens=8)
-    prompts = decoder_rows(9)["text"]
-    together = task.respond(model, task.inputs_of(prompts))
-    alone = [task.respond(model, task.inputs_of([prompt]))[0] for prompt in prompts]
-    assert together == alone and len(set(together)) > 1
+# --- from a table to a model ---------------------------------------------------------------------
 
 
-def test_learned_prompts_stand_right_before_the_rows_when_answering() -> None:
-    """Pads between them and a row would shift what the row reads."""
-    predictor = fit(method=CrossEntropy(tune="prompt_tuning"), max_new_tokens=6).predictor
-    prompts = decoder_rows(9, seed=3)["text"]
-    assert predictor.predict(prompts) == [predictor.predict([one])[0] for one in prompts]
-
-
-def test_a_response_ends_where_the_positions_of_the_model_do() -> None:
-    model, tokenizer = load_language_model(language_model("gpt"))
-    tokenizer.model_max_length = 12
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    prompts = [[5, 6, 7], [5] * 10, [5] * 12]
-    with pytest.warns(UserWarning, match="1 prompts fill all 12 positions"):
-        answers = generate(model, tokenizer, prompts, 20)
-    lengths = [len(tokenizer(text)["input_ids"]) - 1 for text in answers]  # without a start token
-    assert lengths == [9, 2, 0]
-
-
-@pytest.mark.parametrize(("how", "best"), [("mean", 1), ("sum", 0)])
-def test_choices_compare_by_the_mean_or_the_sum_of_their_tokens(how: str, best: int) -> None:
-    """The short one has the higher sum, the long one the higher mean."""
-    task, model = task_of(choice_score=how)
-    rows = Dialogues(["rose ?"], None, choices=(("rose", "rose rose rose rose"),), answers=("0",))
-    sums = [-2.0, -3.0]  # log-likelihoods of 2 and 5 tokens, the end included
-
-    def outputs_of(encoded: Any) -> torch.Tensor:
-        assert encoded.lengths.tolist() == [6, 9]
-        return torch.tensor([[-sums[0], 2, 0], [-sums[1], 5, 0]])
-
-    examples = noiseproof.read_examples({"text": ["a", "b"], "label": ["x", "y"]}, text="text",
-                                        label="label")  # fmt: skip
-    examples = examples.__class__(["0"], rows, np.array([0]), None, ("response",))
-    found = task.answer_metrics(model, examples, outputs_of)
-    assert found == {"choice_accuracy": float(best == 0)}
-
-
-@torch.no_grad()
-def test_choices_are_scored_by_the_model_as_a_loop_would() -> None:
-    task, model = task_of(choice_score="sum")
-    choices = ("garden .", "it is the harbour .")
-    rows = Dialogues(["rose ?"], None, choices=(choices,), answers=("0",))
-    scores = task._choice_scores(
-        rows, (choices,), lambda rows: predict_logits(model, rows, train_settings())
-    )[0]
-    prompt = task.tokenizer("rose ?\n")["input_ids"]
-    for choice, score in zip(choices, scores, strict=True):
-        ids = task.tokenizer(choice, add_special_tokens=False)["input_ids"] + [2]
-        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(dim=1)
-        places = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(ids))
-        assert float(logits[places, torch.tensor(ids)].sum()) == pytest.approx(score, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [("4.0", "4", True), ("1,200.", "1200", True), ("A", "a ", True), ("4", "5", False)],
-)
-def test_answers_are_compared_as_numbers_or_words(one: str, other: str, same: bool) -> None:
-    assert same_answer(one, other) is same
-
-
-def test_the_last_match_is_the_answer() -> None:
-    assert find_answer(r"-?\d+", "from 3 to 4") == "4"
-    assert find_answer(r"answer is (\w+)", "none") is None
-
-
-# --- runs ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "t5"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_a_saved_model_loads_where_noiseproof_is_not(
-    family: str, tune: str, tmp_path: Path
+def test_every_architecture_learns_and_loads_without_noiseproof(
+    kind: str, tune: str, tmp_path: Path
 ) -> None:
-    """What a run leaves is a plain folder of transformers or peft."""
-    run = fit(family=family, method=CrossEntropy(tune=tune), out=tmp_path / "run")
-    task, model = run.predictor.task, run.predictor.model
-    assert isinstance(task, CausalLM)
-    prompt = task.tokenizer("rose soil ?")["input_ids"]
-    start = {} if task.start is None else {"decoder_input_ids": torch.tensor([[task.start]])}
-    with torch.no_grad():
-        wanted = model(input_ids=torch.tensor([prompt]), **start).logits[0, -1, :5].tolist()
-    code = f"""
-import json, sys, torch, transformers
-sys.modules["noiseproof"] = None
-kind = {"AutoModelForSeq2SeqLM" if start else "AutoModelForCausalLM"!r}
-folder = {str(tmp_path / "run" / "model")!r}
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-if {tune != "full"}:
-    import peft
-    model = getattr(peft, kind.replace("Auto", "AutoPeft")).from_pretrained(folder)
-else:
-    model = getattr(transformers, kind).from_pretrained(folder)
-start = {{"decoder_input_ids": torch.tensor([[{task.start}]])}} if {bool(start)} else {{}}
-ids = tokenizer("rose soil ?", return_tensors="pt").input_ids
-with torch.no_grad():
-    print(json.dumps(model.eval()(input_ids=ids, **start).logits[0, -1, :5].tolist()))
-"""
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    """What transformers and peft load must give the loss that was measured."""
+    rows = response_rows(wrong=0.0)
+    result = fit(
+        rows,
+        kind=kind,
+        test=rows,
+        method=CrossEntropy(tune=tune),
+        train=train_settings(epochs=6, learning_rate=1e-2),
+        out=tmp_path / "run",
+    )
+    losses = [row["test_loss"] for row in result.history]
+    assert losses[-1] < 0.7 * losses[0]
+    metrics = result.record.metrics
+    assert metrics["test_loss"] == pytest.approx(losses[-1])
+    assert metrics["test_perplexity"] == pytest.approx(math.exp(losses[-1]))
+    assert result.record.model["trained_parameters"] > 0
+    loaded = python(str(Path(__file__).parent / "plain_language.py"), str(tmp_path / "run" / "model"))
+    answer = last_json(loaded.stdout)
+    assert not answer["noiseproof"], loaded.stderr
+    encoded = result.predictor.task.encode(Dialogues(["the boat"], ["harbour"]))
+    ours = result.predictor.outputs(encoded)[0, 0].item()
+    assert answer["loss"] == pytest.approx(ours, abs=1e-4)
 
 
-@pytest.mark.parametrize("tune", ["prefix_tuning", "prompt_tuning", "adapter", "bitfit"])
-def test_every_kind_of_adapter_answers_after_loading(tune: str, tmp_path: Path) -> None:
-    method = CrossEntropy(tune=tune)
-    run = fit(family="qwen", method=method, out=tmp_path / "run", max_new_tokens=6)
-    prompts = decoder_rows(4, seed=5)["text"]
-    answers = run.predictor.predict(prompts)
-    assert noiseproof.load(tmp_path / "run").predict(prompts) == answers
-    names = [name for name, p in run.predictor.model.named_parameters() if p.requires_grad]
-    assert names and not any("lm_head" in name for name in names)
+@pytest.mark.parametrize("tune", ["head", "ia3", "bitfit", "adapter", "prompt_tuning"])
+def test_other_tunings_train_and_come_back(tune: str, tmp_path: Path) -> None:
+    """A tuning that is listed and does not load is worse than one that is refused."""
+    kind = "llama" if tune == "head" else "gpt2"  # GPT-2 has no head of its own
+    result = fit(kind=kind, method=CrossEntropy(tune=tune), out=tmp_path / "run")
+    first, last = (result.history[place]["loss"] for place in (0, -1))
+    assert last < first
+    encoded = result.predictor.task.encode(Dialogues(["the boat"], ["harbour"]))
+    loaded = noiseproof.load(tmp_path / "run")
+    assert torch.equal(loaded.outputs(encoded), result.predictor.outputs(encoded))
 
 
-def test_learns_the_right_responses_and_ranks_the_wrong_ones_first() -> None:
-    """The end-to-end sense of it all: wrong responses have higher losses."""
-    train = train_settings(epochs=8, learning_rate=1e-2)
-    rows = decoder_rows(120, wrong=0.0)
-    test = decoder_rows(30, wrong=0.0, seed=1)
-    run = fit(rows, train=train, noise="swap:0.3", test=test, clean_label=None)
-    metrics = run.record.metrics
-    assert run.record.noise["injected_rate"] == pytest.approx(0.3, abs=0.02)
-    assert metrics["test_token_accuracy"] > 0.9 and metrics["detection_auroc"] > 0.9
-    assert metrics["test_perplexity"] == pytest.approx(np.exp(metrics["test_loss"]))
-    assert metrics["clean_fit"] > metrics["memorization"]
-    samples = run.samples
-    assert (samples["label"] != samples["clean_label"]).sum() == 36
+def test_a_merged_adapter_is_a_plain_model(tmp_path: Path) -> None:
+    """Whoever serves the model may not have peft."""
+    fit(merge=True, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize(
-    "method",
-    [SmallLoss(tune="lora", warmup_epochs=1, mixture=SMALL), CleaR(warmup_epochs=1, mixture=SMALL)],
-    ids=["SmallLoss", "CleaR"],
-)
-def test_methods_that_select_judge_rows_by_their_loss(method: Any) -> None:
-    run = fit(decoder_rows(60), method=method, clean_label="clean_label")
-    assert {"loss", "clean_prob", "suspicious", "tokens", "token_accuracy"} <= set(run.samples)
-    assert run.samples["clean_prob"].between(0, 1).all()
-    assert run.record.metrics["detection_auroc"] is not None
+def test_what_is_left_behind_names_the_responses(tmp_path: Path) -> None:
+    """A list of suspects without prompt and response is of no use."""
+    result = fit(clean_label="clean_label", test=response_rows(6, wrong=0.0), out=tmp_path / "run")
+    samples, record = result.samples, result.record
+    assert {"label", "clean_label", "loss", "clean_prob", "suspicious", "tokens"} <= {*samples}
+    assert record.noise["noise_rate"] == 0.2
+    wrong = (samples["label"] != samples["clean_label"]).to_numpy()
+    assert wrong.mean() == 0.2 and samples["tokens"].eq(2).all()
+    assert {"memorization", "clean_fit", "detection_auroc", "test_token_accuracy"} <= {*record.metrics}
+    assert not {"test_accuracy", "recovery"} & {*record.metrics}
+    assert not record.confusion and not record.per_class
+    suspects = pd.read_csv(tmp_path / "run" / "suspects.csv")
+    assert {"prompt", "response", "loss", "clean_prob"} <= {*suspects.columns}
 
 
-def test_clear_routes_without_a_teacher_and_its_record_says_so() -> None:
-    job = Job(decoder_rows(), task="causal-lm", model=language_model(), method=CleaR())
-    assert isinstance(job.method, CleaR) and job.method.lambda_consistency == 0
-    assert job.spec()["method"]["lambda_consistency"] == 0
+def test_memorisation_is_the_token_accuracy_on_wrong_responses() -> None:
+    """The measure of a model that learns the wrong answers by heart."""
+    result = fit(
+        clean_label="clean_label",
+        method=CrossEntropy(),
+        train=train_settings(epochs=40, learning_rate=5e-3),
+    )
+    assert result.record.metrics["memorization"] > 0.9
+    assert result.record.metrics["clean_fit"] > 0.9
+    early = fit(clean_label="clean_label", train=train_settings(epochs=1)).record.metrics
+    assert early["memorization"] < 0.9
 
 
-def test_best_is_the_epoch_with_the_lowest_validation_loss() -> None:
-    train = train_settings(epochs=5, learning_rate=3e-2, select="best")
-    run = fit(decoder_rows(60, wrong=0.5), train=train, validation=0.3)
-    losses = [row["validation_loss"] for row in run.history]
-    assert losses.index(min(losses)) < 4, "the rate should be too high for the last epochs"
-    assert run.record.metrics["validation_loss"] == min(losses)
+@pytest.mark.parametrize("method", [SmallLoss(warmup_epochs=2, mixture=SMALL, tune="lora"),
+                                    CleaR(warmup_epochs=2, mixture=SMALL)])  # fmt: skip
+def test_swapped_responses_are_found_by_their_loss(method: Method) -> None:
+    """Right form, wrong content: what selection by loss is for."""
+    result = fit(
+        response_rows(60, wrong=0.0),
+        noise="swap:0.2",
+        method=method,
+        train=train_settings(epochs=6, learning_rate=1e-2),
+    )
+    assert result.record.noise["noise_rate"] == 0.2
+    assert result.record.metrics["detection_auroc"] > 0.9
 
 
-def test_a_resumed_run_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    method = SmallLoss(tune="lora", warmup_epochs=1, mixture=SMALL)
-    whole = fit(method=method, train=train_settings(epochs=3), out=tmp_path / "whole")
-    steps = 0
+def test_text_noise_on_a_response_makes_the_row_wrong_and_on_a_prompt_it_does_not() -> None:
+    """The label of such a row is its text."""
+    result = fit(response_rows(wrong=0.0), noise="text:0.4", train=train_settings(epochs=1))
+    noise, samples = result.record.noise, result.samples
+    assert 0 < noise["noise_rate"] <= noise["text_rate"]
+    assert (samples["label"] != samples["clean_label"]).mean() == noise["noise_rate"]
 
-    def stop(progress: Any) -> None:
-        nonlocal steps
-        steps += progress.history is None
-        if steps == 6:
-            os.kill(os.getpid(), 15)
 
-    with pytest.raises(noiseproof.checkpoint.Interrupted):
-        fit(method=method, train=train_settings(epochs=3), out=tmp_path / "run", report=stop)
-    again = fit(method=method, train=train_settings(epochs=3), out=tmp_path / "run", resume=True)
+def test_the_best_epoch_is_the_one_with_the_lowest_validation_loss() -> None:
+    """An accuracy that does not exist would leave the last epoch, silently."""
+    train = train_settings(epochs=12, learning_rate=5e-2, select="best")
+    result = fit(validation=0.3, method=CrossEntropy(), train=train)
+    losses = [row["validation_loss"] for row in result.history]
+    assert min(losses) < losses[-1]  # it overfits, so the choice is one
+    assert result.record.metrics["validation_loss"] == min(losses)
+
+
+def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
+    """A pass over tokens must not depend on what was done before the interruption."""
+    method = CleaR(warmup_epochs=1, mixture=SMALL)
+    settings: dict[str, Any] = {"method": method, "train": train_settings(epochs=3)}
+    whole = fit(out=tmp_path / "whole", **settings)
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == 2 and progress.step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(out=tmp_path / "run", report=stop, **settings)
+    again = fit(out=tmp_path / "run", resume=True, **settings)
     assert same_weights(whole.predictor.model, again.predictor.model)
-    assert whole.record.metrics == again.record.metrics
+    assert [row["loss"] for row in whole.history] == [row["loss"] for row in again.history]
 
 
-def test_text_noise_reaches_prompts_and_responses_of_training_rows_alone() -> None:
-    run = fit(decoder_rows(30, wrong=0.0), noise="text:1.0", test=decoder_rows(6, wrong=0.0))
-    assert run.record.noise["text_rate"] == 1.0
-    assert (run.samples["label"] != run.samples["clean_label"]).any()
+def test_micro_batches_give_the_gradient_of_the_batch() -> None:
+    """A mean over tokens instead of rows would depend on the cut."""
+    one = fit(train=train_settings(epochs=1)).predictor
+    cut = fit(train=train_settings(epochs=1, micro_batch_size=3)).predictor
+    encoded = one.task.encode(Dialogues(["the boat"], ["harbour"]))
+    torch.testing.assert_close(one.outputs(encoded), cut.outputs(encoded), rtol=1e-4, atol=1e-4)
 
 
-def test_predict_answers_new_rows_and_measures_given_responses(tmp_path: Path) -> None:
-    fit(out=tmp_path / "run")
-    rows = decoder_rows(5, seed=2)
-    rows.pop("clean_label")
-    table = noiseproof.predict(tmp_path / "run", rows, max_new_tokens=4)
-    assert len(table) == 5 and table["response_loss"].gt(0).all()
-    assert all(len(text.split()) <= 4 for text in table["predicted_response"])
-    rows.pop("label")
-    plain = noiseproof.predict(tmp_path / "run", rows, max_new_tokens=4)
-    assert "response_loss" not in plain
-    assert plain["predicted_response"].tolist() == table["predicted_response"].tolist()
+# --- answers -------------------------------------------------------------------------------------
 
 
-def test_a_predictor_has_no_class_probabilities() -> None:
-    predictor: Predictor = fit().predictor
-    with pytest.raises(InputError, match="has no class probabilities; predict gives its answers"):
-        predictor.predict_proba(["rose ?"])
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitResult, Path]:
+    """A model that has learned to name the topic, with choices and an answer in its test set."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    rows = response_rows(48, wrong=0.0)
+    test = response_rows(12, wrong=0.0, seed=3)
+    names = ["garden", "harbour", "kitchen"]
+    test |= {"choices": [names] * 12, "answer": [names.index(name) for name in test["label"]]}
+    result = fit(
+        rows,
+        kind="llama",
+        test=test,
+        method=CrossEntropy(),
+        answer_pattern=r"\w+",
+        max_new_tokens=4,
+        answer_rows=8,
+        train=train_settings(epochs=15, learning_rate=5e-3),
+        out=folder,
+    )
+    return result, folder
+
+
+def test_choices_and_generated_answers_are_measured_once_at_the_end(
+    learned: tuple[FitResult, Path],
+) -> None:
+    """Perplexity says little of whether the answers are right."""
+    metrics = learned[0].record.metrics
+    assert metrics["test_choice_accuracy"] > 0.9
+    assert metrics["test_exact_match"] > 0.8 and metrics["test_exact_match_rows"] == 8
+    assert not any("choice" in name for name in learned[0].history[-1])
+
+
+def test_predict_answers_new_prompts_and_scores_given_responses(
+    learned: tuple[FitResult, Path],
+) -> None:
+    """The order of rows is that of the table, though batches are sorted by length."""
+    result, folder = learned
+    new = response_rows(9, wrong=0.0, seed=5)
+    table = noiseproof.predict(folder, {"text": new["text"]})
+    assert [*table.columns] == ["text", "predicted_response"]
+    assert (table["predicted_response"] == new["label"]).mean() > 0.7
+    alone = [result.predictor.predict([prompt])[0] for prompt in new["text"]]
+    assert alone == table["predicted_response"].tolist()
+    scored = noiseproof.predict(folder, {"text": new["text"], "label": ["oven"] * 9})
+    named = noiseproof.predict(folder, {"text": new["text"], "label": new["label"]})
+    assert (scored["response_loss"] > named["response_loss"]).all()
+    short = noiseproof.predict(folder, {"text": new["text"]}, max_new_tokens=1)
+    assert (short["predicted_response"].str.split().str.len() <= 1).all()
+    with pytest.raises(InputError, match="no class probabilities"):
+        result.predictor.predict_proba(new["text"])
+
+
+def test_choices_are_compared_by_the_mean_or_by_the_sum(learned: tuple[FitResult, Path]) -> None:
+    """The sum prefers short choices, the mean long ones; a table must say which it shows."""
+    result, _ = learned
+    made: Any = result.predictor.task
+    rows = Dialogues(["the boat"], ["a"], choices=(("harbour", "harbour harbour harbour"),), answers=("0",))
+    scores = {}
+    for how in ("mean", "sum"):
+        changed = made.with_settings(RowSettings(choice_score=how))
+        scores[how] = changed._choice_scores(rows, rows.choices, result.predictor.outputs)[0]
+    lengths = np.array([2, 4])  # with the end of text
+    np.testing.assert_allclose(scores["sum"], scores["mean"] * lengths, rtol=1e-5)
+
+
+def test_find_answer_takes_the_last_match_and_the_first_group() -> None:
+    """Solutions name many numbers; the answer is the last."""
+    assert find_answer(r"-?\d+", "3 and 4 make 7") == "7"
+    assert find_answer(r"is (\d+)\b", "it is 3, then it is 12") == "12"
+    assert find_answer(r"\d", "none") is None
+
+
+def test_same_answer_compares_numbers_as_numbers() -> None:
+    """1,000 and 1000.0 are one answer; a missing one is never right."""
+    assert same_answer("1,000", "1000.0") and same_answer("7.", "7") and same_answer(" A b", "a  B")
+    assert not same_answer("7", "8") and not same_answer("7", "seven")
+    assert not same_answer(None, None) and not same_answer(None, "")
+
+
+def test_generated_text_does_not_depend_on_the_batch() -> None:
+    """Left padding without its mask shifts what the model reads."""
+    prompts = ["the old boat and some more", "soil", "we saw the new oven today"]
+    for kind in ("llama", "gpt2", "t5"):
+        predictor = fit(kind=kind, max_new_tokens=5, train=train_settings(epochs=1)).predictor
+        assert predictor.predict(prompts) == [predictor.predict([one])[0] for one in prompts]
+
+
+def test_a_tokenizer_without_a_pad_token_does(tmp_path: Path) -> None:
+    """GPT-2 and Llama come without one."""
+    data, model = response_rows(), language_model("gpt2", pad=False)
+    one = noiseproof.fit(data, task="causal-lm", model=model, method=LORA, train=train_settings())
+    other = fit(train=train_settings())
+    assert [row["loss"] for row in one.history] == [row["loss"] for row in other.history]
+
+
+def test_chat_messages_train_and_are_answered(tmp_path: Path) -> None:
+    """The way most instruction sets come today."""
+    rows = response_rows(wrong=0.0)
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+        for text, label in zip(rows["text"], rows["label"], strict=True)
+    ]
+    fit({"messages": turns}, chat=True, text="messages", out=tmp_path / "run")
+    new = noiseproof.predict(tmp_path / "run", {"messages": [turn[:1] for turn in turns[:3]]})
+    assert [*new.columns] == ["messages", "predicted_response"]
+    scored = noiseproof.predict(tmp_path / "run", {"messages": turns[:3]})
+    assert scored["response_loss"].notna().all()
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no model": ({}, "needs a language model: give model"),
-    "class noise": ({"model": "x", "noise": "symmetric:0.2"}, "responses take swap:RATE"),
-    "a method of classes": (
-        {"model": "x", "method": METHODS["TURN"]()}, "TURN does not support task 'causal-lm'"),
-    "no prompt in the template": ({"model": "x", "template": "hi"}, r"must hold \{prompt\} once"),
-    "a broken pattern": ({"model": "x", "answer_pattern": "("}, "is no regular expression"),
-    "no tokens": ({"model": "x", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-    "an unknown score": ({"model": "x", "choice_score": "max"}, "must be one of mean, sum"),
-}  # fmt: skip
+
+def test_methods_that_need_classes_are_refused_and_the_others_named() -> None:
+    """They would stack a vocabulary of logits for every row."""
+    listed = {name for name, method in METHODS.items() if "causal-lm" in method.tasks}
+    assert {"CrossEntropy", "GCE", "SCE", "SmallLoss", "CleaR"} <= listed
+    for name in ("ELR", "TURN", "NMTune", "CoTeaching", "ForwardCorrection"):
+        with pytest.raises(InputError, match="does not support task 'causal-lm'.*SmallLoss"):
+            Job({}, task="causal-lm", model="gpt2", method=METHODS[name]())
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_job_that_cannot_work_is_refused_in_one_line(name: str) -> None:
-    settings, message = REFUSED[name]
-    with pytest.raises(InputError, match=message) as caught:
-        Job(decoder_rows(), **({"task": "causal-lm", "method": LORA} | settings))
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("noise", ["symmetric:0.2", "text:0.1+pairflip:0.2"])
+def test_noise_on_classes_is_refused_and_swaps_on_classes_too(noise: str) -> None:
+    """Silence would report a noise rate that no row has."""
+    with pytest.raises(InputError, match="swap:RATE"):
+        Job({}, task="causal-lm", model="gpt2", method=LORA, noise=noise)
+    with pytest.raises(InputError, match="symmetric"):
+        Job({}, noise="swap:0.2")
 
 
-def test_swap_noise_is_refused_where_labels_are_classes() -> None:
-    with pytest.raises(InputError, match="exchanges the responses of task causal-lm"):
-        Job({"text": ["a"], "label": ["b"]}, noise="swap:0.3")
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("template", "no place"),
+        ("max_new_tokens", 0),
+        ("answer_rows", 0),
+        ("choice_score", "median"),
+        ("answer_pattern", "("),
+        ("drop_label", "x"),
+        ("model", "minilm"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting: str, value: Any) -> None:
+    """One line each, before anything is loaded."""
+    settings: dict[str, Any] = {"model": "gpt2"} | {setting: value}
+    with pytest.raises(InputError, match=setting if setting != "model" else "language model"):
+        noiseproof.fit(response_rows(), task="causal-lm", method=LORA, **settings)
 
 
-def test_a_text_encoder_is_no_language_model(tiny_model: Path, tmp_path: Path) -> None:
-    """Its head would be random, or it would read the tokens that it should predict."""
-    with pytest.raises(InputError, match="expected a language model .* use task text"):
-        load_language_model(str(tiny_model))
-    from transformers import AutoConfig, BertForMaskedLM
+def test_an_encoder_is_refused(tiny_model: Path) -> None:
+    """BERT sees the token that it should predict: its loss goes to 0 and means nothing."""
+    with pytest.raises(InputError, match="from left to right"):
+        noiseproof.fit(response_rows(), task="causal-lm", model=str(tiny_model), method=LORA)
 
-    model = BertForMaskedLM(AutoConfig.from_pretrained(str(tiny_model)))
-    model.save_pretrained(str(tmp_path))
-    tokenizer_of_words().save_pretrained(str(tmp_path))
-    with pytest.raises(InputError, match="reads the tokens that it should predict"):
-        load_language_model(str(tmp_path))
+
+def test_chat_messages_without_a_chat_template_are_refused() -> None:
+    """A template of our own would not be the model's."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(InputError, match="no chat template"):
+        fit({"messages": [turns] * 4}, text="messages")
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
+    """Where the response begins would be a guess."""
+    made = tokenizer(chat=True)
+    made.chat_template = "{% if add_generation_prompt %}x{% else %}" + CHAT + "{% endif %}"
+    turns = json.dumps([{"role": "user", "content": "a"}])
+    with pytest.raises(InputError, match="does not continue"):
+        CausalLM(made, RowSettings()).encode(Dialogues([turns], ["b"], chat=True))
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    """transformers makes one up, or raises something long."""
+    import shutil
 
-    AutoModelForCausalLM.from_pretrained(language_model()).save_pretrained(str(tmp_path))
-    with pytest.raises(InputError, match="tokenizer") as caught:
-        load_language_model(str(tmp_path))
-    assert "\n" not in str(caught.value)
-
-
-def test_messages_need_a_chat_template() -> None:
-    model = language_model("llama", chat=False)
-    rows = {"messages": chat_rows(4)}
-    with pytest.raises(InputError, match="tokenizer of this model has no chat template"):
-        noiseproof.fit(rows, text="messages", task="causal-lm", model=model, method=LORA)
+    shutil.copytree(language_model("gpt2"), tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "bare" / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="tokenizer"):
+        noiseproof.fit(
+            response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA
+        )
 
 
-def test_a_tokenizer_without_a_padding_token_pads_with_the_end_of_text() -> None:
-    """The end of a response must be learned all the same."""
-    task, _ = CausalLM.load(language_model("gpt", pads=False), None, RowSettings())  # type: ignore[arg-type]
-    assert task.tokenizer.pad_token == task.tokenizer.eos_token
-    encoded = task.encode(task.inputs_of(["rose ?", "rose soil leaf ?"], ["garden .", "."]))
-    targets = encoded.inputs(np.array([0, 1]))["targets"]
-    end = task.tokenizer.eos_token_id
-    assert (targets == end).sum(dim=1).tolist() == [1, 1]
+# --- a real model --------------------------------------------------------------------------------
 
 
-def test_a_head_that_also_reads_cannot_train_alone() -> None:
-    with pytest.raises(InputError, match="reads and writes with the same weights"):
-        fit(family="qwen", method=CrossEntropy(tune="head"))
-
-
-# --- the command line, on a model that was really trained ----------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stories(shared: Path) -> str:
-    return str(shared / "models" / "stories260K")
-
-
-def test_the_command_line_tunes_measures_and_answers(
-    stories: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A real model on real worked solutions, of which a quarter end in a wrong answer."""
-    source = pd.read_json(shared / "data" / "llm_adapters_math" / "train.jsonl", lines=True)
-    some = source[source["output"].str.strip() != ""].head(60)
-    some.to_json(tmp_path / "train.jsonl", orient="records", lines=True)
-    some.tail(8).to_json(tmp_path / "test.jsonl", orient="records", lines=True)
-    words = ["fit", str(tmp_path / "train.jsonl"), "--task", "causal-lm", "--model", stories,
-             "--text", "instruction", "--label", "output", "--test", str(tmp_path / "test.jsonl"),
-             "--method", "CrossEntropy", "--method.tune", "lora", "--train.epochs", "2",
-             "--train.precision", "fp32", "--train.device", "cpu", "--max-new-tokens", "8",
-             "--answer-pattern", r"-?\d[\d.,]*", "--noise", "swap:0.2",
-             "--out", str(tmp_path / "run")]  # fmt: skip
-    assert main(words) == 0, capsys.readouterr().err
-    record = json.loads((tmp_path / "run" / "record.json").read_text(encoding="utf-8"))
-    assert record["metrics"]["test_loss"] < 4 and record["metrics"]["test_exact_match_rows"] == 8
-    assert record["noise"]["noise_rate"] == pytest.approx(0.2, abs=0.02)
-    suspects = pd.read_csv(tmp_path / "run" / "suspects.csv")
-    assert {"row_id", "prompt", "response", "loss", "clean_prob"} <= set(suspects)
-    out = tmp_path / "answers.jsonl"
-    words = ["predict", str(tmp_path / "run"), str(tmp_path / "test.jsonl"), "--out", str(out)]
-    assert main(words) == 0, capsys.readouterr().err
-    answers = pd.read_json(out, lines=True)
-    assert answers["predicted_response"].map(type).eq(str).all()
-    assert answers["response_loss"].between(0, 10).all()
-
-
-def test_choices_of_a_real_table_are_compared_by_likelihood(stories: str, shared: Path) -> None:
-    source = shared / "data" / "commonsense_mc" / "openbookqa_train.jsonl"
-    rows = pd.read_json(source, lines=True).head(24)
-    run = noiseproof.fit(
-        rows, text="question", label="label", task="causal-lm", model=stories, method=LORA,
-        test=rows.tail(8), train=TrainSettings(epochs=1, device="cpu", precision="fp32"),
-    )  # fmt: skip
-    accuracy = run.record.metrics["test_choice_accuracy"]
-    assert 0 <= accuracy <= 1 and accuracy * 8 == int(accuracy * 8)
-    texts = [choices[label] for choices, label in zip(rows["choices"], rows["label"], strict=True)]
-    assert run.samples["label"].tolist() == texts
-
-
-def test_the_help_of_fit_names_the_settings_of_language_models(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["fit", "--help"]) == 0
-    shown = capsys.readouterr().out
-    for name in ("template", "max-new-tokens", "choice-score", "answer-pattern", "answer-rows"):
-        assert re.search(rf"--{name}\b", shown), name
+def test_a_pre_trained_story_model_learns_to_answer(shared: Path, tmp_path: Path) -> None:
+    """End to end on the smallest real language model there is."""
+    names, things = ("Tom", "Lily", "Ben"), ("ball", "cat", "dog", "boat")
+    pairs = [(name, thing) for name in names for thing in things] * 4
+    rows = {
+        "prompt": [f"{name} wants a {thing}. What does {name} have?" for name, thing in pairs],
+        "response": [f"{name} has a {thing}." for name, thing in pairs],
+    }
+    result = noiseproof.fit(
+        rows,
+        task="causal-lm",
+        text="prompt",
+        label="response",
+        noise="swap:0.25",
+        test=rows,
+        model=str(shared / "models" / "stories260K"),
+        method=SmallLoss(warmup_epochs=2, tune="lora", mixture=SMALL),
+        train=train_settings(epochs=5, learning_rate=5e-3),
+        out=tmp_path / "run",
+    )
+    losses = [row["test_loss"] for row in result.history]
+    assert losses[-1] < 0.5 * losses[0]
+    assert result.record.metrics["detection_auroc"] > 0.9
+    answers = noiseproof.predict(tmp_path / "run", {"prompt": rows["prompt"][:2]}, max_new_tokens=8)
+    assert all(isinstance(text, str) and text for text in answers["predicted_response"])

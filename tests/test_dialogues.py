@@ -1,4 +1,4 @@
-"""Prompts with responses: read from columns or messages, with one clear line for what is wrong."""
+"""Reading prompts with responses: every form of table, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,165 +7,139 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from decoders import chat_rows
 from noiseproof.data import Examples
 from noiseproof.errors import InputError
-from noiseproof.tables import Table
 from noiseproof.tasks.dialogues import DialogueColumns, Dialogues, read_dialogues
 
-
-def read(source: Any, text: str = "prompt", **columns: str | None) -> Examples:
-    return read_dialogues(source, DialogueColumns(text, **columns))
-
-
-def dialogues(examples: Examples) -> Dialogues:
-    assert isinstance(examples.inputs, Dialogues)
-    return examples.inputs
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "good day"},
+]
 
 
-ROWS = {"prompt": ["1 + 1", "2 + 2", "3 + 3"], "response": ["2", "5", "6"], "true": ["2", "4", "6"]}
+def read(source: Any, text: str = "p", label: str = "r", clean: str | None = None) -> Examples:
+    return read_dialogues(source, DialogueColumns(text, label, clean))
 
 
-def test_reads_prompts_responses_and_which_are_wrong() -> None:
-    found = read(ROWS, label="response", clean_label="true")
-    assert dialogues(found).prompts == ROWS["prompt"]
-    assert dialogues(found).responses == ROWS["response"]
-    assert found.labels.tolist() == [0, 0, 0]
-    assert found.clean_labels is not None and found.clean_labels.tolist() == [0, -1, 0]
-    assert found.label_names == ("response",)
-    assert dialogues(found.trusted()).responses == ROWS["true"]
-    assert read(ROWS, label="response").clean_labels is None
+def dialogues(rows: Examples) -> Dialogues:
+    assert isinstance(rows.inputs, Dialogues)
+    return rows.inputs
 
 
-def test_numbers_are_responses_as_they_are_written() -> None:
-    found = read({"prompt": ["a", "b"], "response": [3, 4]}, label="response")
-    assert dialogues(found).responses == ["3", "4"]
+def test_prompts_and_responses_and_which_are_wrong() -> None:
+    """A response that differs from the true one is a wrong label."""
+    rows = read({"p": ["a", "b"], "r": ["x", "y"], "c": ["x", "z"]}, clean="c")
+    assert rows.labels.tolist() == [0, 0] and rows.label_names == ("response",)
+    assert rows.clean_labels is not None and rows.clean_labels.tolist() == [0, -1]
+    assert list(dialogues(rows).shown()["response"]) == ["x", "y"]
+    true = dialogues(rows.trusted())
+    assert list(true.responses or ()) == ["x", "z"] and true.right is None
 
 
-def test_two_columns_make_one_prompt_and_the_second_may_be_empty() -> None:
-    """Alpaca's rows have an instruction and, sometimes, an input."""
-    rows = {"instruction": ["Add", "Smile"], "input": ["1 and 2", ""], "output": ["3", ":)"]}
-    found = read(rows, "instruction,input", label="output")
-    assert dialogues(found).prompts == ["Add\n\n1 and 2", "Smile"]
+def test_the_truth_is_no_part_of_what_is_encoded_or_fingerprinted() -> None:
+    """Else the identifier of a run, or worse its training, would depend on the answers."""
+    one = read({"p": ["a", "b"], "r": ["x", "y"], "c": ["x", "z"]}, clean="c")
+    other = read({"p": ["a", "b"], "r": ["x", "y"], "c": ["u", "y"]}, clean="c")
+    assert one.fingerprint == other.fingerprint
+    changed = read({"p": ["a", "b"], "r": ["x", "q"]})
+    assert changed.fingerprint != one.fingerprint
+
+
+def test_an_instruction_with_an_input_that_may_be_empty() -> None:
+    """Instruction sets leave the input empty in most rows."""
+    table = {"instruction": ["add", "sing"], "input": ["1 2", ""], "output": ["3", "la"]}
+    rows = dialogues(read(table, "instruction, input", "output"))
+    assert list(rows.prompts) == ["add\n\n1 2", "sing"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_messages_end_in_the_response(tmp_path: Path, suffix: str) -> None:
-    chats, path = chat_rows(4), tmp_path / f"rows.{suffix}"
-    frame = pd.DataFrame({"messages": chats})
-    if suffix == "jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    else:
+def test_the_last_turn_of_chat_messages_is_the_response(suffix: str, tmp_path: Path) -> None:
+    """Parquet gives arrays of records where JSON gives lists."""
+    import pandas as pd
+
+    path = tmp_path / f"rows.{suffix}"
+    frame = pd.DataFrame({"messages": [CHAT, CHAT[1:]]})
+    if suffix == "parquet":
         frame.to_parquet(path)
-    found = dialogues(read(str(path), "messages", label="label"))
-    assert found.chat and found.responses == [turns[-1]["content"] for turns in chats]
-    assert [json.loads(text) for text in found.prompts] == [turns[:-1] for turns in chats]
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    rows = dialogues(read(path, "messages", "label"))
+    assert rows.chat and list(rows.responses or ()) == ["good day"] * 2
+    assert [json.loads(text) for text in rows.prompts] == [CHAT[:2], CHAT[1:2]]
 
 
-def test_a_column_of_responses_goes_before_the_last_message() -> None:
-    asked = [turns[:-1] for turns in chat_rows(3)]
-    found = dialogues(read({"m": asked, "label": ["a", "b", "c"]}, "m", label="label"))
-    assert found.responses == ["a", "b", "c"]
-    assert [json.loads(text) for text in found.prompts] == asked
+def test_messages_with_a_response_column_are_prompts_whole() -> None:
+    """A preference set has the chat in one column and the chosen response in another."""
+    rows = dialogues(read({"m": [CHAT[:2], CHAT[:2]], "r": ["x", "y"]}, "m"))
+    assert list(rows.responses or ()) == ["x", "y"]
+    assert json.loads(rows.prompts[0]) == CHAT[:2]
 
 
-@pytest.mark.parametrize("answers", [[1, 0], ["1", "0"], ["B", "a"], ["two", "red"], ["1.0", "0"]])
-def test_the_right_choice_is_the_response_where_there_is_no_other(answers: list[Any]) -> None:
-    rows = {"prompt": ["q", "r"], "choices": [["one", "two"], ["red", "blue"]], "answer": answers}
-    found = dialogues(read(rows, label="label"))
-    assert found.responses == ["two", "red"] and found.answers == ("1", "0")
-    assert found.choices == (("one", "two"), ("red", "blue"))
+@pytest.mark.parametrize("answer", [1, "1", 1.0, "B", "b", "red"])
+def test_the_right_choice_by_number_letter_or_text(answer: Any) -> None:
+    """Every public set has another convention, and off by one is chance accuracy."""
+    table = {"p": ["q"] * 2, "choices": [["blue", "red"]] * 2, "answer": [answer] * 2}
+    rows = dialogues(read(table))
+    assert rows.answers == ("1", "1") and rows.choices == (("blue", "red"),) * 2
+    assert list(rows.responses or ()) == ["red", "red"]  # no response column: the right choice
 
 
-def test_rows_keep_all_their_columns_together() -> None:
-    rows = ROWS | {"choices": [["2", "3"], ["4", "5"], ["6", "7"]], "answer": [0, 0, 0]}
-    found = dialogues(read(rows, label="response", clean_label="true")).take(np.array([2, 1]))
-    assert found.prompts == ["3 + 3", "2 + 2"] and found.responses == ["6", "5"]
-    assert found.truth == ["6", "4"] and found.choices == (("6", "7"), ("4", "5"))
+def test_rows_are_taken_with_all_they_have() -> None:
+    """A choice that is joined to another row's prompt is a wrong answer."""
+    table = {"p": ["q", "s"], "r": ["x", "y"], "choices": [["a", "b"], ["c", "d"]],
+             "answer": [0, 1], "c": ["x", "z"]}  # fmt: skip
+    rows = dialogues(read(table, clean="c")).take(np.array([1]))
+    assert (list(rows.prompts), rows.choices, rows.answers) == (["s"], (("c", "d"),), ("1",))
+    assert list(rows.truth or ()) == ["z"]
 
 
-def test_other_responses_leave_the_first_ones_as_the_truth() -> None:
-    found = dialogues(read(ROWS, label="response")).with_responses(["5", "2", "6"])
-    assert found.truth == ROWS["response"]
-    assert found.right is not None and found.right.tolist() == [-1, -1, 0]
-    again = found.with_responses(["2", "5", "6"])
-    assert again.right is not None and again.right.tolist() == [0, 0, 0]
-
-
-def test_the_fingerprint_is_of_prompts_and_given_responses() -> None:
-    """The truth is for metrics; a run with it is the same run."""
-    plain = read(ROWS, label="response")
-    assert plain.fingerprint == read(ROWS, label="response", clean_label="true").fingerprint
-    assert plain.fingerprint != read(ROWS, label="true").fingerprint
+def test_text_noise_and_swaps_keep_the_first_responses_as_the_truth() -> None:
+    """A noised response of which nobody knows any more that it is wrong cannot be detected."""
+    rows = dialogues(read({"p": ["a", "b"], "r": ["x", "y"]}))
+    noised = rows.with_texts(np.array([["a!", "x"], ["b", "y?"]], dtype=object))
+    assert list(noised.prompts) == ["a!", "b"]
+    assert noised.right is not None and noised.right.tolist() == [0, -1]
+    twice = noised.with_responses(["y?", "x"])
+    assert list(twice.truth or ()) == ["x", "y"]
 
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no response column": ({"prompt": ["a", "b"]}, "prompt", "no column 'label'"),
-    "no prompt column": ({"q": ["a", "b"], "label": ["x", "y"]}, "prompt", "no column 'prompt'"),
-    "an empty response": (
-        {"prompt": ["a", "b"], "label": ["x", " "]}, "prompt", "row 2 of .* no response .*'label'"),
-    "an empty prompt": ({"prompt": ["a", ""], "label": ["x", "y"]}, "prompt", "row 2 .*no prompt"),
-    "a list as response": (
-        {"prompt": ["a", "b"], "label": ["x", ["y"]]}, "prompt", "type list in column 'label'"),
-    "three columns": (
-        {"a": ["1", "2"], "b": ["1", "2"], "c": ["1", "2"]}, "a,b,c", "one column or two"),
-    "no last turn": (
-        {"m": [turns[:-1] for turns in chat_rows(2)]}, "m", "row 1 .*response of the assistant"),
+    "no response column": ({"p": ["a", "b"]}, "p", "responses"),
+    "no prompt column": ({"r": ["a", "b"]}, "p", "prompts"),
+    "empty response": ({"p": ["a", "b"], "r": ["x", " "]}, "p", "row 2 .*no response"),
+    "missing response": ({"p": ["a", "b"], "r": ["x", None]}, "p", "row 2 .*no response"),
+    "empty prompt": ({"p": ["", "b"], "r": ["x", "y"]}, "p", "row 1 .*no prompt"),
+    "a list as response": ({"p": ["a", "b"], "r": [["x"], ["y"]]}, "p", "type list"),
+    "one row": ({"p": ["a"], "r": ["x"]}, "p", "at least 2"),
+    "three columns": ({"p": ["a", "b"], "r": ["x", "y"]}, "p,q,s", "one column or two"),
+    "a dict as prompt": ({"p": [{"a": 1}] * 2, "r": ["x"] * 2}, "p", "expected text or a list"),
+    "the user has the last turn": ({"p": [CHAT[:2]] * 2}, "p", "last of at least two"),
+    "a message without content": ({"p": [[{"role": "user"}]] * 2, "r": ["x"] * 2}, "p", "content"),
     "an unknown role": (
-        {"m": [[{"role": "bot", "content": "hi"}]] * 2}, "m", "row 1 .*role .system, user"),
-    "one choice": (
-        {"prompt": ["a", "b"], "choices": [["x"], ["y", "z"]], "answer": [0, 0]},
-        "prompt", "row 1 .*at least two choices"),
-    "an answer beyond the choices": (
-        {"prompt": ["a", "b"], "choices": [["x", "w"], ["y", "z"]], "answer": [0, "C"]},
-        "prompt", "row 2 .*answer 'C' names none"),
-    "one row": ({"prompt": ["a"], "label": ["x"]}, "prompt", "1 row to train on"),
+        {"p": [[{"role": "human", "content": "x"}]] * 2, "r": ["x"] * 2}, "p", "system, user",
+    ),
+    "chat beside text": ({"p": [CHAT, "b"], "r": ["x"] * 2}, "p", "list of messages"),
+    "one choice": ({"p": ["a"] * 2, "choices": [["b"]] * 2, "answer": [0] * 2}, "p", "two choices"),
+    "no such choice": (
+        {"p": ["a"] * 2, "choices": [["b", "c"]] * 2, "answer": ["E"] * 2}, "p", "letter from A",
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_with_a_table_is_said_in_one_line(name: str) -> None:
-    rows, text, message = BAD[name]
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_table_is_refused_in_one_line_that_says_where(case: str) -> None:
+    """A traceback, or training on "nan" as a response, is what happens otherwise."""
+    table, text, message = BAD[case]
     with pytest.raises(InputError, match=message) as caught:
-        read(rows, text, label="label")
+        read(table, text)
     assert "\n" not in str(caught.value)
 
 
-def test_text_noise_takes_prompts_with_responses_and_refuses_messages() -> None:
-    found = dialogues(read(ROWS, label="response"))
-    assert found.as_texts()[1] == ("2 + 2", "5")
-    changed = found.with_texts(np.array([["x", "2"], ["2 + 2", "4"], ["3 + 3", "6"]], dtype=object))
-    assert changed.prompts[0] == "x" and changed.responses == ["2", "4", "6"]
-    assert changed.right is not None and changed.right.tolist() == [0, -1, 0]
-    chat = dialogues(read({"m": chat_rows(3)}, "m", label="label"))
-    with pytest.raises(InputError, match="text noise cannot be put into chat messages"):
-        chat.as_texts()
-
-
-def test_new_rows_may_have_no_responses() -> None:
-    table = Table(pd.DataFrame({"prompt": ["a", "b"]}), "the table")
-    found = DialogueColumns("prompt").read(table, np.arange(2))
-    assert found.responses is None and found.shown() == {"prompt": ["a", "b"]}
-
-
-def test_rows_with_one_response_can_be_left_out() -> None:
-    """Generated data has rows that a model refused, or left empty."""
-    rows = {"prompt": list("abcd"), "label": ["x", "", None, "sorry"]}
-    with pytest.raises(InputError, match="row 2 .*drop_label=''"):
-        read(rows, label="label")
-    reader = DialogueColumns("prompt", label="label")
-    found = read_dialogues(rows, reader, drop_label="")
-    assert dialogues(found).responses == ["x", "sorry"] and found.dropped == 2
-    assert list(found.row_ids) == ["0", "3"]
-
-
-def test_labels_of_rows_with_choices_name_one_of_them() -> None:
-    """Multiple-choice tables call the number of the right choice their label."""
-    rows = {"prompt": ["q", "r"], "choices": [["one", "two"], ["red", "blue"]]}
-    found = read(rows | {"label": [1, 0], "true": ["A", 0]}, label="label", clean_label="true")
-    assert dialogues(found).responses == ["two", "red"]
-    assert dialogues(found).truth == ["one", "red"]
-    assert found.clean_labels is not None and found.clean_labels.tolist() == [-1, 0]
+def test_chat_messages_take_no_text_noise() -> None:
+    """Noise on their JSON would break it."""
+    rows = dialogues(read({"p": [CHAT, CHAT]}))
+    with pytest.raises(InputError, match="chat messages"):
+        rows.as_texts()

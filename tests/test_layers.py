@@ -31,7 +31,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "tokens",
     ),
     2: ("method", "noise", "tables", "models", "encoding", "evidence"),
-    3: ("adapters", "data", "modules", "precision", "features"),
+    3: ("adapters", "experts", "data", "modules", "precision", "features"),
     4: ("tuning", "tasks", "engine", "checkpoint", "record", "gradients"),
     5: ("methods", "loop"),
     6: ("job", "prediction", "cards"),

@@ -1,142 +1,152 @@
-"""Losses of responses: equal to a slow loop over tokens, whatever the batch and the padding are."""
+"""Losses of rows from the losses of their tokens, against the slow way."""
 
 from __future__ import annotations
 
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from decoders import CONFIGS, decoder_rows, language_model
-from noiseproof.losses import cross_entropy, generalized_cross_entropy, label_smoothing
+from language import language_model
+from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import Batch, losses_of
-from noiseproof.tasks import RowSettings
-from noiseproof.tasks.causal import CausalLM, EncodedDialogues
+from noiseproof.tasks import EncodedDialogues
 from noiseproof.tokens import (
     IGNORED,
     TARGETS,
-    at_targets,
     losses_of_statistics,
     row_means,
     token_losses,
     token_statistics,
 )
 
-LOSSES = {
-    "cross_entropy": cross_entropy,
-    "label_smoothing": partial(label_smoothing, smoothing=0.2),
-    "gce": partial(generalized_cross_entropy, q=0.7),
-}
+
+def rows_of_tokens(start: int | None = None) -> EncodedDialogues:
+    """Four rows of unequal length, the last without a response token."""
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6]]
+    responses = [[20, 21, 2], [22, 2], [23, 24, 25, 26, 2], []]
+    arrays = [[np.array(row, dtype=np.int64) for row in part] for part in (prompts, responses)]
+    return EncodedDialogues(*arrays, start, 0)
 
 
-def loaded(family: str, **settings: Any) -> tuple[CausalLM, nn.Module, EncodedDialogues]:
-    """A tiny model in eval mode and twelve encoded rows."""
-    row_settings = RowSettings(**settings)
-    source = decoder_rows(12)
-    task, model = CausalLM.load(language_model(family), None, row_settings)  # type: ignore[arg-type]
-    return task, model.eval(), task.encode(task.inputs_of(source["text"], source["label"]))
+def model_of(kind: str) -> nn.Module:
+    auto: Any = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model: nn.Module = auto.from_pretrained(language_model(kind))
+    return model.eval()
 
 
-def slowly(model: nn.Module, encoded: EncodedDialogues, row: int, loss: Any) -> float:
-    """The mean loss of a row's response tokens: one row, one token at a time, no padding."""
+def slow_losses(model: nn.Module, encoded: EncodedDialogues, row: int) -> list[Tensor]:
+    """The loss of every response token of one row, which is alone and not padded."""
     prompt, response = encoded.prompts[row].tolist(), encoded.responses[row].tolist()
-    values = []
-    for place, token in enumerate(response):
-        before = response[:place]
-        if encoded.start is None:
-            inputs = {"input_ids": torch.tensor([prompt + before])}
-        else:
-            inputs = {
-                "input_ids": torch.tensor([prompt]),
-                "decoder_input_ids": torch.tensor([[encoded.start, *before]]),
-            }
-        logits = model(**inputs).logits[:, -1]
-        values.append(float(loss(logits, torch.tensor([token]))))
-    return sum(values) / len(values)
+    if not response:
+        return []
+    if encoded.start is not None:
+        logits = model(
+            input_ids=torch.tensor([prompt]),
+            decoder_input_ids=torch.tensor([[encoded.start, *response[:-1]]]),
+        ).logits[0]
+    else:
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return [-logits[place].log_softmax(0)[token] for place, token in enumerate(response)]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("name", LOSSES)
-@torch.no_grad()
-def test_the_loss_of_a_row_is_that_of_a_loop_over_its_tokens(family: str, name: str) -> None:
-    """A shift by one, a pad that counts, or a prompt that is learned would all train."""
-    _, model, encoded = loaded(family)
-    rows = np.array([3, 0, 7])
-    batch = Batch(encoded.inputs(rows), torch.zeros(3, dtype=torch.long), torch.from_numpy(rows))
-    got = losses_of(model, batch, LOSSES[name])
-    wanted = [slowly(model, encoded, int(row), LOSSES[name]) for row in rows]
-    torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "t5"])
+def test_a_rows_loss_is_the_mean_over_its_response_tokens_however_it_is_batched(kind: str) -> None:
+    """A pad or a prompt token that counts, or a shift by one, trains something else."""
+    model, encoded = model_of(kind), rows_of_tokens(0 if kind == "t5" else None)
+    slow = [slow_losses(model, encoded, row) for row in range(4)]
+    wanted = torch.stack([torch.stack(row).mean() if row else torch.zeros(()) for row in slow])
+    assert wanted[3] == 0 and (wanted[:3] > 0).all()
+    for batch in ([0, 1, 2, 3], [3, 2], [1], [2, 0, 1]):
+        inputs = encoded.inputs(np.array(batch))
+        got = token_losses(model, inputs, cross_entropy)
+        torch.testing.assert_close(got, wanted[batch], rtol=1e-5, atol=1e-5)
+        kept = token_statistics(model, inputs)
+        torch.testing.assert_close(losses_of_statistics(kept), got, rtol=1e-5, atol=1e-5)
+        assert kept[:, 1].tolist() == [len(slow[row]) for row in batch]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@torch.no_grad()
-def test_a_row_has_the_same_loss_alone_and_beside_longer_ones(family: str) -> None:
-    """Padding and the cut of the output layer must change nothing."""
-    _, model, encoded = loaded(family)
-    together = token_statistics(model, encoded.inputs(np.arange(12)))
-    alone = torch.cat([token_statistics(model, encoded.inputs(np.array([n]))) for n in range(12)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    assert len(set(encoded.lengths.tolist())) > 2
+def test_the_loss_is_that_of_transformers_where_rows_count_by_their_tokens() -> None:
+    """Our boundary and the usual -100 must mean the same."""
+    model, encoded = model_of("llama"), rows_of_tokens()
+    ids, labels = torch.zeros(3, 10, dtype=torch.long), torch.full((3, 10), -100)
+    for row in range(3):
+        first, second = encoded.prompts[row], encoded.responses[row]
+        whole = torch.from_numpy(np.concatenate([first, second]))
+        ids[row, : len(whole)] = whole
+        labels[row, len(first) : len(whole)] = torch.from_numpy(second)
+    wanted = model(input_ids=ids, labels=labels).loss
+    kept = token_statistics(model, encoded.inputs(np.arange(3)))
+    torch.testing.assert_close(kept[:, 0].sum() / kept[:, 1].sum(), wanted)
 
 
-@torch.no_grad()
-def test_statistics_are_the_sum_the_number_and_the_hits() -> None:
-    """Perplexity and accuracy over tokens need sums; a mean of means weighs short rows more."""
-    _, model, encoded = loaded("llama")
-    inputs = encoded.inputs(np.arange(4))
-    statistics, found = token_statistics(model, inputs), at_targets(model, inputs)
-    for row in range(4):
-        mine = found.rows == row
-        loss = cross_entropy(found.logits[mine], found.targets[mine])
-        hits = found.logits[mine].argmax(dim=1) == found.targets[mine]
-        wanted = torch.stack([loss.sum(), mine.sum().float(), hits.sum().float()])
-        torch.testing.assert_close(statistics[row], wanted)
-    losses = token_losses(model, inputs, cross_entropy)
-    torch.testing.assert_close(losses_of_statistics(statistics), losses)
+def test_targets_cover_the_response_and_nothing_else() -> None:
+    """A prompt token among the targets would teach the model to write prompts."""
+    inputs = rows_of_tokens().inputs(np.array([0, 1, 3]))
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 20, 21], [8, 22, 0, 0, 0], [5, 0, 0, 0, 0]]
+    assert inputs["attention_mask"].sum(dim=1).tolist() == [5, 2, 1]
+    i = IGNORED
+    assert inputs[TARGETS].tolist() == [[i, i, 20, 21, 2], [22, 2, i, i, i], [i] * 5]
+    inputs = rows_of_tokens(start=3).inputs(np.array([0, 1]))
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert inputs["decoder_input_ids"].tolist() == [[3, 20, 21], [3, 22, 0]]
+    assert inputs[TARGETS].tolist() == [[20, 21, 2], [22, 2, i]]
 
 
-def test_rows_without_a_token_have_the_loss_zero_and_no_gradient() -> None:
-    """A mean over nothing is not a number, and would stop the run."""
-    _, model, encoded = loaded("llama")
-    encoded.responses[1] = encoded.responses[1][:0]  # type: ignore[index]
-    losses = token_losses(model, encoded.inputs(np.arange(3)), cross_entropy)
-    assert losses[1] == 0 and bool((losses[[0, 2]] > 0).all())
-    alone = token_losses(model, encoded.inputs(np.array([1])), cross_entropy)
-    alone.sum().backward()  # type: ignore[no-untyped-call]
-    assert alone.tolist() == [0.0]
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert all(not gradient.any() for gradient in gradients)
+class Positions(nn.Module):
+    """Gives logits of as many positions as it is asked for, and remembers how many."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Tensor) -> Any:
+        logits = torch.arange(input_ids.numel() * 4.0).view(*input_ids.shape, 4)
+        self.asked = logits_to_keep
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
 
-def test_targets_are_the_tokens_of_the_response_alone() -> None:
-    """What a position predicts: of a decoder the token after it."""
-    _, _, encoded = loaded("llama")
-    inputs = encoded.inputs(np.array([0, 5]))
-    for place, row in enumerate((0, 5)):
-        targets, ids = inputs[TARGETS][place], inputs["input_ids"][place]
-        asked = targets != IGNORED
-        assert targets[asked].tolist() == encoded.responses[row].tolist()
-        start = len(encoded.prompts[row])
-        assert ids[:start].tolist() == encoded.prompts[row].tolist()
-        assert asked.nonzero()[0].item() == start - 1
-        assert bool((inputs["attention_mask"][place].bool() | ~asked).all())
+def test_only_positions_from_the_first_response_on_reach_the_output_layer() -> None:
+    """The logits of long prompts are most of the memory of a step."""
+    model, ids = Positions(), torch.zeros(2, 6, dtype=torch.long)
+    targets = torch.full((2, 6), IGNORED)
+    targets[0, 4], targets[1, 5] = 1, 3
+    losses = token_losses(
+        model, {"input_ids": ids, TARGETS: targets}, lambda logits, _: logits[:, 0]
+    )
+    assert model.asked == 2
+    assert losses.tolist() == [16.0, 44.0]  # positions 4 of row 0 and 5 of row 1
 
 
-def test_only_the_positions_of_responses_reach_the_vocabulary() -> None:
-    """Logits of prompts are most of the memory of a large vocabulary."""
-    _, model, encoded = loaded("llama")
-    sizes: list[int] = []
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    head.register_forward_hook(lambda _m, _a, output: sizes.append(output.shape[1]))
-    inputs = encoded.inputs(np.array([2]))
-    at_targets(model, inputs)
-    assert sizes == [len(encoded.responses[2])]
+def test_a_batch_without_any_response_token_has_loss_zero_and_zero_gradients() -> None:
+    """An empty mean is NaN, and one NaN is the end of all weights."""
+    model = model_of("llama").train()
+    loss = token_losses(model, rows_of_tokens().inputs(np.array([3])), cross_entropy).mean()
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_row_means_ignore_where_values_stand() -> None:
-    values, rows = torch.tensor([1.0, 5.0, 3.0, 7.0]), torch.tensor([2, 0, 2, 0])
-    means: Tensor = row_means(values, rows, 3)
-    assert means.tolist() == [6.0, 0.0, 2.0]
+def test_row_means_of_unequal_rows() -> None:
+    """A short response counts as much as a long one."""
+    values, rows = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 1, 2])
+    assert row_means(values, rows, 4).tolist() == [0.0, 2.0, 8.0, 0.0]
+
+
+def test_losses_of_takes_the_loss_of_a_token_or_of_a_class() -> None:
+    """One line of a method serves both kinds of rows."""
+    model, encoded = model_of("gpt2"), rows_of_tokens()
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return generalized_cross_entropy(logits, labels, q=0.7)
+
+    labels = torch.zeros(4, dtype=torch.long)
+    batch = Batch(encoded.inputs(np.arange(4)), labels, torch.arange(4))
+    slow = [slow_losses(model, encoded, row) for row in range(3)]
+    wanted = [((1 - (-torch.stack(row)).exp() ** 0.7) / 0.7).mean() for row in slow]
+    got = losses_of(model, batch, loss)
+    torch.testing.assert_close(got[:3], torch.stack(wanted), rtol=1e-5, atol=1e-5)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    plain = Batch({}, torch.tensor([0, 0]), torch.arange(2))
+    answers: Any = lambda: SimpleNamespace(logits=logits)  # noqa: E731
+    assert torch.equal(losses_of(answers, plain, loss), loss(logits, plain.labels))

@@ -36,6 +36,7 @@ _PLACES = {
     "read_examples": "data",
     "CleaR": "methods",
     "TURN": "methods",
+    "LoPE": "methods",
     "NMTune": "methods",
     "CrossEntropy": "methods",
     "LabelSmoothing": "methods",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         CrossEntropy,
         ForwardCorrection,
         LabelSmoothing,
+        LoPE,
         NMTune,
         SmallLoss,
     )

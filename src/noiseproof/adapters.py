@@ -555,6 +555,8 @@ def restored(model: nn.Module, folder: Path) -> nn.Module:
     if not about.exists():
         return model
     settings = json.loads(about.read_bytes())
+    if settings["family"] not in FAMILIES:
+        return model
     del settings["base_model_name_or_path"]
     if settings["targets"] is not None:
         settings["targets"] = tuple(settings["targets"])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,8 +183,9 @@ def embedding_noise(
     """Uniform noise for token embeddings, none on padding.  (B, T, d), (B, T) -> (B, T, d).
 
     a U with U uniform in (-1, 1). absolute: a = alpha (the paper, read literally). relative: alpha
-    times the root mean square of the batch's real entries. neftune: alpha / sqrt(T_i d), T_i real
-    tokens of the row (Jain et al. 2023, arXiv:2310.05914).
+    times the root mean square of the row's real entries, so that a row's noise does not depend on
+    its neighbours (ours). neftune: alpha / sqrt(T_i d), T_i real tokens of the row (Jain et al.
+    2023, arXiv:2310.05914).
 
     Args:
         embeddings: Output of the embedding layer.
@@ -202,7 +203,7 @@ def embedding_noise(
         noise[row][real[row]] = torch.from_numpy(values)
     scale = torch.full((len(noise), 1, 1), float(alpha))
     if kind == "relative":
-        scale *= rms_of_tokens(embeddings.detach(), mask).cpu()
+        scale *= rms_of_tokens(embeddings.detach(), mask).cpu()[:, None, None]
     elif kind == "neftune":
         lengths = real.sum(dim=1).clamp_min(1).float()
         scale /= (lengths * width).sqrt()[:, None, None]
@@ -210,13 +211,14 @@ def embedding_noise(
 
 
 def rms_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Root mean square over the entries of real tokens.  (B, T, d), (B, T) -> scalar.
+    """Root mean square over the entries of a row's real tokens.  (B, T, d), (B, T) -> (B,).
 
-    >>> rms_of_tokens(torch.tensor([[[3.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 0]])).item()
-    3.0
+    >>> rms_of_tokens(torch.tensor([[[3.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
+    tensor([3.])
     """
-    real = mask.bool()
-    return values[real].float().square().mean().sqrt()
+    real = mask.unsqueeze(-1).float()
+    squares = (values.float().square() * real).sum(dim=(1, 2))
+    return (squares / (real.sum(dim=(1, 2)) * values.shape[-1]).clamp_min(1)).sqrt()
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -230,6 +232,7 @@ class Switch:
         training_mode: How they count in training.
         mask: Real tokens (B, T) of the call; None is all.
         watch: Gets what each layer sees, in a call for the sake of that.
+        loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None does not.
     """
 
     def __init__(self, mode: str) -> None:
@@ -237,6 +240,7 @@ class Switch:
         self.training_mode = "none"
         self.mask: Tensor | None = None
         self.watch: Watch | None = None
+        self.loads: list[Tensor] | None = None
 
 
 class ExpertLinear(nn.Module):
@@ -246,12 +250,16 @@ class ExpertLinear(nn.Module):
         base_layer: The module as it was: `nn.Linear`, or the Conv1D of GPT-2.
         lora_A: Shared down-projection.
         lora_gate: The router; one row per expert, normal ones first.
-        lora_theta: Calibrated similarities (NE,); NaN before.
+        lora_theta: Calibrated similarities (NE,).
+        lora_calibrated: Whether they are.
         lora_gram: G_ij = B_i' B_j (N, N, r, r) of the calibration.
+        down_before: A as it was when the poisoning experts were done; not saved with the model.
     """
 
     lora_theta: Tensor
     lora_gram: Tensor
+    lora_calibrated: Tensor
+    down_before: Tensor
 
     def __init__(self, base: nn.Module, settings: Experts, switch: Switch) -> None:
         super().__init__()
@@ -270,8 +278,10 @@ class ExpertLinear(nn.Module):
             nn.init.normal_(self.lora_gate.weight, std=0.02)
         else:  # never zeros: equal normal experts would get equal gradients for ever
             nn.init.kaiming_uniform_(self.lora_gate.weight, a=5**0.5)
-        self.register_buffer("lora_theta", torch.full((settings.normal,), float("nan")))
+        self.register_buffer("lora_theta", torch.zeros(settings.normal))
+        self.register_buffer("lora_calibrated", torch.tensor(False))
         self.register_buffer("lora_gram", torch.zeros(count, count, rank, rank))
+        self.register_buffer("down_before", torch.zeros(rank, wide))
 
     @property
     def expert_names(self) -> list[str]:
@@ -299,6 +309,8 @@ class ExpertLinear(nn.Module):
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
         if self.switch.watch is not None:
             self.switch.watch.note(self, output, hidden, logits)
+        if self.switch.loads is not None:
+            self.switch.loads.append(self._load(logits))
         used = self.settings.count if mode == "none" else self.settings.normal
         if rate and self.settings.dropout_mode == "per_expert":
             more = [self.lora_A(F.dropout(given, rate)) for _ in range(used - 1)]
@@ -315,11 +327,35 @@ class ExpertLinear(nn.Module):
         with torch.no_grad():
             self.lora_theta.copy_(theta)
             self.lora_gram.copy_(self.gram())
+            self.lora_calibrated.fill_(True)
 
     def gram(self) -> Tensor:
         """G_ij = B_i' B_j  (N, N, r, r), fp32."""
         experts = torch.stack([weight.detach().float() for weight in self.up()])  # (N, d_out, r)
         return torch.einsum("ioa,job->ijab", experts, experts)
+
+    def drift(self) -> dict[str, float]:
+        """How far A has moved since the poisoning experts were done, and with it what they do."""
+        with torch.no_grad():
+            old, new = self.down_before.double(), self.lora_A.weight.double()
+            poison = [up.double() for up in self.up()[self.settings.normal :]]
+            pairs = {"A": (old, new)}
+            if poison:
+                pairs["poison"] = (poison[0] @ old, poison[0] @ new)
+            found = {}
+            for name, (one, other) in pairs.items():
+                norms = (one.norm() * other.norm()).clamp_min(1e-30)
+                found[f"drift_{name}"] = float((other - one).norm() / one.norm().clamp_min(1e-30))
+                found[f"cosine_{name}"] = float((one * other).sum() / norms)
+        return found
+
+    def _load(self, logits: Tensor) -> Tensor:
+        """Mean share of each normal expert among them, over real tokens.  -> (NE,)."""
+        load = torch.softmax(logits[..., : self.settings.normal], dim=-1)
+        mask = self.switch.mask
+        if mask is None or mask.shape != load.shape[:-1]:
+            return load.flatten(0, -2).mean(dim=0)
+        return load[mask.bool()].mean(dim=0)
 
     def _logits(self, read: Tensor) -> Tensor:
         """What the router says, always in fp32."""
@@ -341,21 +377,20 @@ class Watch:
 
     Attributes:
         rows: Row numbers of the call, set by the caller.
-        poison: Row number -> mean weight of the poisoning experts over tokens and layers.
-        layers: Name of a layer -> sums.
+        poison: Row number -> layer -> mean weight of the poisoning experts over tokens.
+        calls: Rows of a call -> name of a layer -> sums. Processes may share a call.
     """
-
-    NAMES: ClassVar[tuple[str, ...]] = ("tokens", "w", "w2", "above", "entropy")
 
     def __init__(self, names: dict[int, str]) -> None:
         self._names = names  # id of a layer -> its name
         self.rows: list[int] = []
-        self.poison: dict[int, list[float]] = {}
-        self.layers: dict[str, dict[str, Any]] = {}
+        self.poison: dict[int, dict[str, float]] = {}
+        self.calls: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
 
     def note(self, layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
         """Add one call of one layer."""
         normal, count = layer.settings.normal, layer.settings.count
+        name = self._names[id(layer)]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             weights = torch.softmax(logits.double(), dim=-1)
             poison = weights[..., normal:].sum(dim=-1)  # (B, T)
@@ -366,7 +401,7 @@ class Watch:
             if poison.ndim == 2 and len(self.rows) == len(poison):
                 means = (poison * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
                 for row, value in zip(self.rows, means.tolist(), strict=True):
-                    self.poison.setdefault(row, []).append(value)
+                    self.poison.setdefault(row, {})[name] = value
             chosen = poison[real]
             entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)[real]
             load = weights[..., :normal] / (1 - poison).clamp_min(1e-12).unsqueeze(-1)
@@ -385,13 +420,33 @@ class Watch:
                 "load": load[real].sum(dim=0),
                 "theta": 0.0 if theta is None else theta[real].double().sum(dim=0),
             }
-        found = self.layers.setdefault(self._names[id(layer)], {})
-        for name, value in sums.items():
-            found[name] = found.get(name, 0.0) + value
+        self.calls.setdefault(tuple(self.rows), {})[name] = sums
+
+    def gather(self) -> None:
+        """Take in what the other processes saw."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        seen: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(seen, (self.poison, self.calls))
+        self.poison, self.calls = {}, {}
+        for poison, calls in seen:
+            self.poison |= poison
+            self.calls |= calls
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """Sums over all calls, by layer."""
+        found: dict[str, dict[str, Any]] = {}
+        for _, layers in sorted(self.calls.items(), key=lambda item: item[0]):
+            for name, sums in layers.items():
+                total = found.setdefault(name, {})
+                for key, value in sums.items():
+                    total[key] = total.get(key, 0.0) + value
+        return found
 
     def row_scores(self) -> dict[int, float]:
         """Mean weight of the poisoning experts by row, over tokens and layers."""
-        return {row: float(np.mean(values)) for row, values in self.poison.items()}
+        return {row: float(np.mean(list(own.values()))) for row, own in self.poison.items()}
 
     def theta(self, name: str) -> Tensor:
         """Mean similarities (NE,) of a layer.
@@ -453,6 +508,8 @@ class ExpertModel(nn.Module):
         switch: Shared by the layers.
         noise: Called with the embeddings (B, T, d) and the mask in training; None adds none.
         fresh_head: Weights of the head before training, by name.
+        save_poison: Whether the poisoning experts are written with the rest.
+        seal: What the frozen tensors were when a stage began, for the method.
     """
 
     def __init__(self, model: nn.Module, settings: Experts) -> None:
@@ -467,6 +524,8 @@ class ExpertModel(nn.Module):
             parent, _, last = name.rpartition(".")
             layer = ExpertLinear(model.get_submodule(name), self.settings, self.switch)
             setattr(model.get_submodule(parent), last, layer)
+        self.save_poison, self.has_poison = True, settings.poison > 0
+        self.seal: dict[str, str] = {}
         self.noise: Callable[[Tensor, Tensor], Tensor] | None = None
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         embeddings.register_forward_hook(self._embedded)
@@ -525,17 +584,12 @@ class ExpertModel(nn.Module):
             raise InputError(f"unknown inference mode {mode!r}; available: {', '.join(MODES)}")
         if mode != "none" and not self.settings.poison:
             raise InputError(f"a model without poisoning experts has the mode none, not {mode!r}")
-        if mode == "none" and self.settings.poison and not self.has_poison:
+        if mode == "none" and self.settings.poison > 0 and not self.has_poison:
             raise InputError("the poisoning experts were not saved; use mask, renorm or compensate")
         if mode == "compensate" and not self.settings.online:
-            if any(bool(layer.lora_theta.isnan().any()) for layer in self.layers.values()):
+            if not all(bool(layer.lora_calibrated) for layer in self.layers.values()):
                 raise InputError("compensate needs a calibrated model; use renorm or mask")
         self.switch.mode = mode
-
-    @property
-    def has_poison(self) -> bool:
-        """Whether the poisoning experts are there."""
-        return not getattr(self, "poison_left_out", False)
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
@@ -547,7 +601,20 @@ class ExpertModel(nn.Module):
         finally:
             self.switch.watch = None
 
-    def save_pretrained(self, folder: str, *, save_poison: bool = True, **_: Any) -> None:
+    def keep_down(self) -> None:
+        """Remember A as it is now, for `ExpertLinear.drift`."""
+        with torch.no_grad():
+            for layer in self.layers.values():
+                layer.down_before.copy_(layer.lora_A.weight)
+
+    def restore_head(self) -> None:
+        """Give the head the weights that it had before training."""
+        named = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.fresh_head.items():
+                named[name].copy_(tensor)
+
+    def save_pretrained(self, folder: str, **_: Any) -> None:
         """Write experts and head, and which model they belong to."""
         from safetensors.torch import save_file
 
@@ -556,13 +623,13 @@ class ExpertModel(nn.Module):
         tensors = {
             name: named[name].detach().contiguous()
             for name in wanted
-            if save_poison or ".lora_BD" not in name
+            if self.save_poison or ".lora_BD" not in name
         }
         save_file(tensors, str(Path(folder) / EXPERTS_FILE))
         about = {
             "base_model_name_or_path": str(self.config.name_or_path),
             "family": FAMILY,
-            "save_poison": save_poison,
+            "save_poison": self.save_poison,
             **dataclasses.asdict(self.settings),
             "mode": self.switch.mode,
         }
@@ -617,7 +684,7 @@ def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
     with torch.no_grad():
         for name, tensor in tensors.items():
             named[name].copy_(tensor)
-    adapted.poison_left_out = not save_poison  # type: ignore[assignment]
+    adapted.has_poison = adapted.save_poison = save_poison
     adapted.set_inference_mode(mode)
     return adapted.eval()
 

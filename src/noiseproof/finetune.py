@@ -39,6 +39,7 @@ from noiseproof.results import (
     answer_metrics,
     detection_metrics,
     epoch_metrics,
+    mode_metrics,
     ood_metrics,
     sample_table,
     set_metrics,
@@ -252,5 +253,7 @@ def _conclude(
             row[followed] for row in outcome.history if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
+    mode_metrics(record, prepared, outcome.model)
     answer_metrics(record, prepared, outcome.model)
+    record.findings = outcome.run.findings
     detection_metrics(record, prepared, samples)

@@ -16,12 +16,17 @@ from noiseproof.noise import parse_noise
 from noiseproof.tasks import RowSettings, find_task
 
 NO_MODEL = "minilm"  # what stands where no model was named; each task has its own default
+CORRUPTED = "corrupted"  # name of the test set that test_noise makes
 OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
 OPT_IN = ("only_clean_rows", "probe_gradients")
 """Settings of studies, off by default."""
-LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {"test_ood", *OPT_IN}
+LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {
+    "test_ood",
+    "test_noise",
+    *OPT_IN,
+}
 """Not in the specification at their default, so that they change no identifier of other runs."""
 
 
@@ -38,6 +43,8 @@ class Job:
             injected, and counts by the true labels where they are known.
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
             NAME=FILE, as often as wanted; from Python a mapping of names to rows.
+        test_noise: Text noise such as text:0.3: the test rows are also measured with texts that it
+            corrupted, as the set "corrupted" among those from elsewhere.
         validation: Validation rows: a file, or a share such as 0.1 that is split off the training
             rows (its labels are then as noisy as those).
         validation_labels: clean or noisy; must be said of a validation file, goes into the record.
@@ -81,6 +88,7 @@ class Job:
     label: str = "label"
     test: Any = None
     test_ood: Any = None
+    test_noise: str | None = None
     validation: Any = None
     validation_labels: str | None = None
     clean_label: str | None = None
@@ -139,6 +147,7 @@ class Job:
                 f"{name} must be a file or a share between 0 and 1, got {getattr(self, name)}",
             )
         _check_ood(self.test_ood)
+        self._check_test_noise()
         from_file = self.validation is not None and share is None
         require(
             not from_file or self.validation_labels in VALIDATION_KINDS,
@@ -153,6 +162,11 @@ class Job:
         require(
             self.train.select != "best" or self.validation is not None,
             "train.select=best needs validation rows; give validation, or use select=last",
+        )
+        require(
+            not self.merge or self.method.merges,
+            f"what {self.method.name} trains depends on the token and cannot be merged; leave "
+            "merge out",
         )
         tune = getattr(self.method, "tune", getattr(self.method, "peft", "full"))
         require(
@@ -180,6 +194,20 @@ class Job:
             )
         self.method.stages(self.train.epochs)
         check_tracker(self.train.tracker)
+
+    def _check_test_noise(self) -> None:
+        if self.test_noise is None:
+            return
+        noise = parse_noise(self.test_noise)
+        require(
+            noise is not None and noise.needs_texts and not noise.on_labels,
+            f"test_noise must be text noise such as text:0.3, got {self.test_noise!r}",
+        )
+        require(self.test is not None, "test_noise corrupts the test rows; give test")
+        require(
+            CORRUPTED not in (self.test_ood or {}),
+            f"test_noise makes a set named {CORRUPTED!r}; give the one in test_ood another name",
+        )
 
     @property
     def rows(self) -> RowSettings:

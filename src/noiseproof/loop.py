@@ -257,6 +257,7 @@ class _Loop:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs
         self.state.stage = number
+        self.method.on_stage_start(run)
         with fast_dropout(run.model):
             for epoch in range(self.state.epoch, stage.epochs):
                 run.epoch = epoch

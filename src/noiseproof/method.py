@@ -196,11 +196,13 @@ class Method:
         name: The name on the command line; equal to the class name.
         tasks: Tasks that the method supports.
         writes: Columns that `compute_loss` updates row by row.
+        merges: Whether what was trained can become part of the encoder's own weights.
     """
 
     name: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]] = ("text",)
     writes: ClassVar[tuple[str, ...]] = ()
+    merges: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         """The class name is the name everywhere."""
@@ -226,6 +228,12 @@ class Method:
     def stages(self, epochs: int) -> list[Stage]:
         """Split the epochs into stages; raise `InputError` when they are too few."""
         return [Stage("train", epochs)]
+
+    def on_stage_start(self, run: Run) -> None:  # noqa: B027
+        """Set up what a stage needs and no checkpoint holds, such as switches of the model.
+
+        Called when a stage begins, and when a run is continued inside it.
+        """
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Score the rows. The returned columns replace those of the same name.

@@ -104,7 +104,7 @@ class NoiseModel(ABC):
         [1, 2, 0]
         """
         given = np.asarray(labels)
-        _check_labels(given, num_classes)
+        _check_labels(given, num_classes, least=2 if self.on_labels else 1)
         if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
             raise InputError(f"seed must be an integer of at least 0, got {seed!r}")
         if self.needs_pool and (not isinstance(pool_size, Integral) or pool_size < 1):
@@ -130,7 +130,9 @@ class NoiseModel(ABC):
             mask |= extras["replacement"] >= 0
         if "swapped" in extras:
             mask |= extras["swapped"]
-        transition = estimate_transition_from_labels(clean, noisy, num_classes)
+        transition = np.ones((1, 1))
+        if num_classes > 1:
+            transition = estimate_transition_from_labels(clean, noisy, num_classes)
         rate = float(mask.mean())
         return Corruption(noisy, mask, rate, transition, int(seed), self.spec, extras)
 
@@ -683,9 +685,9 @@ def _check_matrix(matrix: object, where: str) -> Floats:
     return array
 
 
-def _check_labels(labels: npt.NDArray[Any], num_classes: int) -> None:
-    if not isinstance(num_classes, Integral) or num_classes < 2:
-        raise InputError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
+def _check_labels(labels: npt.NDArray[Any], num_classes: int, least: int = 2) -> None:
+    if not isinstance(num_classes, Integral) or num_classes < least:
+        raise InputError(f"num_classes must be an integer of at least {least}, got {num_classes!r}")
     if labels.ndim != 1 or not labels.size:
         raise InputError(f"labels must have shape (N,) with N >= 1, got {labels.shape}")
     if labels.dtype.kind not in "iu":

@@ -16,6 +16,7 @@ from noiseproof.data import Inputs
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.errors import InputError
+from noiseproof.experts import restored_experts
 from noiseproof.method import Method
 from noiseproof.methods import find_method
 from noiseproof.models import HEAD_FILE
@@ -115,7 +116,7 @@ def load(run: str | Path, *, model: Any = None) -> Predictor:
     kind = find_task(record.spec["task"])
     given = record.spec["model"] if model is None else model
     task, network = kind.load_saved(folder / "model", given, settings)
-    network = restored(network, folder / "model")
+    network = restored_experts(restored(network, folder / "model"), folder / "model")
     gated = record.spec["method"].get("eval_gate", "all_on") != "all_on"
     if (gated and not record.spec["merge"]) or (folder / "model" / HEAD_FILE).exists():
         network = method_from_dict(record.spec["method"]).restore_model(network)

@@ -23,7 +23,7 @@ from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings, derive_seed
 from noiseproof.errors import InputError
 from noiseproof.features import fingerprint, kept
-from noiseproof.job import Job
+from noiseproof.job import CORRUPTED, Job
 from noiseproof.models import count_parameters, has_weights, mean_pooled
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
@@ -80,6 +80,8 @@ class Prepared:
             self.sets[f"{OOD}{name}"] = self._read_other(
                 source, "test", data.label_names, f"{OOD}{name}"
             )
+        if job.test_noise is not None:
+            self.sets[f"{OOD}{CORRUPTED}"] = self._corrupted(self.sets["test"])
         if job.validation_share is not None:
             rest, split = stratified_split(
                 data.labels, job.validation_share, derive_seed(train.seed, "validation")
@@ -171,6 +173,18 @@ class Prepared:
         columns = LabelColumns(label, label_names=names)
         read = find_task(job.task).examples(source, job.rows, columns, role, role)
         return self._ready(name or role, read)
+
+    def _corrupted(self, test: Examples) -> Examples:
+        """The test rows with texts that text noise corrupted; what is to be said stays right."""
+        noise = parse_noise(self.job.test_noise or "")
+        assert noise is not None  # the job has checked it
+        given = test.inputs.as_texts()
+        seed = derive_seed(self.seeds["noise"], "test texts")
+        found = noise.apply(test.labels, len(test.label_names), seed, texts=given)
+        texts = found.extras["texts"]
+        if test.inputs.last_is_label:
+            texts[:, -1] = [some[-1] for some in given]
+        return dataclasses.replace(test, inputs=test.inputs.with_texts(texts))
 
     def _ready(self, name: str, data: Examples) -> Examples:
         """The rows in the form that the task encodes; those that cannot be used are counted."""

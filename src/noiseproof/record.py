@@ -47,6 +47,8 @@ class RunRecord:
         ood: Test sets from elsewhere by name: rows, accuracy, macro_f1, mcc, ece and nll.
         per_class: Precision, recall, F1 and support of each class on the test set.
         confusion: Test rows by true (row) and predicted (column) class (C, C).
+        modes: The test set in other ways in which the deployed model can answer, by name.
+        findings: What the method found out about its model.
         curves: How well wrong rows are found: ``roc`` and ``pr``, lists of points.
         labels: Names that a grid gave this cell: grid, data, noise, method, ...
         search: How the settings were found: trials, split, space, best, seconds.
@@ -66,6 +68,8 @@ class RunRecord:
     peak_memory_mb: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
     per_class: dict[str, Any] = field(default_factory=dict)
     confusion: list[list[int]] = field(default_factory=list)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)

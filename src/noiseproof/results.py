@@ -150,6 +150,25 @@ def ood_metrics(record: RunRecord, prepared: Prepared, outputs: Mapping[str, Ten
         record.ood[name.removeprefix(OOD)] = {"rows": len(rows), **measured}
 
 
+def mode_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> None:
+    """Measure the test sets in every way in which the deployed model can answer.
+
+    Args:
+        record: Gets it, by mode and set.
+        prepared: Has the sets and the method.
+        model: The deployed one; it answers as before when this is done.
+    """
+    for mode, switch in prepared.job.method.modes(model).items():
+        switch()
+        record.modes[mode] = {}
+        for name, rows in prepared.sets.items():
+            if name == "validation":
+                continue
+            outputs = predict_logits(model, prepared.encode(rows), prepared.job.train)
+            measured = prepared.task.measures.final(outputs, rows)
+            record.modes[mode] |= {f"{name}_{what}": value for what, value in measured.items()}
+
+
 def answer_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> None:
     """Put into the record what only some kinds of rows can be asked, set by set.
 

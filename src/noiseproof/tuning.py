@@ -24,6 +24,7 @@ from noiseproof.models import (
 )
 
 PLAIN_TUNING = ("full", "head")
+PROMPTS = ("prompt", "prefix")  # of our own; they need an encoder
 RATES = {
     "full": 5e-5,
     "head": 5e-3,

@@ -16,6 +16,7 @@ from noiseproof.methods.baselines import (
     SmallLoss,
 )
 from noiseproof.methods.clear import CleaR
+from noiseproof.methods.lope import LoPE
 from noiseproof.methods.nmtune import NMTune
 from noiseproof.methods.turn import TURN
 
@@ -31,6 +32,7 @@ __all__ = [
     "CrossEntropy",
     "ForwardCorrection",
     "LabelSmoothing",
+    "LoPE",
     "NMTune",
     "SmallLoss",
     "find_method",
@@ -41,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         CleaR,
         TURN,
+        LoPE,
         NMTune,
         CrossEntropy,
         LabelSmoothing,

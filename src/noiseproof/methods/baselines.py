@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
 from noiseproof.noise import load_transition
 from noiseproof.selection import estimate_transition, lowest
-from noiseproof.tuning import tune_model, usual_rate, virtual_tokens
+from noiseproof.tuning import PROMPTS, tune_model, usual_rate, virtual_tokens
 
+T = TypeVar("T", bound="Tuned")
 ALL_TASKS = ("text", "features", "image", "causal-lm")
 
 
@@ -81,6 +82,15 @@ class Tuned(Method):
 
     def check(self) -> None:
         """Check the settings of one method."""
+
+    def for_tokens(self: T) -> T:
+        """The method as it is, unless it tunes prompts of ours, which need an encoder."""
+        require(
+            self.tune not in PROMPTS,
+            f"{self.name}.tune={self.tune} works with encoders alone; with task causal-lm use "
+            "prompt_tuning, prefix_tuning or lora",
+        )
+        return self
 
     @property
     def reserved_tokens(self) -> int:

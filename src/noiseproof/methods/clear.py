@@ -64,7 +64,7 @@ from noiseproof.methods.clear_gates import (
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import HeadOnly, feature_position, merged, set_dropout
 from noiseproof.tokens import TARGETS
-from noiseproof.tuning import PLAIN_TUNING, tune_model, usual_rate
+from noiseproof.tuning import PLAIN_TUNING, PROMPTS, tune_model, usual_rate
 
 FROZEN_BYTES = 2**27  # the backbone's features of all rows may take this much
 SALT_TRAIN, SALT_SCORE, SALT_STEP = 11, 12, 14
@@ -238,6 +238,10 @@ class CleaR(Method):
         require(
             self.scoring == "passes",
             "CleaR.scoring=reuse keeps the logits of every row; with task causal-lm use passes",
+        )
+        require(
+            self.peft not in PROMPTS,
+            f"CleaR.peft={self.peft} works with encoders alone; with task causal-lm use lora",
         )
         return replace(self, lambda_consistency=0.0)
 

@@ -1,0 +1,582 @@
+"""LoPE: asymmetric LoRA with a poisoning expert.
+
+Paper: Wang, Guo, Pu, Chen, Pu, Ou, Qin & Tian, "Robust Fine-tuning of Large Language Models with a
+Poisoning Expert" (NeurIPS 2025, arXiv:2505.23868). No code by its authors is known, and the printed
+equations of its two stages and of the compensation were not available to us: they follow its prose.
+The layer is HydraLoRA's (Tian et al., NeurIPS 2024, arXiv:2404.19245).
+Idea: noise in the data is learned somewhere. Give it a place of its own: an expert that is trained
+first on data made noisier on purpose, kept frozen while the others learn, and left out at the end.
+Steps: (1) stage poison: texts of some rows are shuffled, given extra characters or robbed of some,
+some labels are flipped, token embeddings shake; the shared A and the poisoning expert train; (2)
+stage adapt: on the data as given, A, the normal experts and the router train while the poisoning
+expert stays as it is and takes part; (3) the similarity theta of each normal expert to the
+poisoning one is measured; (4) at inference the poisoning expert is masked, and the weights of the
+others are multiplied by 1 + theta and normalised.
+Deviations: epochs are those of both stages together, half each (epoch_budget=per_stage gives each
+all of them, as published); embedding noise is relative to the embeddings' size (the paper's 0.05
+is absolute, and scales differ between models); it is drawn by row and epoch, not from one stream;
+the head trains in both stages and starts anew in the second where labels were flipped in the first
+(the paper has no classifiers).
+Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32, dropout =
+0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the characters, beta, the
+moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA; paper 2e-4 for 7
+billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its controls
+(hydralora-noise, hydralora-neftune, no-noise).
+Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
+named (target_modules).
+Cost: with epoch_budget=total that of LoRA with as many epochs, and one more pass over at most
+theta_examples rows; with per_stage twice that. Weights depend on the token, so nothing is merged.
+Model: model/ holds experts, routers and head; noiseproof.load puts them into the encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noiseproof.experts import MODES, ExpertModel, Experts, Watch, embedding_noise, rms_of_tokens
+from noiseproof.method import (
+    Batch,
+    Columns,
+    Method,
+    Run,
+    Stage,
+    losses_of,
+    require,
+    require_range,
+)
+from noiseproof.metrics import detection
+from noiseproof.noise import Symmetric
+from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
+
+POISON, ADAPT = "poison", "adapt"
+GROUPS = ("A", "B", "BD", "gate", "head")
+RATE = 2e-3
+EMBEDDING_NOISE = ("absolute", "relative", "neftune", "off")
+DIAGNOSED_ROWS = 200  # rows whose corrupted copy is shown to the router at the end
+SAMPLED = 4096  # values of a frozen tensor that its seal covers
+
+
+@dataclass(frozen=True)
+class LoPE(Method):
+    """Let a poisoning expert absorb noise, and leave it out at the end.
+
+    Attributes:
+        rank: Rank of the shared down-projection and of every expert.
+        alpha: Scaling numerator; updates are scaled by alpha / rank.
+        dropout: On the input of the down-projection.
+        dropout_mode: shared (one mask a layer), or per_expert (costs a product more each).
+        target_modules: Ends of the names of linear modules; None takes query and value.
+        num_experts: Normal experts.
+        num_poison_experts: Poisoning experts; 0 is HydraLoRA, with the stage adapt alone.
+        gate_input: What the router reads: x, or Ax.
+        gate_init: kaiming, or normal.
+        balance_weight: Weight of the squared coefficient of variation of the normal experts' load.
+        train_poison: What trains in the stage poison: some of A, B, BD, gate, head.
+        train_adapt: What trains in the stage adapt.
+        epoch_budget: total (train.epochs is for both stages, half each), or per_stage.
+        poison_epochs: Epochs of the stage poison, whatever epoch_budget says; None follows it.
+        learning_rate: Of both stages; None is 2e-3.
+        head_policy: Head at the start of the stage adapt: carry, restore (as before training), or
+            auto (restore where labels were flipped).
+        noise_rate: Share of rows, words or characters that are corrupted in a noisy stage.
+        noise_unit: sample (rows), word or char.
+        noise_ops: Which of shuffle, insert and delete; none leaves texts as they are.
+        char_strength: noise_unit=sample: share of the characters that are inserted or deleted.
+        shuffle_window: noise_unit=sample: words change places inside windows of so many; 0 is all.
+        noise_charset: Inserted characters: ascii or keyboard.
+        target_noise_rate: Share of labels that are flipped, or of responses that are corrupted; None
+            is noise_rate, and responses then suffer with their prompts.
+        noise_resample: static (drawn once for the stage), or epoch.
+        noise_stages: Which stages are noisy: some of poison and adapt.
+        noise_seed: Seed of that noise; None follows the run's.
+        emb_noise_mode: absolute, relative (to the root mean square of embeddings), neftune, or off.
+        emb_noise_alpha: Its amplitude.
+        emb_noise_prob: Share of rows that get it in a step.
+        adapt_forward: How the poisoning expert counts in the stage adapt: none (it takes part as
+            it is), mask, renorm or compensate.
+        inference_mode: How it counts at inference: none, mask, renorm or compensate.
+        theta_mode: calibrate (one similarity a layer), or online (of every token).
+        theta_examples: Training rows that calibrate.
+        compensate_sign: Sign of the similarities; 0 makes compensate renorm.
+        compensate_k: Experts that are compensated; None is all.
+        compensate_order: Which: theta (most similar first) or index.
+        beta: sum_to_one, keep_mass, or a factor.
+        save_poison: Keep the poisoning experts in model/; without them the mode none is gone.
+        responses: Whether the last text of a row is its response; set by the task causal-lm.
+    """
+
+    rank: int = 4
+    alpha: float = 32.0
+    dropout: float = 0.05
+    dropout_mode: str = "shared"
+    target_modules: tuple[str, ...] | None = None
+    num_experts: int = 3
+    num_poison_experts: int = 1
+    gate_input: str = "x"
+    gate_init: str = "kaiming"
+    balance_weight: float = 0.0
+    train_poison: tuple[str, ...] = ("A", "BD", "head")
+    train_adapt: tuple[str, ...] = ("A", "B", "gate", "head")
+    epoch_budget: str = "total"
+    poison_epochs: int | None = None
+    learning_rate: float | None = None
+    head_policy: str = "auto"
+    noise_rate: float = 0.05
+    noise_unit: str = "sample"
+    noise_ops: tuple[str, ...] = OPERATIONS
+    char_strength: float = 0.1
+    shuffle_window: int = 4
+    noise_charset: str = "ascii"
+    target_noise_rate: float | None = None
+    noise_resample: str = "static"
+    noise_stages: tuple[str, ...] = (POISON,)
+    noise_seed: int | None = None
+    emb_noise_mode: str = "relative"
+    emb_noise_alpha: float = 0.05
+    emb_noise_prob: float = 1.0
+    adapt_forward: str = "none"
+    inference_mode: str = "compensate"
+    theta_mode: str = "calibrate"
+    theta_examples: int = 512
+    compensate_sign: int = 1
+    compensate_k: int | None = None
+    compensate_order: str = "theta"
+    beta: str | float = "sum_to_one"
+    save_poison: bool = True
+    responses: bool = False
+
+    tasks: ClassVar[tuple[str, ...]] = ("text", "causal-lm")
+    merges: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Every setting is in range, and they fit each other."""
+        for name, choices in (
+            ("dropout_mode", ("shared", "per_expert")),
+            ("gate_input", ("x", "Ax")),
+            ("gate_init", ("kaiming", "normal")),
+            ("epoch_budget", ("total", "per_stage")),
+            ("head_policy", ("auto", "carry", "restore")),
+            ("noise_unit", UNITS),
+            ("noise_charset", CHARSETS),
+            ("noise_resample", ("static", "epoch")),
+            ("emb_noise_mode", EMBEDDING_NOISE),
+            ("adapt_forward", MODES),
+            ("inference_mode", MODES),
+            ("theta_mode", ("calibrate", "online")),
+            ("compensate_order", ("theta", "index")),
+        ):
+            value = getattr(self, name)
+            require(
+                value in choices, f"LoPE.{name} must be one of {', '.join(choices)}; got {value!r}"
+            )
+        for name in ("rank", "num_experts", "theta_examples"):
+            value = getattr(self, name)
+            require(value >= 1, f"LoPE.{name} must be at least 1, got {value}")
+        for name, low, high in (
+            ("alpha", 0, 1e6),
+            ("balance_weight", 0, 1e6),
+            ("emb_noise_alpha", 0, 1e6),
+            ("emb_noise_prob", 0, 1),
+        ):
+            require_range("LoPE", name, getattr(self, name), low, high, open_low=name == "alpha")
+        require_range("LoPE", "dropout", self.dropout, 0, 1, open_high=True)
+        require_range("LoPE", "noise_rate", self.noise_rate, 0, 1, open_high=True)
+        if self.target_noise_rate is not None:
+            require_range("LoPE", "target_noise_rate", self.target_noise_rate, 0, 1, open_high=True)
+        if self.learning_rate is not None:
+            require_range("LoPE", "learning_rate", self.learning_rate, 0, 10, open_low=True)
+        poison = self.num_poison_experts
+        require(poison in (0, 1, 2), f"LoPE.num_poison_experts must be 0, 1 or 2, got {poison}")
+        require(
+            poison > 0 or (self.inference_mode, self.adapt_forward) == ("none", "none"),
+            "LoPE without a poisoning expert has nothing to mask: inference_mode and adapt_forward "
+            "must be none; use the preset hydralora",
+        )
+        for name in ("train_poison", "train_adapt"):
+            groups = getattr(self, name)
+            require(
+                len(groups) > 0 and set(groups) <= set(GROUPS),
+                f"LoPE.{name} must name some of {', '.join(GROUPS)}; got {groups}",
+            )
+        require(
+            set(self.noise_stages) <= {POISON, ADAPT},
+            f"LoPE.noise_stages must name some of {POISON}, {ADAPT}; got {self.noise_stages}",
+        )
+        require(
+            set(self.noise_ops) <= set(OPERATIONS),
+            f"LoPE.noise_ops must name some of {', '.join(OPERATIONS)}; got {self.noise_ops}",
+        )
+        require(
+            self.poison_epochs is None or self.poison_epochs >= 1,
+            f"LoPE.poison_epochs must be at least 1, got {self.poison_epochs}",
+        )
+        most = self.compensate_k
+        require(
+            most is None or 0 <= most <= self.num_experts,
+            f"LoPE.compensate_k must lie in [0, {self.num_experts}], got {most}",
+        )
+        require(
+            self.compensate_sign in (-1, 0, 1),
+            f"LoPE.compensate_sign must be -1, 0 or 1, got {self.compensate_sign}",
+        )
+        if isinstance(self.beta, str):
+            names = ("sum_to_one", "keep_mass")
+            require(
+                self.beta in names,
+                f"LoPE.beta must be {', '.join(names)} or a number; got {self.beta!r}",
+            )
+        else:
+            require_range("LoPE", "beta", self.beta, 0, 1e6, open_low=True)
+        seed = self.noise_seed
+        require(
+            seed is None or 0 <= seed < 2**32, f"LoPE.noise_seed must lie in [0, 2^32), got {seed}"
+        )
+        self.text_noise(0.5)
+
+    @classmethod
+    def presets(cls) -> dict[str, LoPE]:
+        """Default, the published settings, HydraLoRA and the controls."""
+        hydra: dict[str, Any] = {
+            "num_poison_experts": 0,
+            "noise_stages": (),
+            "inference_mode": "none",
+        }
+        noisy = hydra | {"noise_stages": (ADAPT,)}
+        published: dict[str, Any] = {
+            "emb_noise_mode": "absolute",
+            "epoch_budget": "per_stage",
+            "learning_rate": 2e-4,
+        }
+        return {
+            "default": cls(),
+            "paper": cls(**published),
+            "sft": cls(emb_noise_mode="absolute"),
+            "hydralora": cls(**hydra),
+            "hydralora-noise": cls(**noisy),
+            "hydralora-neftune": cls(
+                **noisy,
+                noise_ops=(),
+                target_noise_rate=0.0,
+                emb_noise_mode="neftune",
+                emb_noise_alpha=5.0,
+            ),
+            "no-noise": cls(noise_stages=()),
+        }
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def for_tokens(self) -> LoPE:
+        """The last text of a row is its response, which suffers as the prompt does."""
+        return dataclasses.replace(self, responses=True)
+
+    def prepare_model(self, model: nn.Module) -> ExpertModel:
+        """Put experts beside the target modules; they start as if they were not there."""
+        adapted = ExpertModel(
+            model,
+            Experts(
+                rank=self.rank,
+                alpha=self.alpha,
+                dropout=self.dropout,
+                dropout_mode=self.dropout_mode,
+                targets=self.target_modules,
+                normal=self.num_experts,
+                poison=self.num_poison_experts,
+                gate_input=self.gate_input,
+                gate_init=self.gate_init,
+                mode=self.inference_mode,
+                online=self.theta_mode == "online",
+                sign=self.compensate_sign,
+                most=self.compensate_k,
+                order=self.compensate_order,
+                beta=self.beta,
+            ),
+        )
+        adapted.save_poison = self.save_poison
+        return adapted
+
+    def stages(self, epochs: int) -> list[Stage]:
+        """The stages poison and adapt; without a poisoning expert the second alone."""
+        rate = self.learning_rate or RATE
+        adapt = partial(
+            Stage,
+            ADAPT,
+            trains=trains_groups(self.train_adapt),
+            learning_rate=rate,
+            transform=self._transform(ADAPT),
+            redraw=self.noise_resample == "epoch",
+        )
+        if not self.num_poison_experts:
+            return [adapt(epochs=epochs)]
+        if self.poison_epochs is not None:
+            first = self.poison_epochs
+        else:
+            first = epochs if self.epoch_budget == "per_stage" else epochs // 2
+        rest = epochs if self.epoch_budget == "per_stage" else epochs - first
+        require(
+            first >= 1 and rest >= 1,
+            f"LoPE has two stages of at least one epoch, train.epochs={epochs} leaves {first} and "
+            f"{rest}; give more epochs, or epoch_budget=per_stage",
+        )
+        poison = Stage(
+            POISON,
+            first,
+            trains=trains_groups(self.train_poison),
+            learning_rate=rate,
+            transform=self._transform(POISON),
+            redraw=self.noise_resample == "epoch",
+            selectable=False,
+        )
+        return [poison, adapt(epochs=rest)]
+
+    def on_stage_start(self, run: Run) -> None:
+        """Check what the last stage must have left alone, seal what this one must, set modes."""
+        model = experts_of(run)
+        check_seal(model)
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        model.seal = {name: digest(tensor) for name, tensor in frozen.items()}
+        poisoning = run.stage == POISON
+        model.switch.training_mode = "none" if poisoning else self.adapt_forward
+        if self.num_poison_experts:
+            model.switch.mode = "none" if poisoning else "renorm"
+
+    def on_epoch_start(self, run: Run) -> Columns:
+        """Labels of a noisy stage, and which rows it corrupts; the head at the start of adapt."""
+        model = experts_of(run)
+        if run.epoch == 0 and run.stage == ADAPT and self.num_poison_experts:
+            model.keep_down()
+            if self._restores_head:
+                model.restore_head()
+        if run.stage not in self.noise_stages:
+            return {}
+        if run.epoch == 0 and run.stage == POISON and not self._adds_noise:
+            run.warn("the stage poison adds no noise, so the poisoning expert learns what all do")
+        labels, flipped = run.labels, torch.zeros(len(run.labels), dtype=torch.bool)
+        rate = self._target_rate
+        if not self.responses and rate > 0:
+            epoch = run.epoch if self.noise_resample == "epoch" else 0
+            seed = int(row_random("lope-labels", self._seed(run.seed), 0, epoch).integers(2**32))
+            found = Symmetric(rate).apply(run.labels.numpy(), run.num_classes, seed)
+            labels, flipped = torch.from_numpy(found.labels), torch.from_numpy(found.mask)
+        changed = flipped if run.changed is None else run.changed | flipped
+        run.log(corrupted_share=float(changed.double().mean()))
+        return {"noisy_label": labels, "corrupted": changed}
+
+    def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        """Cross-entropy, on the labels and with the embedding noise of a noisy stage."""
+        experts = experts_of(run)
+        noisy = run.stage in self.noise_stages
+        experts.noise = partial(self._shake, run, batch.rows) if noisy and self._shakes else None
+        if noisy and "noisy_label" in batch.columns:
+            batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
+        experts.switch.loads = [] if self.balance_weight else None
+        loss = losses_of(model, batch).mean()
+        experts.noise = None
+        if self.balance_weight:
+            loads = torch.stack(experts.switch.loads or [])  # (layers, NE)
+            spread = loads.var(dim=1, correction=0) / loads.mean(dim=1).square()
+            loss = loss + self.balance_weight * spread.mean()
+            experts.switch.loads = None
+        return loss
+
+    def finalize_model(self, run: Run) -> nn.Module:
+        """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
+        model = experts_of(run)
+        check_seal(model)
+        if self.num_poison_experts:
+            model.switch.mode = "none"
+            order = np.random.default_rng([run.seed, 41]).permutation(len(run.labels))
+            watch = self._watch(run, order[: self.theta_examples])
+            for name, layer in model.layers.items():
+                layer.calibrate(watch.theta(name))
+            run.findings["experts"] = self._diagnosis(run, watch, order[:DIAGNOSED_ROWS])
+        model.set_inference_mode(self.inference_mode)
+        run.forget()
+        return model
+
+    def modes(self, model: nn.Module) -> Mapping[str, Callable[[], None]]:
+        """All inference modes, the deployed one last."""
+        if not self.num_poison_experts or not isinstance(model, ExpertModel):
+            return {}
+        names = [name for name in MODES if name != self.inference_mode] + [self.inference_mode]
+        return {name: partial(model.set_inference_mode, name) for name in names}
+
+    # --- noise -----------------------------------------------------------------------------------
+
+    def text_noise(self, rate: float) -> TextNoise | None:
+        """How texts are corrupted; None leaves them as they are."""
+        if not self.noise_ops:
+            return None
+        return TextNoise(
+            rate,
+            self.noise_unit,
+            self.noise_ops,
+            self.char_strength,
+            self.shuffle_window,
+            self.noise_charset,
+        )
+
+    @property
+    def _target_rate(self) -> float:
+        return self.noise_rate if self.target_noise_rate is None else self.target_noise_rate
+
+    @property
+    def _shakes(self) -> bool:
+        return self.emb_noise_mode != "off" and self.emb_noise_alpha > 0
+
+    @property
+    def _adds_noise(self) -> bool:
+        texts = self.noise_rate > 0 and bool(self.noise_ops)
+        return texts or self._target_rate > 0 or self._shakes
+
+    @property
+    def _restores_head(self) -> bool:
+        flips = POISON in self.noise_stages and self._target_rate > 0 and not self.responses
+        return self.head_policy == "restore" or (self.head_policy == "auto" and flips)
+
+    def _seed(self, seed: int) -> int:
+        return seed if self.noise_seed is None else self.noise_seed
+
+    def _transform(self, stage: str) -> Callable[..., tuple[str, ...]] | None:
+        noise = self.text_noise(self.noise_rate)
+        if stage not in self.noise_stages or noise is None:
+            return None
+        own = self.text_noise(self._target_rate) if self.target_noise_rate is not None else None
+        if self.noise_rate == 0 and (own is None or own.rate == 0 or not self.responses):
+            return None
+
+        def transform(texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
+            random = row_random("lope", self._seed(seed), row, epoch)
+            if not self.responses or own is None:
+                return noise.apply(texts, random)
+            *asked, response = texts  # the response has a draw of its own
+            other = row_random("lope-response", self._seed(seed), row, epoch)
+            return (*noise.apply(tuple(asked), random), *own.apply((response,), other))
+
+        return transform
+
+    def _shake(self, run: Run, rows: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Noise for the embeddings of one batch; what a row gets depends on it and the epoch."""
+        draws = [
+            row_random("lope-embeddings", self._seed(run.seed), row, run.epoch)
+            for row in rows.tolist()
+        ]
+        hit = torch.tensor([random.random() < self.emb_noise_prob for random in draws])
+        noise = (
+            embedding_noise(embeddings, mask, draws, self.emb_noise_mode, self.emb_noise_alpha)
+            * hit.to(embeddings.device)[:, None, None]
+        )
+        if run.step == 0:
+            with torch.no_grad():
+                ratio = rms_of_tokens(noise, mask) / rms_of_tokens(embeddings, mask)
+            run.log(embedding_noise=float(ratio.mean()))
+        return noise
+
+    # --- looking at the router -------------------------------------------------------------------
+
+    def _watch(
+        self, run: Run, rows: np.ndarray, transform: Callable[..., tuple[str, ...]] | None = None
+    ) -> Watch:
+        """What the layers see of these rows, over all processes."""
+        model = experts_of(run)
+        with model.watching() as watch:
+
+            def before(some: Tensor) -> None:
+                watch.rows = some.tolist()
+
+            run.predict(before, torch.from_numpy(rows.copy()), transform)
+        watch.gather()
+        return watch
+
+    def _diagnosis(self, run: Run, watch: Watch, rows: np.ndarray) -> dict[str, Any]:
+        """Layer by layer what the router does, and whether it knows corrupted texts."""
+        model = experts_of(run)
+        table = watch.table()
+        for row in table:
+            row |= model.layers[row["layer"]].drift()
+        found: dict[str, Any] = {
+            "layers": table,
+            "poison_weight": float(np.mean([row["poison_weight"] for row in table])),
+            "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
+        }
+        noise = TextNoise(1.0, strength=self.char_strength, window=self.shuffle_window)
+
+        def corrupt(texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
+            return noise.apply(texts, row_random("lope-diagnosis", seed, row))
+
+        clean = self._watch(run, rows).row_scores()
+        noisy = self._watch(run, rows, corrupt).row_scores()  # by place in rows
+        pairs = np.array([(clean[int(row)], noisy[place]) for place, row in enumerate(rows)])
+        wrong = np.repeat([False, True], len(pairs))
+        found |= {
+            "rows": len(pairs),
+            "weight_on_corrupted": float((pairs[:, 1] - pairs[:, 0]).mean()),
+            "raised_share": float((pairs[:, 1] > pairs[:, 0]).mean()),
+            "noise_auroc": detection(pairs.T.reshape(-1), wrong)["auroc"],
+        }
+        return found
+
+
+def experts_of(run: Run) -> ExpertModel:
+    """The run's model, as `LoPE.prepare_model` made it."""
+    assert isinstance(run.model, ExpertModel)
+    return run.model
+
+
+def trains_groups(groups: tuple[str, ...]) -> Callable[[str], bool]:
+    """Parameter name -> whether it belongs to one of these groups.
+
+    >>> trains = trains_groups(("A", "BD"))
+    >>> names = ("q.lora_A.weight", "q.lora_B0.weight", "q.lora_BD.weight", "classifier.bias")
+    >>> [trains(name) for name in names]
+    [True, False, True, False]
+    """
+
+    def trains(name: str) -> bool:
+        return group_of(name) in groups
+
+    return trains
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter: A, B, BD, gate or head (whatever else may train).
+
+    >>> [group_of(name) for name in ("x.lora_B12.weight", "x.lora_BD1.weight", "x.lora_gate.weight")]
+    ['B', 'BD', 'gate']
+    """
+    for part in name.split("."):
+        if part == "lora_A":
+            return "A"
+        if part == "lora_gate":
+            return "gate"
+        if part.startswith("lora_BD"):
+            return "BD"
+        if part.startswith("lora_B"):
+            return "B"
+    return "head"
+
+
+def digest(tensor: Tensor) -> str:
+    """Digest of the first values of a tensor, by which a change is noticed."""
+    values = tensor.detach().reshape(-1)[:SAMPLED].cpu().contiguous()
+    return hashlib.blake2b(values.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_seal(model: ExpertModel) -> None:
+    """What was frozen in the last stage is what it was.
+
+    Raises:
+        RuntimeError: Something changed it; names the tensor.
+    """
+    named = dict(model.named_parameters())
+    for name, sealed in model.seal.items():
+        if digest(named[name]) != sealed:
+            raise RuntimeError(f"{name} was frozen in this stage of LoPE, and changed")
