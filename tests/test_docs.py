@@ -21,7 +21,8 @@ from PIL import Image
 
 from noiseproof import cli, load
 from noiseproof.methods import METHODS
-from rows import feature_rows, image_model, image_rows
+from language import language_model
+from rows import feature_rows, image_model, image_rows, response_rows
 from test_layers import FLOORS
 from tiny import environment, table
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VIT = "google/vit-base-patch16-224-in21k"
+QWEN = "Qwen/Qwen2.5-0.5B"
 SHELL = ("console", "bash", "sh", "shell")
 
 
@@ -85,11 +87,14 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         x_test=test["features"],
         y_test=test["clean_label"],
     )
+    for name, rows, seed in (("answers", 40, 0), ("answers-test", 9, 1), ("new", 4, 2)):
+        made = pd.DataFrame(response_rows(rows, seed=seed))[["text", "label"]]
+        made = made.rename(columns={"text": "prompt", "label": "response"})
+        made.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "noiseproof.models.resolve_model",
-        lambda name: {"minilm": str(tiny_model), VIT: image_model()}.get(name, name),
-    )
+    places = {"minilm": str(tiny_model), VIT: image_model(), QWEN: language_model("qwen2")}
+    for place in ("noiseproof.models", "noiseproof.tasks.language"):
+        monkeypatch.setattr(f"{place}.resolve_model", lambda name: places.get(name, name))
     return tmp_path
 
 

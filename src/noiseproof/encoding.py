@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from noiseproof.errors import InputError
 from noiseproof.losses import cross_entropy
 
-
 RowChange = Callable[[tuple[str, ...], int], tuple[str, ...]]
 """The texts of a row and its number -> as many texts."""
 
