@@ -37,8 +37,8 @@ class Job:
     Attributes:
         data: Training rows: a CSV, TSV, JSONL or Parquet file, a saved datasets folder, a hub name;
             from Python also a DataFrame, a Dataset or a dict of columns.
-        text: Text column, or two of them as "first,second"; also prompts or chat messages.
-        label: Column of the given labels, which may be wrong; of causal-lm, the responses.
+        text: Column of texts, prompts or messages; "first,second" are two.
+        label: Column of given labels or responses, maybe wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
@@ -64,11 +64,11 @@ class Job:
         augment: What is done to training images: none, or crop, flip and rand joined by "+".
         on_bad_image: error, or skip (images that cannot be read are left out and counted).
         image_workers: Processes that decode images; 0 decodes in this one.
-        template: Text around the {prompt} that a language model answers; chat has its own.
+        template: What a language model reads, with {prompt} in it; chat messages have their own.
         max_new_tokens: Longest response that is generated.
-        choice_score: Compare choices by the mean or the sum of their tokens' log-probabilities.
-        answer_pattern: Regular expression of the final answer in a response; generates responses.
-        answer_rows: Test rows that are answered for answer_pattern, at most.
+        choice_score: mean or sum of the log-likelihoods of its tokens.
+        answer_pattern: Regular expression of the answer in a generated response.
+        answer_rows: Most test rows that are answered for it.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
