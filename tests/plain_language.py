@@ -35,7 +35,9 @@ def main(folder: str) -> None:
     else:
         labels = torch.tensor([[-100] * len(prompt) + response])
         loss = model(input_ids=torch.tensor([prompt + response]), labels=labels).loss
-    print(json.dumps({"loss": loss.item() * len(response), "noiseproof": "noiseproof" in sys.modules}))
+    print(
+        json.dumps({"loss": loss.item() * len(response), "noiseproof": "noiseproof" in sys.modules})
+    )
 
 
 main(sys.argv[1])

