@@ -47,8 +47,8 @@ def _llama() -> Any:
 
     return LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                       tie_word_embeddings=False, initializer_range=0.05,
-                       **_tokens())  # fmt: skip
+                       initializer_range=0.1,
+                       tie_word_embeddings=False, **_tokens())  # fmt: skip
 
 
 def _qwen2() -> Any:
@@ -56,15 +56,15 @@ def _qwen2() -> Any:
 
     return Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                       tie_word_embeddings=True, initializer_range=0.05,
-                       **_tokens())  # fmt: skip
+                       initializer_range=0.2,
+                       tie_word_embeddings=True, **_tokens())  # fmt: skip
 
 
 def _gpt2() -> Any:
     from transformers import GPT2Config
 
     return GPT2Config(
-        n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.05, **_tokens()
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, **_tokens()
     )
 
 

@@ -14,18 +14,16 @@ import torch
 
 import noiseproof
 from language import CHAT, language_model, tokenizer
-from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
 from noiseproof.job import Job
 from noiseproof.loop import Progress
-from noiseproof.method import Method, Run
+from noiseproof.method import Method
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
 from noiseproof.mixture import LossMixture
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
 from noiseproof.tasks.causal import find_answer, same_answer
 from noiseproof.tasks.dialogues import Dialogues
-from noiseproof.tasks.language import load_language_model
 from rows import response_rows
 from tiny import last_json, python, same_weights, train_settings
 
@@ -104,12 +102,11 @@ def test_every_architecture_learns_and_loads_without_noiseproof(
         kind=kind,
         test=rows,
         method=CrossEntropy(tune=tune),
-        train=train_settings(epochs=6, learning_rate=1e-2 if tune == "full" else 3e-2),
+        train=train_settings(epochs=6, learning_rate=1e-2),
         out=tmp_path / "run",
     )
     losses = [row["test_loss"] for row in result.history]
-    share = 0.7 if tune == "full" else 0.95  # adapters of a random network can do little
-    assert losses[-1] < share * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     metrics = result.record.metrics
     assert metrics["test_loss"] == pytest.approx(losses[-1])
     assert metrics["test_perplexity"] == pytest.approx(math.exp(losses[-1]))
@@ -134,6 +131,12 @@ def test_other_tunings_train_and_come_back(tune: str, tmp_path: Path) -> None:
     encoded = result.predictor.task.encode(Dialogues(["the boat"], ["harbour"]))
     loaded = noiseproof.load(tmp_path / "run")
     assert torch.equal(loaded.outputs(encoded), result.predictor.outputs(encoded))
+
+
+def test_a_head_that_is_tied_to_the_embeddings_is_refused() -> None:
+    """To train it would be to train what the model reads with."""
+    with pytest.raises(InputError, match=r"same weights.*lora"):
+        fit(method=CrossEntropy(tune="head"))
 
 
 def test_a_merged_adapter_is_a_plain_model(tmp_path: Path) -> None:
@@ -211,26 +214,10 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_micro_batches_give_the_gradient_of_the_batch() -> None:
     """A mean over tokens instead of rows would depend on the cut."""
-    responses = ["boat", "the old boat", "boat and more", "the boat we saw near some new hedge"]
-    rows = Dialogues(["the boat"] * 4, responses)
-
-    def gradients(size: int) -> tuple[float, dict[str, torch.Tensor]]:
-        model, _ = load_language_model(language_model("gpt2"))
-        encoded = task().encode(rows)
-        engine = Engine(train_settings(batch_size=4, micro_batch_size=size))
-        engine.start_stage(model.eval(), encoded, rate=1e-3)
-        labels = torch.zeros(4, dtype=torch.long)
-        run = Run(model, labels, 1, lambda before_batch=None: labels, torch.Generator())
-        loss = engine.backward(CrossEntropy(), encoded, np.arange(4), run)
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        engine.end_stage()
-        return loss, found
-
-    (whole, one), (parts, cut) = gradients(4), gradients(1)
-    assert parts == pytest.approx(whole, rel=1e-5)
-    assert one.keys() == cut.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
+    one = fit(train=train_settings(epochs=1)).predictor
+    cut = fit(train=train_settings(epochs=1, micro_batch_size=3)).predictor
+    encoded = one.task.encode(Dialogues(["the boat"], ["harbour"]))
+    torch.testing.assert_close(one.outputs(encoded), cut.outputs(encoded), rtol=1e-4, atol=1e-4)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -240,7 +227,7 @@ def test_micro_batches_give_the_gradient_of_the_batch() -> None:
 def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitResult, Path]:
     """A model that has learned to name the topic, with choices and an answer in its test set."""
     folder = tmp_path_factory.mktemp("learned") / "run"
-    rows = response_rows(48, wrong=0.0)
+    rows = response_rows(120, wrong=0.0, seed=2)
     test = response_rows(12, wrong=0.0, seed=3)
     names = ["garden", "harbour", "kitchen"]
     test |= {"choices": [names] * 12, "answer": [names.index(name) for name in test["label"]]}
@@ -252,10 +239,28 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitResult, Path]:
         answer_pattern=r"\w+",
         max_new_tokens=4,
         answer_rows=8,
-        train=train_settings(epochs=15, learning_rate=5e-3),
+        train=train_settings(epochs=12, learning_rate=5e-3),
         out=folder,
     )
     return result, folder
+
+
+@pytest.mark.parametrize("method", [SmallLoss(warmup_epochs=1, mixture=SMALL, tune="lora"),
+                                    CleaR(warmup_epochs=1, mixture=SMALL)])  # fmt: skip
+def test_swapped_responses_are_found_by_their_loss(
+    method: Method, learned: tuple[FitResult, Path]
+) -> None:
+    """Right form, wrong content: what selection by loss is for."""
+    result = noiseproof.fit(
+        response_rows(60, wrong=0.0, seed=7),
+        task="causal-lm",
+        model=str(learned[1] / "model"),
+        noise="swap:0.2",
+        method=method,
+        train=train_settings(epochs=3),
+    )
+    assert result.record.noise["noise_rate"] == 0.2
+    assert result.record.metrics["detection_auroc"] > 0.9
 
 
 def test_choices_and_generated_answers_are_measured_once_at_the_end(
@@ -288,24 +293,6 @@ def test_predict_answers_new_prompts_and_scores_given_responses(
         result.predictor.predict_proba(new["text"])
 
 
-@pytest.mark.parametrize("method", [SmallLoss(warmup_epochs=1, mixture=SMALL, tune="lora"),
-                                    CleaR(warmup_epochs=1, mixture=SMALL)])  # fmt: skip
-def test_swapped_responses_are_found_by_their_loss(
-    method: Method, learned: tuple[FitResult, Path]
-) -> None:
-    """Right form, wrong content, to a model that knows better: what selection by loss is for."""
-    result = noiseproof.fit(
-        response_rows(60, wrong=0.0, seed=7),
-        task="causal-lm",
-        model=str(learned[1] / "model"),
-        noise="swap:0.2",
-        method=method,
-        train=train_settings(epochs=3),
-    )
-    assert result.record.noise["noise_rate"] == 0.2
-    assert result.record.metrics["detection_auroc"] > 0.9
-
-
 def test_choices_are_compared_by_the_mean_or_by_the_sum(learned: tuple[FitResult, Path]) -> None:
     """The sum prefers short choices, the mean long ones; a table must say which it shows."""
     result, _ = learned
@@ -335,11 +322,24 @@ def test_same_answer_compares_numbers_as_numbers() -> None:
     assert not same_answer(None, None) and not same_answer(None, "")
 
 
+def test_a_prompt_that_fills_the_model_still_gets_an_answer() -> None:
+    """Positions beyond the last are an IndexError deep in the model."""
+    predictor = fit(max_new_tokens=100, train=train_settings(epochs=1)).predictor
+    long = " ".join(["boat"] * 100)
+    assert predictor.predict([long, "boat"]) == [predictor.predict([x])[0] for x in (long, "boat")]
+
+
 def test_generated_text_does_not_depend_on_the_batch() -> None:
     """Left padding without its mask shifts what the model reads."""
     prompts = ["the old boat and some more", "soil", "we saw the new oven today"]
-    for kind in ("llama", "gpt2", "t5"):
-        predictor = fit(kind=kind, max_new_tokens=5, train=train_settings(epochs=1)).predictor
+    for kind, tune in (
+        ("llama", "lora"),
+        ("gpt2", "adapter"),
+        ("t5", "lora"),
+        ("gpt2", "prompt_tuning"),
+    ):
+        method, train = CrossEntropy(tune=tune), train_settings(epochs=1)
+        predictor = fit(kind=kind, method=method, max_new_tokens=5, train=train).predictor
         assert predictor.predict(prompts) == [predictor.predict([one])[0] for one in prompts]
 
 
@@ -373,7 +373,7 @@ def test_methods_that_need_classes_are_refused_and_the_others_named() -> None:
     listed = {name for name, method in METHODS.items() if "causal-lm" in method.tasks}
     assert {"CrossEntropy", "GCE", "SCE", "SmallLoss", "CleaR"} <= listed
     for name in ("ELR", "TURN", "NMTune", "CoTeaching", "ForwardCorrection"):
-        with pytest.raises(InputError, match="does not support task 'causal-lm'.*SmallLoss"):
+        with pytest.raises(InputError, match=r"does not support task 'causal-lm'.*SmallLoss"):
             Job({}, task="causal-lm", model="gpt2", method=METHODS[name]())
 
 
@@ -394,6 +394,7 @@ def test_noise_on_classes_is_refused_and_swaps_on_classes_too(noise: str) -> Non
         ("answer_rows", 0),
         ("choice_score", "median"),
         ("answer_pattern", "("),
+        ("drop_label", "x"),
         ("model", "minilm"),
     ],
 )
@@ -457,11 +458,11 @@ def test_a_pre_trained_story_model_learns_to_answer(shared: Path, tmp_path: Path
         test=rows,
         model=str(shared / "models" / "stories260K"),
         method=SmallLoss(warmup_epochs=2, tune="lora", mixture=SMALL),
-        train=train_settings(epochs=8, learning_rate=5e-3),
+        train=train_settings(epochs=5, learning_rate=5e-3),
         out=tmp_path / "run",
     )
     losses = [row["test_loss"] for row in result.history]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert result.record.metrics["detection_auroc"] > 0.9
     answers = noiseproof.predict(tmp_path / "run", {"prompt": rows["prompt"][:2]}, max_new_tokens=8)
     assert all(isinstance(text, str) and text for text in answers["predicted_response"])

@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VIT = "google/vit-base-patch16-224-in21k"
-QWEN = "Qwen/Qwen2.5-0.5B"
 SHELL = ("console", "bash", "sh", "shell")
 
 
@@ -87,14 +86,18 @@ def workplace(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         x_test=test["features"],
         y_test=test["clean_label"],
     )
-    for name, rows, seed in (("answers", 40, 0), ("answers-test", 9, 1), ("new", 4, 2)):
-        made = pd.DataFrame(response_rows(rows, seed=seed))[["text", "label"]]
-        made = made.rename(columns={"text": "prompt", "label": "response"})
-        made.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    for name, rows in (("sft", response_rows(24)), ("sft-test", response_rows(6, seed=1))):
+        frame = pd.DataFrame({"prompt": rows["text"], "response": rows["label"]})
+        frame.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    frame[["prompt"]].to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
+    monkeypatch.setattr(
+        "noiseproof.tasks.language.resolve_model", lambda name: language_model("qwen2")
+    )
     monkeypatch.chdir(tmp_path)
-    places = {"minilm": str(tiny_model), VIT: image_model(), QWEN: language_model("qwen2")}
-    for place in ("noiseproof.models", "noiseproof.tasks.language"):
-        monkeypatch.setattr(f"{place}.resolve_model", lambda name: places.get(name, name))
+    monkeypatch.setattr(
+        "noiseproof.models.resolve_model",
+        lambda name: {"minilm": str(tiny_model), VIT: image_model()}.get(name, name),
+    )
     return tmp_path
 
 

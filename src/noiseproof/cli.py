@@ -169,6 +169,8 @@ def predict(words: list[str]) -> None:
                         help="Column of images, if it has another name.")  # fmt: skip
     parser.add_argument("--on-bad-image", type=str | None,
                         help="error, or skip (such rows get no label).")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int | None,
+                        help="Longest response of a language model.")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
     given = _parse(parser, words)
@@ -176,7 +178,7 @@ def predict(words: list[str]) -> None:
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
-    names = ("text", "features", "image", "on_bad_image", "split")
+    names = ("text", "features", "image", "on_bad_image", "max_new_tokens", "split")
     table = predict_rows(given.run, given.data, **{name: getattr(given, name) for name in names})
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")

@@ -12,7 +12,7 @@ import torch
 from noiseproof.data import FOREIGN, Examples, Inputs, Reader, read_labels
 from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError
-from noiseproof.noise import Corruption, parse_noise
+from noiseproof.noise import Corruption, NoiseModel, parse_noise
 from noiseproof.preparation import frozen_features
 from noiseproof.tables import Table, load_table
 from noiseproof.tasks import RowSettings, Task, find_task
@@ -93,8 +93,11 @@ def corrupt_table(
         raise InputError(
             f"the data has a column {clean_label!r} already; name another one for the true labels"
         )
-    labels, names = read_labels(data, label, split)
+    kind.check_noise(model_of_noise)
     reader = kind.reader(settings)
+    if kind.text_labels:
+        return _other_responses(table, model_of_noise, reader, label, clean_label, seed)
+    labels, names = read_labels(data, label, split)
     features, pool, pool_rows = None, None, None
     reads = model_of_noise.needs_features or model_of_noise.needs_pool
     if reads or model_of_noise.needs_texts:
@@ -133,6 +136,29 @@ def corrupt_table(
     if out is not None:
         table = reader.moved(table, Path(out).expanduser().absolute().parent)
     return table, corruption
+
+
+def _other_responses(
+    table: Table, noise: NoiseModel, reader: Reader, label: str, clean_label: str, seed: int
+) -> tuple[Table, Corruption]:
+    """Corrupt rows whose label is a text: swap the labels, or put text noise on all texts."""
+    table.require(label, "responses")
+    columns = [label] if noise.needs_responses else [*reader.columns(table), label]
+    for column in columns:
+        if not all(isinstance(cell, str) for cell in table.frame[column]):
+            raise InputError(
+                f"column {column!r} of {table.name} must hold texts for noise {noise.spec!r}; chat "
+                "messages take swap noise on a column of responses alone"
+            )
+    texts = list(zip(*(table.frame[column].tolist() for column in columns), strict=True))
+    corruption = noise.apply(np.zeros(len(table), dtype=np.int64), 1, seed, texts=texts)
+    changed = {clean_label: table.frame[label]}
+    if noise.needs_responses:
+        changed[label] = corruption.extras["responses"].tolist()
+    else:
+        changed |= dict(zip(columns, corruption.extras["texts"].T.tolist(), strict=True))
+    frame = table.frame.assign(**changed)
+    return dataclasses.replace(table, frame=frame, texts={}), corruption
 
 
 def _relabelled(column: Any, old: np.ndarray, new: np.ndarray, names: tuple[str, ...]) -> Any:

@@ -243,6 +243,35 @@ class Switch:
         self.loads: list[Tensor] | None = None
 
 
+class DroppedProduct(torch.autograd.Function):
+    """dropout(x) A'.  (.., d_in), (r, d_in) -> (.., r).
+
+    Keeps x, which the router keeps anyway, and a mask of one byte an entry; dropout and product by
+    themselves would keep dropout(x) beside x, and twice the memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, down: Tensor, rate: float) -> Tensor:
+        """The product; draws the mask."""
+        dropped, mask = torch.native_dropout(given, rate, True)
+        ctx.save_for_backward(given, mask, down)
+        ctx.scale = 1 / (1 - rate)
+        return F.linear(dropped, down)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients of x and A, by the same mask."""
+        (gradient,) = gradients
+        given, mask, down = ctx.saved_tensors
+        of_given = of_down = None
+        if ctx.needs_input_grad[0]:
+            of_given = (gradient @ down.to(gradient.dtype)) * mask * ctx.scale
+        if ctx.needs_input_grad[1]:
+            dropped = (given * mask * ctx.scale).to(gradient.dtype)
+            of_down = gradient.flatten(0, -2).T @ dropped.flatten(0, -2)
+        return of_given, of_down, None
+
+
 class ExpertLinear(nn.Module):
     """A frozen linear module with experts beside it.
 
@@ -301,7 +330,7 @@ class ExpertLinear(nn.Module):
         cast = torch.is_autocast_enabled(input.device.type)
         given = input if cast else input.to(own)
         rate = self.settings.dropout if self.training else 0.0
-        hidden = self.lora_A(F.dropout(given, rate) if rate else given)  # (.., r)
+        hidden = self._down(given, rate)  # (.., r)
         undropped = hidden if not rate or self.settings.gate_input == "x" else self.lora_A(given)
         logits = self._logits(input if self.settings.gate_input == "x" else undropped)
         mode = self.switch.training_mode if self.training else self.switch.mode
@@ -313,14 +342,14 @@ class ExpertLinear(nn.Module):
             self.switch.loads.append(self._load(logits))
         used = self.settings.count if mode == "none" else self.settings.normal
         if rate and self.settings.dropout_mode == "per_expert":
-            more = [self.lora_A(F.dropout(given, rate)) for _ in range(used - 1)]
+            more = [self._down(given, rate) for _ in range(used - 1)]
             shared = torch.stack([hidden, *more], dim=-2)  # (.., used, r)
         else:
             shared = hidden.unsqueeze(-2)
-        mixed = (weights[..., :used].to(hidden.dtype).unsqueeze(-1) * shared).flatten(-2)
+        scale = self.settings.alpha / self.settings.rank  # times what is narrow
+        mixed = ((scale * weights[..., :used]).to(hidden.dtype).unsqueeze(-1) * shared).flatten(-2)
         update = F.linear(mixed, torch.cat(self.up()[:used], dim=1))
-        scale = self.settings.alpha / self.settings.rank
-        return output + (scale * update).to(output.dtype)
+        return output + update.to(output.dtype)
 
     def calibrate(self, theta: Tensor) -> None:
         """Keep the similarities (NE,) and the Gram matrices for inference."""
@@ -347,6 +376,14 @@ class ExpertLinear(nn.Module):
                 norms = (one.norm() * other.norm()).clamp_min(1e-30)
                 found[f"drift_{name}"] = float((other - one).norm() / one.norm().clamp_min(1e-30))
                 found[f"cosine_{name}"] = float((one * other).sum() / norms)
+        return found
+
+    def _down(self, given: Tensor, rate: float) -> Tensor:
+        """A x, with dropout on x in training.  (.., d_in) -> (.., r)."""
+        down = self.lora_A.weight
+        if not rate:
+            return F.linear(given, down)
+        found: Tensor = DroppedProduct.apply(given, down, rate)  # type: ignore[no-untyped-call]
         return found
 
     def _load(self, logits: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ class Method:
         """Split the epochs into stages; raise `InputError` when they are too few."""
         return [Stage("train", epochs)]
 
-    def on_stage_start(self, run: Run) -> None:  # noqa: B027
+    def on_stage_start(self, run: Run) -> None:
         """Set up what a stage needs and no checkpoint holds, such as switches of the model.
 
         Called when a stage begins, and when a run is continued inside it.

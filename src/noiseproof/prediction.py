@@ -75,7 +75,7 @@ class Predictor:
         Raises:
             InputError: The labels are no classes.
         """
-        if self.task.answer_columns != Task.answer_columns:
+        if self.task.text_labels:
             raise InputError(
                 f"task {self.task.name!r} has no class probabilities; predict gives its answers"
             )

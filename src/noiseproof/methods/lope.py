@@ -12,8 +12,9 @@ stage adapt: on the data as given, A, the normal experts and the router train wh
 expert stays as it is and takes part; (3) the similarity theta of each normal expert to the
 poisoning one is measured; (4) at inference the poisoning expert is masked, and the weights of the
 others are multiplied by 1 + theta and normalised.
-Deviations: epochs are those of both stages together, half each (epoch_budget=per_stage gives each
-all of them, as published); embedding noise is relative to the embeddings' size (the paper's 0.05
+Deviations: the stage poison takes one of train.epochs (epoch_budget=per_stage gives each stage all
+of them; published runs have one epoch each): with more, the poisoning expert learns the task, and
+masking it costs most of the accuracy of a classifier; embedding noise is relative to the embeddings' size (the paper's 0.05
 is absolute, and scales differ between models); it is drawn by row and epoch, not from one stream;
 the head trains in both stages and starts anew in the second where labels were flipped in the first
 (the paper has no classifiers).
@@ -82,11 +83,11 @@ class LoPE(Method):
         balance_weight: Weight of the squared coefficient of variation of the normal experts' load.
         train_poison: What trains in the stage poison: some of A, B, BD, gate, head.
         train_adapt: What trains in the stage adapt.
-        epoch_budget: total (train.epochs is for both stages, half each), or per_stage.
-        poison_epochs: Epochs of the stage poison, whatever epoch_budget says; None follows it.
+        epoch_budget: total (train.epochs is for both stages), or per_stage.
+        poison_epochs: epoch_budget=total: epochs of the stage poison; the rest is for adapt.
         learning_rate: Of both stages; None is 2e-3.
         head_policy: Head at the start of the stage adapt: carry, restore (as before training), or
-            auto (restore where labels were flipped).
+            auto (restore where labels were flipped and the head trains again).
         noise_rate: Share of rows, words or characters that are corrupted in a noisy stage.
         noise_unit: sample (rows), word or char.
         noise_ops: Which of shuffle, insert and delete; none leaves texts as they are.
@@ -127,7 +128,7 @@ class LoPE(Method):
     train_poison: tuple[str, ...] = ("A", "BD", "head")
     train_adapt: tuple[str, ...] = ("A", "B", "gate", "head")
     epoch_budget: str = "total"
-    poison_epochs: int | None = None
+    poison_epochs: int = 1
     learning_rate: float | None = None
     head_policy: str = "auto"
     noise_rate: float = 0.05
@@ -216,8 +217,13 @@ class LoPE(Method):
             f"LoPE.noise_ops must name some of {', '.join(OPERATIONS)}; got {self.noise_ops}",
         )
         require(
-            self.poison_epochs is None or self.poison_epochs >= 1,
+            self.poison_epochs >= 1,
             f"LoPE.poison_epochs must be at least 1, got {self.poison_epochs}",
+        )
+        require(
+            self.head_policy != "restore" or "head" in self.train_adapt,
+            "LoPE.head_policy=restore needs a head that trains again: put head into train_adapt, "
+            f"got {self.train_adapt}",
         )
         most = self.compensate_k
         require(
@@ -316,11 +322,9 @@ class LoPE(Method):
         )
         if not self.num_poison_experts:
             return [adapt(epochs=epochs)]
-        if self.poison_epochs is not None:
-            first = self.poison_epochs
-        else:
-            first = epochs if self.epoch_budget == "per_stage" else epochs // 2
-        rest = epochs if self.epoch_budget == "per_stage" else epochs - first
+        separate = self.epoch_budget == "per_stage"
+        first = epochs if separate else self.poison_epochs
+        rest = epochs if separate else epochs - first
         require(
             first >= 1 and rest >= 1,
             f"LoPE has two stages of at least one epoch, train.epochs={epochs} leaves {first} and "
@@ -440,7 +444,8 @@ class LoPE(Method):
     @property
     def _restores_head(self) -> bool:
         flips = POISON in self.noise_stages and self._target_rate > 0 and not self.responses
-        return self.head_policy == "restore" or (self.head_policy == "auto" and flips)
+        again = flips and "head" in self.train_adapt
+        return self.head_policy == "restore" or (self.head_policy == "auto" and again)
 
     def _seed(self, seed: int) -> int:
         return seed if self.noise_seed is None else self.noise_seed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from noiseproof import charts
-from noiseproof.report import figures, ood
+from noiseproof.report import experts, figures, ood
 from noiseproof.report.blocks import (
     MISSING,
     Cell,
@@ -125,6 +125,7 @@ def _setting(grid: Grid, group: Group) -> Section:
         )
     section.blocks.append(_headline(grid, group, rows))
     section.blocks += _elsewhere(grid, group, rows)
+    section.blocks += _modes(grid, group, rows)
     drawn = {row: cells[row] for row in grid.rows if cells.get(row)}
     curves = figures.learning_curves(drawn, grid.styles)
     dots = _dots(grid, group, rows)
@@ -176,18 +177,40 @@ def _headline(grid: Grid, group: Group, rows: Sequence[str]) -> Table:
 def _elsewhere(grid: Grid, group: Group, rows: Sequence[str]) -> list[Table]:
     """The test sets from elsewhere of one setting, a table of their own."""
     names = ood.set_names(grid.runs(group))
-    if not names:
-        return []
     measures = [measure for name in names for measure in ood.measures_of(name)]
+    note = f"Accuracy and Matthews correlation (MCC) in percent, {_spread(grid)}. {ood.NOTE}"
+    return _measured(grid, group, rows, measures, "Test sets from elsewhere", note)
+
+
+def _modes(grid: Grid, group: Group, rows: Sequence[str]) -> list[Table]:
+    """How methods with a poisoning expert answer in each mode, in one setting."""
+    having = [
+        row for row in rows if any(run.record.modes for run in grid.cells[group].get(row, ()))
+    ]
+    measures = experts.mode_measures(grid.runs(group))
+    note = f"Accuracy in percent, {_spread(grid)}. One training a run; only the inference differs."
+    return _measured(grid, group, having, measures, "Inference modes", note)
+
+
+def _measured(
+    grid: Grid,
+    group: Group,
+    rows: Sequence[str],
+    measures: Sequence[Measure],
+    title: str,
+    note: str,
+) -> list[Table]:
+    """A row per method and a column per measure; nothing without measures."""
+    if not measures:
+        return []
     parts = [_column(grid, group, measure, rows) for measure in measures]
     columns = [Column(measure.title, measure.meaning) for measure in measures]
-    note = f"Accuracy and Matthews correlation (MCC) in percent, {_spread(grid)}. {ood.NOTE}"
     return [
         Table(
             [Column("Method", numeric=False), *columns],
             [[Cell(row), *(part[index] for part in parts)] for index, row in enumerate(rows)],
             note,
-            "Test sets from elsewhere",
+            title,
         )
     ]
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 
 from noiseproof.charts import Series, line_chart
-from noiseproof.report import figures, ood
+from noiseproof.report import experts, figures, ood
 from noiseproof.report.blocks import (
     MISSING,
     Block,
@@ -58,6 +58,8 @@ def single_report(found: Found, baseline: str | None, title: str | None) -> Repo
     sections = [
         Section("Overview", [_facts(run), _metrics(run, grid)]),
         Section("Test sets from elsewhere", [*ood.table_of(run)]),
+        Section("Inference modes", experts.modes_table(run)),
+        Section("Poisoning expert", experts.router_blocks(run)),
         Section("By epoch", _epochs(run)),
         Section("By class", _classes(run)),
         Section("Suspicious rows", [*_detection(run), *_suspects(run)]),
@@ -68,7 +70,8 @@ def single_report(found: Found, baseline: str | None, title: str | None) -> Repo
     ]
     search = search_table([run])
     if search:
-        sections.insert(6, Section("Search", [search]))
+        names = [section.title for section in sections]
+        sections.insert(names.index("Settings"), Section("Search", [search]))
     heading = title or found.grid.get("title") or f"{run.row} on {run.names['data']}"
     shown = [section for section in sections if section.blocks]
     return Report(heading, found.grid.get("description", ""), shown)

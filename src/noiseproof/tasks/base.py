@@ -152,6 +152,8 @@ class Task(ABC):
     default_model: ClassVar[str | None] = None
     """The model that is taken when none is named; None asks for one."""
 
+    text_labels: ClassVar[bool] = False
+    """Whether a label is a text of its own, not one of C classes."""
     measures: ClassVar[Measures] = ClassMeasures()
     """What is measured of such rows."""
     answer_columns: ClassVar[tuple[str, ...]] = ("predicted_label", "confidence")

@@ -125,6 +125,7 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal-lm"
     summary: ClassVar[str] = "prompts or chat messages with responses"
     column: ClassVar[str] = "text"
+    text_labels: ClassVar[bool] = True
     measures: ClassVar[Measures] = ResponseMeasures()
     answer_columns: ClassVar[tuple[str, ...]] = ("predicted_response", "response_loss")
 
@@ -298,15 +299,22 @@ class CausalLM(Task):
     # --- answering -------------------------------------------------------------------------------
 
     def respond(self, model: nn.Module, inputs: Dialogues) -> list[str]:
-        """Answer prompts greedily: N texts of at most ``max_new_tokens`` tokens."""
-        limit = min(self.settings.max_length, int(self.tokenizer.model_max_length))
+        """Answer prompts greedily: N texts of at most ``max_new_tokens`` tokens.
+
+        A decoder has room for prompt and response together: the response gets half of it at most,
+        and a prompt that is too long for the rest loses its beginning.
+        """
+        limit, new = int(self.tokenizer.model_max_length), self.settings.max_new_tokens
+        if self.start is None:
+            new = min(new, max(1, limit // 2))
+            limit -= new
         texts = inputs.prompts
         if inputs.chat:
             texts = [self._chat(json.loads(text), True) for text in texts]
         else:
             texts = [self._framed(text) for text in texts]
-        prompts = [self._prompt_ids(text, inputs.chat)[:limit] for text in texts]
-        return generate(model, self.tokenizer, prompts, self.settings.max_new_tokens)
+        prompts = [self._prompt_ids(text, inputs.chat)[-limit:] for text in texts]
+        return generate(model, self.tokenizer, prompts, new)
 
     def answers(
         self,

@@ -129,27 +129,14 @@ def generate(
     """Answer prompts greedily: N lists of token ids -> N texts.
 
     Prompts of one batch are padded on the left, so that all responses start at one place. What a
-    model answers does not depend on the batch: a response ends where the model's positions do, and
-    prompts that follow learned tokens, which must stand right before them, share a batch only
-    where they are equally long.
+    model answers does not depend on the batch: prompts that follow learned tokens, which must
+    stand right before them, share a batch only where they are equally long.
     """
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
     pad = int(tokenizer.pad_token_id or 0)
-    rooms = [max_new_tokens] * len(prompts)
-    if not is_encoder_decoder(model):
-        limit = int(tokenizer.model_max_length)
-        rooms = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
-    full = sum(room < 1 for room in rooms)
-    if full:
-        warnings.warn(
-            f"{full} prompts fill all {tokenizer.model_max_length} positions of the model and get "
-            "no response; lower train.max_length",
-            UserWarning,
-            stacklevel=2,
-        )
     alike = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
-    for rows in _batches(prompts, rooms, alike):
+    for rows in _batches(prompts, alike):
         width = max(len(prompts[row]) for row in rows)
         ids = torch.full((len(rows), width), pad)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -164,7 +151,7 @@ def generate(
                 attention_mask=mask.to(device),
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=rooms[rows[0]],
+                max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
             )
         new = made[:, 1:] if is_encoder_decoder(model) else made[:, width:]
@@ -174,20 +161,10 @@ def generate(
     return answers
 
 
-def _batches(
-    prompts: Sequence[Sequence[int]], rooms: Sequence[int], alike: bool
-) -> Iterator[list[int]]:
-    """Rows of similar length together, with equal room for their responses; none without room.
-
-    Args:
-        prompts: N lists of token ids.
-        rooms: Most new tokens of each.
-        alike: Whether the lengths must be equal.
-    """
-    order = [row for row in range(len(prompts)) if rooms[row] > 0]
-    order.sort(key=lambda row: -len(prompts[row]))
-    kinds = groupby(order, lambda row: (rooms[row], len(prompts[row]) if alike else 0))
-    for _, group in kinds:
+def _batches(prompts: Sequence[Sequence[int]], alike: bool) -> Iterator[list[int]]:
+    """Rows of similar length together, or of equal length alone."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    for _, group in groupby(order, lambda row: len(prompts[row]) if alike else 0):
         rows = list(group)
         for start in range(0, len(rows), GENERATE_ROWS):
             yield rows[start : start + GENERATE_ROWS]

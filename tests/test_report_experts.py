@@ -1,0 +1,107 @@
+"""Reports on models with a poisoning expert: inference modes, the router, and what masking does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from noiseproof.report import report
+from noiseproof.report.experts import verdict
+from reports import write_run
+
+LOPE = {"name": "LoPE", "inference_mode": "compensate"}
+LAYER = {"layer": "layer.0.<query>", "poison_weight": 0.4, "poison_weight_std": 0.1,
+         "above_even_share": 0.75, "update_ratio": 0.05, "drift_A": 0.2,
+         "theta": [0.5, -0.25, 0.0]}  # fmt: skip
+EXPERTS = {"poison_weight": 0.4, "even_share": 0.25, "rows": 100, "noise_auroc": 0.5,
+           "layers": [LAYER]}  # fmt: skip
+
+
+def modes(**accuracies: float) -> dict[str, Any]:
+    return {
+        mode: {"test_accuracy": value, "ood_corrupted_accuracy": value - 0.1}
+        for mode, value in accuracies.items()
+    }
+
+
+def written(folder: Path, **fields: Any) -> str:
+    write_run(
+        folder / "run", method=LOPE, ood={"corrupted": {"rows": 50, "accuracy": 0.6}}, **fields
+    )
+    return report(folder / "run", folder / "run.md").read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_a_run_shows_every_mode_on_every_set(tmp_path: Path) -> None:
+    text = written(tmp_path, modes=modes(mask=0.71, none=0.7, renorm=0.72, compensate=0.733))
+    lines = [line for line in section(text, "Inference modes").splitlines() if "|" in line]
+    assert lines[0].startswith("| Mode | Meaning | test, accuracy | corrupted, accuracy |")
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        "none", "mask", "renorm", "compensate deployed",
+    ]  # fmt: skip
+    assert lines[-1].endswith("| 73.3 | 63.3 |")
+    assert "Poisoning expert" not in text
+
+
+def test_a_run_with_one_way_to_answer_has_neither_section(tmp_path: Path) -> None:
+    text = written(tmp_path)
+    assert "Inference modes" not in text and "Poisoning expert" not in text
+
+
+def test_a_language_model_shows_tokens_and_perplexity(tmp_path: Path) -> None:
+    own = {"test_token_accuracy": 0.25, "test_perplexity": 7.125, "test_loss": 1.96}
+    part = section(written(tmp_path, modes={"none": own, "mask": own}), "Inference modes")
+    assert "test, token accuracy | test, perplexity" in part and "| 25.0 | 7.12 |" in part
+
+
+def test_the_router_is_shown_layer_by_layer_under_its_verdict(tmp_path: Path) -> None:
+    part = section(written(tmp_path, findings={"experts": EXPERTS}), "Poisoning expert")
+    assert "masking is only rescaling" in part and "40.0 % of the weight" in part
+    last = [line for line in part.splitlines() if line.startswith("|")][-1]
+    assert last.endswith("| 40.0 | 10.0 | 75.0 | 5.0 | 20.0 | 0.50, \N{MINUS SIGN}0.25, 0.00 |")
+    assert "<query>" not in last  # a text from outside is text
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        # 100 rows: chance is 0.5 -+ 1.96 sqrt(201 / 120000) = 0.5 -+ 0.0802
+        ({"noise_auroc": 0.579}, "does not know noise"),
+        ({"noise_auroc": 0.421}, "does not know noise"),
+        ({"noise_auroc": 0.581}, "rely more on it"),
+        ({"noise_auroc": 0.419}, "rely less on it"),
+        ({"noise_auroc": 0.9, "poison_weight": 0.26, "layers": [{"poison_weight_std": 0.02}]},
+         "sit at the even share"),
+        ({"noise_auroc": 0.9, "poison_weight": 0.26, "layers": [{"poison_weight_std": 0.03}]},
+         "rely more on it"),
+        ({"noise_auroc": 0.9, "poison_weight": 0.28, "layers": [{"poison_weight_std": 0.02}]},
+         "rely more on it"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_computed_from_the_numbers(found: dict[str, Any], said: str) -> None:
+    text = verdict(EXPERTS | found)
+    assert said in text
+    assert ("only rescaling" in text) == ("even share." in text or "not know" in text)
+
+
+def test_damaged_findings_say_nothing(tmp_path: Path) -> None:
+    broken = EXPERTS | {"noise_auroc": None, "layers": []}
+    assert "Poisoning expert" not in written(tmp_path, findings={"experts": broken})
+
+
+def test_a_comparison_shows_the_modes_of_the_methods_that_have_them(tmp_path: Path) -> None:
+    for seed, value in enumerate((0.70, 0.72)):
+        write_run(tmp_path / f"runs/lope-{seed}", method=LOPE, seed=seed,
+                  modes=modes(none=value, mask=value + 0.1),
+                  ood={"corrupted": {"rows": 50, "accuracy": 0.6}})  # fmt: skip
+        write_run(tmp_path / f"runs/plain-{seed}", seed=seed)
+    text = report(tmp_path / "runs", tmp_path / "all.md").read_text(encoding="utf-8")
+    part = text.partition("### Inference modes")[2].partition("\n#")[0]
+    assert "| Method | none | mask | corrupted: none | corrupted: mask |" in part
+    assert "| LoPE | 71.0 ± 1.4 | 81.0 ± 1.4 | 61.0 ± 1.4 | 71.0 ± 1.4 |" in part
+    assert "CrossEntropy |" not in part
