@@ -13,7 +13,7 @@ from language import language_model, tokenizer
 from noiseproof.errors import InputError
 from noiseproof.methods import CrossEntropy
 from noiseproof.models import is_head
-from noiseproof.tasks.language import generate, load_language_model
+from noiseproof.tasks.language import load_language_model
 from rows import response_rows
 from tiny import train_settings
 
@@ -27,19 +27,6 @@ def fit(kind: str, tune: str, **settings: Any) -> noiseproof.FitResult:
         train=train_settings(epochs=1),
         **settings,
     )
-
-
-def test_a_response_ends_where_the_positions_of_the_model_do() -> None:
-    """GPT-2 has no embedding for a position beyond its last."""
-    model, made = load_language_model(language_model("gpt2"))
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    made.model_max_length = 12
-    prompts = [[20, 21, 22], [20] * 10, [20] * 12]
-    with pytest.warns(UserWarning, match="1 prompts fill all 12 positions"):
-        short, long, full = generate(model, made, prompts, 9)
-    assert short == generate(model, made, prompts[:1], 9)[0]
-    assert long == generate(model, made, prompts[1:2], 2)[0] and full == ""
-    assert len(short.split()) > len(long.split())
 
 
 @pytest.mark.parametrize("tune", ["prompt_tuning", "prefix_tuning"])

@@ -37,8 +37,8 @@ class Job:
     Attributes:
         data: Training rows: a CSV, TSV, JSONL or Parquet file, a saved datasets folder, a hub name;
             from Python also a DataFrame, a Dataset or a dict of columns.
-        text: Text column, or two as "first,second"; prompts or chat messages of causal-lm.
-        label: Column of the given labels (or responses), which may be wrong.
+        text: Column of texts, prompts or messages; "first,second" are two.
+        label: Column of given labels or responses, maybe wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
@@ -66,9 +66,9 @@ class Job:
         image_workers: Processes that decode images; 0 decodes in this one.
         template: Text around the {prompt} of a language model; chat has its own.
         max_new_tokens: Longest response that is generated.
-        choice_score: Compare choices by mean or sum of the log-probabilities of tokens.
-        answer_pattern: Regular expression of the final answer in a response; generates responses.
-        answer_rows: Test rows that are answered for answer_pattern, at most.
+        choice_score: mean or sum of the log-likelihoods of its tokens.
+        answer_pattern: Regular expression of the answer in a generated response.
+        answer_rows: Most test rows that are answered for it.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
