@@ -33,7 +33,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("method", "noise", "tables", "models", "encoding", "evidence"),
     3: ("adapters", "experts", "data", "modules", "precision", "features"),
     4: ("tuning", "tasks", "engine", "checkpoint", "record", "gradients"),
-    5: ("methods", "loop"),
+    5: ("methods", "loop", "distortion"),
     6: ("job", "prediction", "cards"),
     7: ("preparation", "estimators"),
     8: ("results", "corruption"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
-from tiny import LABELS, SOURCE, Tiny, last_json, python, same_weights, table, train_settings
+from tiny import Tiny, last_json, python, table, train_settings
 
 NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
 """Settings with which some of 25 rows are corrupted."""
+TWO = NOISY | {"poison_epochs": 2}
+"""The same with two epochs of the stage poison."""
 
 
 def experts(outcome: Outcome) -> ExpertModel:
@@ -74,7 +75,8 @@ class Spy:
             spy.modes[run.stage] = (inner.switch.training_mode, inner.mode)
 
         def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
-            labels = batch.columns.get("noisy_label", batch.labels)
+            noisy = run.stage in method.noise_stages
+            labels = batch.columns["noisy_label"] if noisy else batch.labels
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
             for place, row in enumerate(batch.rows.tolist()):
                 key = (run.stage, run.epoch)
@@ -117,7 +119,7 @@ def test_each_stage_trains_its_own_experts_and_leaves_the_rest_bit_for_bit(
     """A poisoning expert that moves in the second stage learns the data; normal ones that move in
     the first learn the noise.
     """
-    outcome = tiny_run.fit(LoPE(**NOISY), epochs=4, weight_decay=0.1)
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4, weight_decay=0.1)
     wanted = {POISON: {"A", "BD", "head"}, ADAPT: {"A", "B", "gate", "head"}}
     assert {stage: groups_of(names) for stage, names in spy.trainable.items()} == wanted
     assert list(spy.optimised.values()) == [spy.trainable[POISON], spy.trainable[ADAPT]]
@@ -160,7 +162,7 @@ def test_a_frozen_tensor_that_changes_is_noticed_by_name(
         return original(method, model, batch, run)
 
     monkeypatch.setattr(LoPE, "compute_loss", compute_loss)
-    with pytest.raises(RuntimeError, match="lora_BD.weight was frozen in this stage of LoPE"):
+    with pytest.raises(RuntimeError, match=r"lora_BD\.weight was frozen in this stage of LoPE"):
         tiny_run.fit(LoPE(**NOISY), epochs=2)
 
 
@@ -188,7 +190,7 @@ def test_epochs_are_shared_out_among_the_stages(
 def test_too_few_epochs_are_refused_before_anything_runs(
     settings: dict[str, Any], epochs: int
 ) -> None:
-    with pytest.raises(InputError, match="two stages of at least one epoch.*epoch_budget"):
+    with pytest.raises(InputError, match=r"two stages of at least one epoch.*epoch_budget"):
         LoPE(**settings).stages(epochs)
 
 
@@ -307,16 +309,17 @@ def test_the_noise_of_the_method_is_not_the_noise_of_the_data() -> None:
 
     noise = parse_noise("text:0.3")
     assert noise is not None
-    texts = np.full((400, 1), "one two three four", dtype=object)
+    texts = [("one two three four",)] * 400
     found = noise.apply(np.zeros(400, dtype=np.int64), 2, 0, texts=texts)
-    assert found.mask.tolist() != changed(LoPE(noise_rate=0.3), 400)
+    hit = found.extras["text_changed"].tolist()
+    assert 60 < sum(hit) < 180 and hit != changed(LoPE(noise_rate=0.3), 400)
 
 
 def test_the_first_stage_trains_on_corrupted_rows_and_the_second_on_those_given(
     spy: Spy, tiny_run: Tiny
 ) -> None:
     """Texts and labels, both; and what is predicted in between is of the rows as given."""
-    outcome = tiny_run.fit(LoPE(**NOISY), epochs=4)
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4)
     given = {
         row: tuple(values["input_ids"][0][values["attention_mask"][0].bool()].tolist())
         for row, values in ((r, tiny_run.encoded.inputs(np.array([r]))) for r in range(25))
@@ -333,7 +336,7 @@ def test_the_first_stage_trains_on_corrupted_rows_and_the_second_on_those_given(
 
 
 def test_noise_can_be_drawn_anew_in_every_epoch(spy: Spy, tiny_run: Tiny) -> None:
-    tiny_run.fit(LoPE(**NOISY, noise_resample="epoch"), epochs=4)
+    tiny_run.fit(LoPE(**TWO, noise_resample="epoch"), epochs=4)
     assert spy.texts[POISON, 0] != spy.texts[POISON, 1]
     assert spy.labels[POISON, 0] != spy.labels[POISON, 1]
     assert spy.texts[ADAPT, 0] == spy.texts[ADAPT, 1]
@@ -343,11 +346,11 @@ def test_only_the_labels_or_only_the_texts_can_be_corrupted(spy: Spy, tiny_run: 
     labels = dict(enumerate(tiny_run.labels.tolist()))
     tiny_run.fit(LoPE(**NOISY, target_noise_rate=0.0), epochs=2)
     assert spy.labels[POISON, 0] == labels
-    texts = spy.texts[POISON, 0]
-    tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.5), epochs=2)
-    assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0] != texts
+    assert spy.texts[POISON, 0] != spy.texts[ADAPT, 0]
+    tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.4), epochs=2)
+    assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0]
     wrong = sum(label != labels[row] for row, label in spy.labels[POISON, 0].items())
-    assert wrong == 12  # as in all label noise here, a share of the rows to the row
+    assert wrong == 10  # to the row, as in all label noise here
 
 
 @pytest.mark.parametrize("stages", [(), (ADAPT,), (POISON, ADAPT)])
@@ -359,9 +362,8 @@ def test_the_noisy_stages_can_be_chosen(
     noisy = tuple(stage for stage in (POISON, ADAPT) if spy.labels[stage, 0] != labels)
     assert noisy == stages
     warned = [str(warning.message) for warning in recwarn]
-    assert any("the stage poison adds no noise" in text for text in warned) == (
-        POISON not in stages
-    )
+    silent = any("the stage poison adds no noise" in text for text in warned)
+    assert silent == (POISON not in stages)
 
 
 @pytest.mark.parametrize("mode", ["absolute", "relative", "neftune"])
@@ -380,7 +382,7 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
         return made
 
     monkeypatch.setattr(lope, "embedding_noise", noise)
-    outcome = tiny_run.fit(LoPE(**NOISY, emb_noise_mode=mode), epochs=4)
+    outcome = tiny_run.fit(LoPE(**TWO, emb_noise_mode=mode), epochs=4)
     assert len(calls) == 2 * 4  # epochs and steps of the stage poison
     for kind, mask, made in calls:
         assert kind == mode and bool(made[mask.bool()].any()) and not made[~mask.bool()].any()
@@ -401,7 +403,7 @@ def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.M
         return made
 
     monkeypatch.setattr(LoPE, "_shake", shake)
-    tiny_run.fit(LoPE(**NOISY, emb_noise_prob=0.5), epochs=8)
+    tiny_run.fit(LoPE(**NOISY | {"poison_epochs": 4}, emb_noise_prob=0.5), epochs=5)
     rows = torch.cat(shaken)
     assert len(rows) == 100 and abs(int(rows.sum()) - 50) < 4 * 5
     shaken.clear()
@@ -413,7 +415,7 @@ def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.M
 
 
 def test_similarities_are_measured_on_rows_as_given_without_dropout(tiny_run: Tiny) -> None:
-    """Done again they come out the same, and in batches of another size."""
+    """Done again they come out the same; of fewer rows they are others."""
     outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
     model = experts(outcome)
     first = {name: layer.lora_theta.clone() for name, layer in model.layers.items()}
@@ -421,9 +423,6 @@ def test_similarities_are_measured_on_rows_as_given_without_dropout(tiny_run: Ti
     LoPE(**NOISY).finalize_model(outcome.run)
     for name, layer in model.layers.items():
         assert torch.equal(layer.lora_theta, first[name]) and bool(first[name].any())
-    smaller = experts(tiny_run.fit(LoPE(**NOISY), epochs=2, eval_batch_size=3))
-    for name, layer in smaller.layers.items():
-        torch.testing.assert_close(layer.lora_theta, first[name], rtol=1e-4, atol=1e-6)
     few = LoPE(**NOISY | {"theta_examples": 2})
     less = experts(tiny_run.fit(few, epochs=2))
     assert any(not torch.allclose(layer.lora_theta, first[n]) for n, layer in less.layers.items())
@@ -460,8 +459,285 @@ def test_without_a_poisoning_expert_it_is_hydralora(tiny_run: Tiny) -> None:
     method = LoPE.preset("hydralora")
     outcome = tiny_run.fit(method, epochs=2)
     model = experts(outcome)
-    assert (
-        model.mode == "none" and not method.modes(model) and "experts" not in outcome.run.findings
-    )
+    assert model.mode == "none" and not method.modes(model)
+    assert "experts" not in outcome.run.findings
     assert not any("lora_BD" in name for name in model.trained)
     assert [row["stage"] for row in outcome.history] == [ADAPT, ADAPT]
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs below are, with their tables."""
+    made: Path = tmp_path_factory.mktemp("lope")
+    table(25, wrong=0.2).to_csv(made / "train.csv", index=False)
+    table(12, seed=1).to_csv(made / "test.csv", index=False)
+    return made
+
+
+def job(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "data": str(folder / "train.csv"),
+        "test": str(folder / "test.csv"),
+        "clean_label": "clean_label",
+        "model": str(model),
+        "method": LoPE(**NOISY),
+        "train": train_settings(),
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def run_of(folder: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Folder of a run by name, made once."""
+
+    def run(name: str, **changes: Any) -> Path:
+        out = folder / name
+        if not out.exists():
+            noiseproof.fit(**job(folder, tiny_model, **changes), out=str(out))
+        return out
+
+    return run
+
+
+LOADING = """
+import json, sys
+import noiseproof
+from noiseproof.experts import MODES
+from tiny import table, train_settings
+predictor = noiseproof.load(sys.argv[1])
+found = {"mode": predictor.model.mode}
+for mode in MODES:
+    predictor.model.set_inference_mode(mode)
+    texts = table(12, seed=1)["text"].tolist()
+    found[mode] = predictor.predict_proba(texts, settings=train_settings()).tolist()
+print(json.dumps(found))
+"""
+
+
+def test_a_fresh_process_answers_as_the_run_did_in_four_modes(
+    folder: Path, tiny_model: Path
+) -> None:
+    """Experts, router, head and similarities all come back; the mode is the one deployed."""
+    result = noiseproof.fit(**job(folder, tiny_model), out=str(folder / "fresh"))
+    done = python("-c", LOADING, str(folder / "fresh"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = last_json(done.stdout)
+    assert found.pop("mode") == "compensate"
+    model, texts = result.predictor.model, table(12, seed=1)["text"].tolist()
+    assert isinstance(model, ExpertModel)
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        wanted = result.predictor.predict_proba(texts, settings=train_settings())
+        np.testing.assert_array_equal(np.array(found[mode]), np.asarray(wanted, dtype=float))
+    assert len({str(answers) for answers in found.values()}) == 4
+
+
+def test_the_record_holds_every_mode_and_what_the_router_does(run_of: Callable[..., Path]) -> None:
+    record = json.loads((run_of("plain") / "record.json").read_bytes())
+    assert list(record["modes"]) == ["none", "mask", "renorm", "compensate"]
+    deployed = record["modes"]["compensate"]
+    assert deployed["test_accuracy"] == record["metrics"]["test_accuracy"]
+    assert set(record["findings"]) == {"experts"}
+
+
+def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:
+    whole = run_of("plain")
+    small = run_of("small", method=LoPE(**NOISY, save_poison=False))
+    texts = table(12, seed=1)["text"].tolist()
+    one, two = (noiseproof.load(out) for out in (whole, small))
+    np.testing.assert_array_equal(
+        *(loaded.predict_proba(texts, settings=train_settings()) for loaded in (one, two))
+    )
+    sizes = [(out / "model" / EXPERTS_FILE).stat().st_size for out in (whole, small)]
+    assert sizes[1] < sizes[0]
+    with pytest.raises(InputError, match="poisoning experts were not saved"):
+        two.model.set_inference_mode("none")
+
+
+@pytest.mark.parametrize("step", [(POISON, 0, 2), (ADAPT, 0, 2), (ADAPT, 1, 1)], ids=str)
+def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
+    step: tuple[str, int, int],
+    folder: Path,
+    run_of: Callable[..., Path],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The noise of rows and embeddings is drawn again, and what is frozen is frozen again."""
+    out = folder / "-".join(map(str, step))
+    given = job(folder, tiny_model) | {"out": str(out)}
+    original = LoPE.compute_loss
+
+    def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        if (run.stage, run.epoch, run.step) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(method, model, batch, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoPE, "compute_loss", compute_loss)
+        with pytest.raises(Interrupted):
+            noiseproof.fit(**given)
+    noiseproof.fit(**given, resume=True)
+    for name in ("model/" + EXPERTS_FILE, "history.csv"):
+        assert (out / name).read_bytes() == (run_of("plain") / name).read_bytes()
+    one, two = (pd.read_parquet(path / "samples.parquet") for path in (out, run_of("plain")))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    records = [json.loads((p / "record.json").read_bytes()) for p in (out, run_of("plain"))]
+    for key in ("metrics", "modes", "findings"):
+        assert records[0][key] == records[1][key]
+
+
+def test_the_best_epoch_is_one_of_the_second_stage(tiny_run: Tiny) -> None:
+    """Weights of the first stage have normal experts that never learned anything."""
+
+    def measure(predict_on: Any, run: Run) -> dict[str, float]:
+        return {"validation_accuracy": 0.9 if run.stage == POISON else 0.5 - 0.1 * run.epoch}
+
+    outcome = tiny_run.fit(
+        LoPE(**NOISY, poison_epochs=2),
+        extra={"measure": measure},
+        **{"epochs": 4, "select": "best", "evaluate": "epoch"},
+    )
+    assert outcome.best_epoch == 2 and outcome.history[2]["stage"] == ADAPT
+
+
+def test_what_it_trains_cannot_be_merged(folder: Path, tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="LoPE trains depends on the token and cannot be merged"):
+        Job(**job(folder, tiny_model, merge=True))
+
+
+def test_rows_of_numbers_and_images_are_refused(folder: Path) -> None:
+    for task in ("features", "image"):
+        with pytest.raises(InputError, match="LoPE"):
+            Job({}, task=task, method=LoPE(), model=None)
+
+
+# --- test rows with corrupted texts --------------------------------------------------------------
+
+
+def test_the_test_set_is_measured_once_more_with_corrupted_texts(
+    folder: Path, run_of: Callable[..., Path]
+) -> None:
+    """As a set of its own: the clean one and the model stay bit for bit what they were."""
+    plain, noisy = run_of("plain"), run_of("noisy", test_noise="text:1.0,unit=char")
+    one, two = (json.loads((run / "record.json").read_bytes()) for run in (plain, noisy))
+    for key, value in one["metrics"].items():
+        assert two["metrics"][key] == value
+    assert (plain / "model" / EXPERTS_FILE).read_bytes() == (
+        noisy / "model" / EXPERTS_FILE
+    ).read_bytes()
+    found = two["ood"]["corrupted"]
+    assert found["rows"] == 12 and found != one["ood"].get("corrupted")
+    assert any("corrupted" in name for name in two["modes"]["compensate"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_noise": "symmetric:0.3"}, "test_noise must be text noise such as text:0.3"),
+        ({"test_noise": "text:0.3", "test": None}, "test_noise corrupts the test rows; give test"),
+        (
+            {"test_noise": "text:0.3", "test_ood": {"corrupted": "test.csv"}},
+            "test_noise makes a set named 'corrupted'; give the one in test_ood another name",
+        ),
+    ],
+    ids=str,
+)
+def test_noise_that_cannot_fall_on_test_texts_is_refused(
+    changes: dict[str, Any], message: str, folder: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Job(**job(folder, tiny_model, **changes))
+
+
+def test_test_noise_is_part_of_the_identifier_only_where_it_is_used(
+    folder: Path, tiny_model: Path
+) -> None:
+    from noiseproof.preparation import Prepared
+
+    jobs = [Job(**job(folder, tiny_model, test_noise=noise)) for noise in (None, "text:0.3")]
+    assert "test_noise" not in jobs[0].spec() and "test_noise" in jobs[1].spec()
+    work = Prepared(jobs[1])
+    clean, bad = work.sets["test"].inputs.as_texts(), work.sets["ood:corrupted"].inputs.as_texts()
+    assert len(clean) == len(bad) == 12
+    again = Prepared(jobs[1]).sets["ood:corrupted"].inputs.as_texts()
+    assert [tuple(row) for row in again] == [tuple(row) for row in bad]
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dropout_mode": "none"}, "LoPE.dropout_mode must be one of shared, per_expert"),
+        ({"gate_input": "h"}, "LoPE.gate_input must be one of x, Ax; got 'h'"),
+        ({"gate_init": "zeros"}, "LoPE.gate_init must be one of kaiming, normal"),
+        ({"epoch_budget": "half"}, "LoPE.epoch_budget must be one of total, per_stage"),
+        ({"head_policy": "new"}, "LoPE.head_policy must be one of auto, carry, restore"),
+        (
+            {"head_policy": "restore", "train_adapt": ("B",)},
+            "needs a head that trains again: put head into train_adapt",
+        ),
+        ({"noise_unit": "line"}, "LoPE.noise_unit must be one of sample, word, char"),
+        ({"noise_charset": "utf8"}, "LoPE.noise_charset must be one of ascii, keyboard"),
+        ({"noise_resample": "step"}, "LoPE.noise_resample must be one of static, epoch"),
+        ({"emb_noise_mode": "gauss"}, "LoPE.emb_noise_mode must be one of absolute, relative"),
+        ({"adapt_forward": "all"}, "LoPE.adapt_forward must be one of none, mask, renorm"),
+        ({"inference_mode": "all"}, "LoPE.inference_mode must be one of none, mask, renorm"),
+        ({"theta_mode": "token"}, "LoPE.theta_mode must be one of calibrate, online"),
+        ({"compensate_order": "size"}, "LoPE.compensate_order must be one of theta, index"),
+        ({"rank": 0}, "LoPE.rank must be at least 1, got 0"),
+        ({"num_experts": 0}, "LoPE.num_experts must be at least 1"),
+        ({"theta_examples": 0}, "LoPE.theta_examples must be at least 1"),
+        ({"num_poison_experts": 3}, "LoPE.num_poison_experts must be 0, 1 or 2, got 3"),
+        ({"num_poison_experts": 0}, "has nothing to mask.*use the preset hydralora"),
+        ({"alpha": 0}, "LoPE.alpha"),
+        ({"lora_dropout": 1.0}, "LoPE.lora_dropout"),
+        ({"dropout": 1.0}, "LoPE.dropout"),
+        ({"balance_weight": -1.0}, "LoPE.balance_weight"),
+        ({"learning_rate": 0.0}, "LoPE.learning_rate"),
+        ({"noise_rate": 1.0}, "LoPE.noise_rate"),
+        ({"target_noise_rate": 1.0}, "LoPE.target_noise_rate"),
+        ({"emb_noise_alpha": -0.1}, "LoPE.emb_noise_alpha"),
+        ({"emb_noise_prob": 1.5}, "LoPE.emb_noise_prob"),
+        ({"noise_seed": -1}, "LoPE.noise_seed must lie in"),
+        ({"poison_epochs": 0}, "LoPE.poison_epochs must be at least 1"),
+        ({"compensate_k": 4}, r"LoPE.compensate_k must lie in \[0, 3\], got 4"),
+        ({"compensate_sign": 2}, "LoPE.compensate_sign must be -1, 0 or 1"),
+        ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number; got 'one'"),
+        ({"beta": 0.0}, "LoPE.beta"),
+        ({"train_poison": ()}, "LoPE.train_poison must name some of A, B, BD, gate, head"),
+        ({"train_adapt": ("C",)}, "LoPE.train_adapt must name some of A, B, BD, gate, head"),
+        ({"noise_stages": ("train",)}, "LoPE.noise_stages must name some of poison, adapt"),
+        ({"noise_ops": ("swap",)}, "LoPE.noise_ops must name some of shuffle, insert, delete"),
+        ({"char_strength": 0.0}, "strength"),
+        ({"shuffle_window": 1}, "window"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LoPE(**settings)
+
+
+def test_presets_are_what_the_papers_describe() -> None:
+    presets = LoPE.presets()
+    assert presets["default"] == LoPE()
+    paper = presets["paper"]
+    assert (paper.rank, paper.num_experts, paper.num_poison_experts) == (4, 3, 1)
+    assert (paper.noise_rate, paper.emb_noise_alpha) == (0.05, 0.05)
+    assert paper.emb_noise_mode == "absolute"
+    assert (paper.learning_rate, paper.epoch_budget) == (2e-4, "per_stage")
+    assert paper.train_poison == ("A", "BD", "head") and paper.inference_mode == "compensate"
+    for name in ("hydralora", "hydralora-noise", "hydralora-neftune"):
+        assert [stage.name for stage in presets[name].stages(1)] == [ADAPT]
+    transforms = {name: method.stages(4)[0].transform for name, method in presets.items()}
+    silent = {name for name, transform in transforms.items() if transform is None}
+    assert silent == {"hydralora", "hydralora-neftune", "no-noise"}
+
+
+def test_every_group_of_parameters_has_a_name() -> None:
+    names = ("lora_A", "lora_B0", "lora_BD", "lora_gate", "classifier")
+    assert tuple(group_of(f"model.layer.{name}.weight") for name in names) == GROUPS

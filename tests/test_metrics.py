@@ -246,3 +246,18 @@ def test_a_clean_probability_must_be_one() -> None:
         clean_probability([0.5, 3.0], [True, False])
     with pytest.raises(InputError, match="bins must be >= 1"):
         clean_probability([0.5], [True], bins=0)
+
+
+def test_the_auroc_by_class_ignores_differences_between_classes() -> None:
+    """Right rows of the hard class lose more than wrong rows of the easy one."""
+    loss = [0.1, 0.2, 5.0, 6.0]
+    wrong = [False, True, False, True]
+    assert metrics.detection(loss, wrong)["auroc"] == 0.75
+    assert metrics.detection_by_class(loss, wrong, [0, 0, 1, 1]) == 1.0
+    assert metrics.detection_by_class(loss, [False] * 4, [0, 0, 1, 1]) is None
+
+
+def test_a_selection_has_precision_and_recall() -> None:
+    found = metrics.selection([True, True, True, False], [False, False, True, False])
+    assert found == {"precision": pytest.approx(2 / 3), "recall": pytest.approx(2 / 3)}
+    assert metrics.selection([False, False], [True, True]) == {"precision": None, "recall": None}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from noiseproof.grid import Grid
     from noiseproof.loop import Progress
     from noiseproof.record import RunRecord
+    from noiseproof.study import Asked, Survey
 
 PROGRAM = "noiseproof"
 
@@ -341,7 +342,8 @@ def study(words: list[str]) -> None:
         help="Training rows, as for fit; by default the messages of the demo.")  # fmt: skip
     add("--out", type=str | None, help="Folder of the study; by default runs/NAME.")
     add("--size", type=str, default="default", help="small, default or full.")
-    add("--model", type=str, default="minilm", help="Pre-trained model.")
+    add("--model", type=str, nargs="+", default=["minilm"],
+        help="Pre-trained models; of spectrum also folders of runs.")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[], help="Seeds; by default those of the size.")
     add("--noise", type=str, nargs="+", default=[],
         help="Kinds of noise; the first wrong one gets the closer looks.")  # fmt: skip
@@ -349,6 +351,11 @@ def study(words: list[str]) -> None:
         help="What is compared, such as families of adapters; by default all.")  # fmt: skip
     add("--text", type=str, default="text", help="Text column, or two of them.")
     add("--label", type=str, default="label", help="Column of the given labels.")
+    add("--task", type=str, default="text", help="Kind of row: text, image or features.")
+    add("--image", type=str, default="image", help="Column or array of images.")
+    add("--features", type=str, default="features", help="Columns or array of features.")
+    add("--preprocess", type=str, default="code",
+        help="spectrum: none, l2, code (l2 and rows centred) or column.")  # fmt: skip
     add("--test", type=str | None, help="Test rows: a file, or a share to split off.")
     add("--clean-label", type=str | None, help="Column of the true labels of noisy data.")
     add("--sample", type=int | None, help="Training rows; by default by the size.")
@@ -360,16 +367,20 @@ def study(words: list[str]) -> None:
     add("--pages", action="store_true",
         help="Write the pages from the cells that are done, and run nothing.")  # fmt: skip
     given = _parse(parser, words)
-    from noiseproof.study import STUDIES, Asked, find_study, plan, write_pages
+    from noiseproof.study import STUDIES, Asked, Survey, find_study, plan, write_pages
 
     if given.name is None:
         for name, one in STUDIES.items():
             print(f"{name:20s}{one.summary}")
         return
     chosen, fields_of = find_study(given.name), [item.name for item in fields(Asked)]
-    asked = {name: getattr(given, name) for name in fields_of}
+    asked = {name: getattr(given, name) for name in fields_of if name != "models"}
     asked |= {name: tuple(asked[name]) for name in ("seeds", "noise", "parts")}
+    asked["models"] = tuple(given.model)
     out = Path(given.out or f"runs/{given.name}").expanduser()
+    if isinstance(chosen, Survey):
+        _survey(chosen, Asked(**asked), out, given)
+        return
     states = []
     if not given.pages:
         grid = plan(chosen, Asked(**asked))
@@ -382,6 +393,17 @@ def study(words: list[str]) -> None:
         print(path)
     if any(state.state == "failed" for state in states):
         raise SystemExit(1)
+
+
+def _survey(chosen: Survey, asked: Asked, out: Path, given: Any) -> None:
+    """Measure, unless the pages alone are asked for, and write the pages."""
+    if given.list:
+        print("\n".join(asked.models))
+        return
+    if not given.pages:
+        chosen.measure(asked, out)
+    for path in chosen.pages(out):
+        print(path)
 
 
 def report(words: list[str]) -> None:

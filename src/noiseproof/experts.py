@@ -113,7 +113,8 @@ def expert_weights(
         logits: Of the router (.., N), normal experts first.
         settings: Numbers of experts, and how compensate works.
         mode: One of `MODES`.
-        theta: compensate: similarity of each normal expert to the poisoning ones, (NE,) or (.., NE).
+        theta: compensate: similarity of each normal expert to the poisoning ones, (NE,) or
+            (.., NE).
 
     >>> logits = torch.tensor([0.2, 0.3, 0.1, 0.4]).log()
     >>> theta = torch.tensor([0.5, 0.0, -0.5])
@@ -232,7 +233,8 @@ class Switch:
         training_mode: How they count in training.
         mask: Real tokens (B, T) of the call; None is all.
         watch: Gets what each layer sees, in a call for the sake of that.
-        loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None does not.
+        loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
+            nothing.
     """
 
     def __init__(self, mode: str) -> None:
@@ -623,9 +625,9 @@ class ExpertModel(nn.Module):
             raise InputError(f"a model without poisoning experts has the mode none, not {mode!r}")
         if mode == "none" and self.settings.poison > 0 and not self.has_poison:
             raise InputError("the poisoning experts were not saved; use mask, renorm or compensate")
-        if mode == "compensate" and not self.settings.online:
-            if not all(bool(layer.lora_calibrated) for layer in self.layers.values()):
-                raise InputError("compensate needs a calibrated model; use renorm or mask")
+        calibrated = all(bool(layer.lora_calibrated) for layer in self.layers.values())
+        if mode == "compensate" and not (self.settings.online or calibrated):
+            raise InputError("compensate needs a calibrated model; use renorm or mask")
         self.switch.mode = mode
 
     @contextmanager

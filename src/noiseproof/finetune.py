@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noiseproof.checkpoint import Interrupted, Stopwatch
+from noiseproof.distortion import Look, distortion, look_at
 from noiseproof.encoding import Encoded
 from noiseproof.engine import derive_seed
 from noiseproof.errors import InputError
@@ -200,6 +201,7 @@ class _Measure:
         if count and wrong is not None:
             seed = derive_seed(prepared.job.train.seed, "gradients")
             self.probed = draw_sample(wrong, count, seed)
+        self.before = self._look(prepared.model) if prepared.job.measure_distortion else None
 
     def __call__(self, predict_on: Callable[[Encoded], Tensor], run: Run) -> Mapping[str, Any]:
         """Numbers of one history row; training rows are predicted only if the truth is known."""
@@ -212,6 +214,23 @@ class _Measure:
             inputs = self.prepared.encoded.inputs
             row |= measure_gradients(self.prepared.job.method, run, inputs, self.probed)
         return row
+
+    def distorted(self, model: nn.Module) -> dict[str, float | None]:
+        """How far the deployed encoder is from the pre-trained one; nothing where not asked for."""
+        prepared = self.prepared
+        if self.before is None or prepared.data.clean_labels is None:
+            return {}
+        return distortion(
+            self.before,
+            self._look(model),
+            prepared.data.clean_labels,
+            prepared.sets["test"].labels,
+            prepared.num_classes,
+        )
+
+    def _look(self, model: nn.Module) -> Look:
+        prepared = self.prepared
+        return look_at(model, prepared.encoded, self.sets["test"], prepared.job.train)
 
     def deployed(self, outcome: Outcome) -> dict[str, Tensor]:
         """Logits of the test sets by the deployed model: name of the set -> (N, C)."""
@@ -256,4 +275,5 @@ def _conclude(
     mode_metrics(record, prepared, outcome.model)
     answer_metrics(record, prepared, outcome.model)
     record.findings = outcome.run.findings
+    record.metrics |= measure.distorted(outcome.model)
     detection_metrics(record, prepared, samples)

@@ -20,7 +20,9 @@ CORRUPTED = "corrupted"  # name of the test set that test_noise makes
 OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
-OPT_IN = ("only_clean_rows", "probe_gradients")
+HAVE_ENCODERS = ("text", "image")  # whose features can be bent
+OUTSIDE = ("prompt", "prefix")  # no part of the encoder that mean-pooled features come from
+OPT_IN = ("only_clean_rows", "probe_gradients", "measure_distortion")
 """Settings of studies, off by default."""
 LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {
     "test_ood",
@@ -81,6 +83,8 @@ class Job:
             steps as all rows would take. Needs the true labels.
         probe_gradients: For studies: rows on which the gradient share of wrong labels is measured
             after every epoch. Needs the true labels.
+        measure_distortion: For studies: compare the features of the deployed encoder with those of
+            the pre-trained one, once at the end. Needs the true labels and test rows.
     """
 
     data: Any
@@ -119,6 +123,7 @@ class Job:
     merge: bool = False
     only_clean_rows: bool = False
     probe_gradients: int = 0
+    measure_distortion: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
@@ -192,6 +197,7 @@ class Job:
                 f"{name} needs to know which labels are wrong: give clean_label, the column of the "
                 "true labels, or noise to inject",
             )
+        self._check_distortion(tune)
         self.method.stages(self.train.epochs)
         check_tracker(self.train.tracker)
 
@@ -207,6 +213,23 @@ class Job:
         require(
             CORRUPTED not in (self.test_ood or {}),
             f"test_noise makes a set named {CORRUPTED!r}; give the one in test_ood another name",
+        )
+
+    def _check_distortion(self, tune: str) -> None:
+        if not self.measure_distortion:
+            return
+        require(
+            self.test is not None, "measure_distortion compares features of test rows; give test"
+        )
+        require(
+            self.task in HAVE_ENCODERS,
+            f"measure_distortion looks at an encoder, as {', '.join(HAVE_ENCODERS)} have one; "
+            f"got task {self.task!r}",
+        )
+        require(
+            tune not in OUTSIDE,
+            f"measure_distortion cannot see {tune}, which stands outside the encoder; use full, "
+            "head, lora, adapter or bitfit",
         )
 
     @property

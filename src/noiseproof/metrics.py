@@ -175,6 +175,34 @@ def detection(
     return measured
 
 
+def detection_by_class(score_wrong: Values, is_wrong: Values, labels: Values) -> float | None:
+    """Average over given classes how well a score finds wrong labels.  (N,) x 3 -> AUROC or None.
+
+    A class counts if it has both right and wrong rows. Differences between classes, which help or
+    hurt the AUROC of all rows together, do not enter.
+
+    >>> detection_by_class([0.9, 0.1, 5.0, 3.0], [True, False, True, False], [0, 0, 1, 1])
+    1.0
+    """
+    scores, wrong, given = _columns(score_wrong=score_wrong, is_wrong=is_wrong, labels=labels)
+    parts = [detection(scores[given == one], wrong[given == one]) for one in np.unique(given)]
+    found = [part["auroc"] for part in parts if part["auroc"] is not None]
+    return float(np.mean(found)) if found else None
+
+
+def selection(kept: Values, is_wrong: Values) -> dict[str, float | None]:
+    """Judge the rows that a method trains on.  (N,) bool, (N,) bool -> dict.
+
+    `precision`: share of right labels among them; 1 - precision is the noise that is left.
+    `recall`: share of all right labels that they hold. None where no row can be measured on.
+
+    >>> selection([True, True, False, False], [False, True, False, True])
+    {'precision': 0.5, 'recall': 0.5}
+    """
+    keep, wrong = (column.astype(bool) for column in _columns(kept=kept, is_wrong=is_wrong))
+    return {"precision": _share(~wrong[keep]), "recall": _share(keep[~wrong])}
+
+
 def clean_probability(
     clean_prob: Values, is_wrong: Values, bins: int = 15
 ) -> dict[str, float | None]:

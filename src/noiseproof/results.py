@@ -38,7 +38,8 @@ def truth_metrics(
         prepared: Holds the given and the true labels.
         outputs: Of the training rows (N, K), see `Encoded.outputs`.
         columns: Those of the method. Rows are suspected by its ``loss`` (N,), without one by the
-            loss of the outputs; ``clean_prob`` (N,) is judged, without one the mixture on the loss.
+            loss of the outputs; ``clean_prob`` (N,) is judged, without one the mixture on the loss;
+            so are the rows of ``keep`` (N,), where there is one.
     """
     wrong = prepared.wrong
     if wrong is None:
@@ -51,10 +52,13 @@ def truth_metrics(
             warnings.simplefilter("ignore", RuntimeWarning)
             chance = fit_loss_mixture(score, labels, LossMixture()).clean_prob
     found = metrics.detection(score.numpy(), wrong)
+    keep = columns.get("keep")
+    kept = {} if keep is None else metrics.selection(keep.numpy(), wrong)
     return {
         **prepared.task.measures.truth(outputs, prepared.data),
         **{f"detection_{name}": value for name, value in found.items()},
         **_judged(chance.numpy(), wrong),
+        **{f"selection_{name}": value for name, value in kept.items()},
     }
 
 
@@ -116,6 +120,8 @@ def detection_metrics(record: RunRecord, prepared: Prepared, samples: Any) -> No
         return
     quality = metrics.detection(loss, prepared.wrong, flagged=suspicious)
     record.metrics |= {f"detection_{name}": value for name, value in quality.items()}
+    by_class = metrics.detection_by_class(loss, prepared.wrong, prepared.data.labels)
+    record.metrics["detection_auroc_by_class"] = by_class
     record.metrics |= _judged(samples["clean_prob"].to_numpy(), prepared.wrong)
     record.curves = metrics.detection_curves(loss, prepared.wrong)
 

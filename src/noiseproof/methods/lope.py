@@ -14,15 +14,15 @@ poisoning one is measured; (4) at inference the poisoning expert is masked, and 
 others are multiplied by 1 + theta and normalised.
 Deviations: the stage poison takes one of train.epochs (epoch_budget=per_stage gives each stage all
 of them; published runs have one epoch each): with more, the poisoning expert learns the task, and
-masking it costs most of the accuracy of a classifier; embedding noise is relative to the embeddings' size (the paper's 0.05
-is absolute, and scales differ between models); it is drawn by row and epoch, not from one stream;
-the head trains in both stages and starts anew in the second where labels were flipped in the first
-(the paper has no classifiers).
-Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32, dropout =
-0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the characters, beta, the
-moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA; paper 2e-4 for 7
-billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its controls
-(hydralora-noise, hydralora-neftune, no-noise).
+masking it costs most of the accuracy of a classifier; embedding noise is relative to the
+embeddings' size (the paper's 0.05 is absolute, and scales differ between models); it is drawn by
+row and epoch, not from one stream; the head trains in both stages and starts anew in the second
+where labels were flipped in the first (the paper has no classifiers).
+Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
+lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
+characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
+paper 2e-4 for 7 billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its
+controls (hydralora-noise, hydralora-neftune, no-noise).
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
 Cost: with epoch_budget=total that of LoRA with as many epochs, and one more pass over at most
@@ -55,6 +55,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
+from noiseproof.models import set_dropout
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 
@@ -73,8 +74,10 @@ class LoPE(Method):
     Attributes:
         rank: Rank of the shared down-projection and of every expert.
         alpha: Scaling numerator; updates are scaled by alpha / rank.
-        dropout: On the input of the down-projection.
-        dropout_mode: shared (one mask a layer), or per_expert (costs a product more each).
+        dropout: Dropout of the encoder; None keeps the model's own.
+        lora_dropout: On the input of the down-projection.
+        dropout_mode: Masks of lora_dropout: shared (one a layer), or per_expert (costs a product
+            more each).
         target_modules: Ends of the names of linear modules; None takes query and value.
         num_experts: Normal experts.
         num_poison_experts: Poisoning experts; 0 is HydraLoRA, with the stage adapt alone.
@@ -94,8 +97,8 @@ class LoPE(Method):
         char_strength: noise_unit=sample: share of the characters that are inserted or deleted.
         shuffle_window: noise_unit=sample: words change places inside windows of so many; 0 is all.
         noise_charset: Inserted characters: ascii or keyboard.
-        target_noise_rate: Share of labels that are flipped, or of responses that are corrupted; None
-            is noise_rate, and responses then suffer with their prompts.
+        target_noise_rate: Share of labels that are flipped, or of responses that are corrupted;
+            None is noise_rate, and responses then suffer with their prompts.
         noise_resample: static (drawn once for the stage), or epoch.
         noise_stages: Which stages are noisy: some of poison and adapt.
         noise_seed: Seed of that noise; None follows the run's.
@@ -117,7 +120,8 @@ class LoPE(Method):
 
     rank: int = 4
     alpha: float = 32.0
-    dropout: float = 0.05
+    dropout: float | None = None
+    lora_dropout: float = 0.05
     dropout_mode: str = "shared"
     target_modules: tuple[str, ...] | None = None
     num_experts: int = 3
@@ -189,7 +193,9 @@ class LoPE(Method):
             ("emb_noise_prob", 0, 1),
         ):
             require_range("LoPE", name, getattr(self, name), low, high, open_low=name == "alpha")
-        require_range("LoPE", "dropout", self.dropout, 0, 1, open_high=True)
+        require_range("LoPE", "lora_dropout", self.lora_dropout, 0, 1, open_high=True)
+        if self.dropout is not None:
+            require_range("LoPE", "dropout", self.dropout, 0, 1, open_high=True)
         require_range("LoPE", "noise_rate", self.noise_rate, 0, 1, open_high=True)
         if self.target_noise_rate is not None:
             require_range("LoPE", "target_noise_rate", self.target_noise_rate, 0, 1, open_high=True)
@@ -286,12 +292,14 @@ class LoPE(Method):
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
         """Put experts beside the target modules; they start as if they were not there."""
+        if self.dropout is not None:
+            set_dropout(model, self.dropout)
         adapted = ExpertModel(
             model,
             Experts(
                 rank=self.rank,
                 alpha=self.alpha,
-                dropout=self.dropout,
+                dropout=self.lora_dropout,
                 dropout_mode=self.dropout_mode,
                 targets=self.target_modules,
                 normal=self.num_experts,
@@ -359,10 +367,11 @@ class LoPE(Method):
             model.keep_down()
             if self._restores_head:
                 model.restore_head()
-        if run.stage not in self.noise_stages:
-            return {}
-        if run.epoch == 0 and run.stage == POISON and not self._adds_noise:
+        noisy = run.stage in self.noise_stages
+        if run.epoch == 0 and run.stage == POISON and not (noisy and self._adds_noise):
             run.warn("the stage poison adds no noise, so the poisoning expert learns what all do")
+        if not noisy:
+            return {}
         labels, flipped = run.labels, torch.zeros(len(run.labels), dtype=torch.bool)
         rate = self._target_rate
         if not self.responses and rate > 0:
@@ -554,7 +563,7 @@ def trains_groups(groups: tuple[str, ...]) -> Callable[[str], bool]:
 def group_of(name: str) -> str:
     """The group of a parameter: A, B, BD, gate or head (whatever else may train).
 
-    >>> [group_of(name) for name in ("x.lora_B12.weight", "x.lora_BD1.weight", "x.lora_gate.weight")]
+    >>> [group_of(f"x.{name}.weight") for name in ("lora_B12", "lora_BD1", "lora_gate")]
     ['B', 'BD', 'gate']
     """
     for part in name.split("."):

@@ -35,7 +35,7 @@ FACETS = {
 SEEDS = ("noise_seed", "train.seed", "train.init_seed", "train.order_seed")
 NEUTRAL = (
     "train.device", "train.precision", "train.micro_batch_size", "train.tracker", "probe_gradients",
-    "image_workers",
+    "measure_distortion", "image_workers",
 )  # fmt: skip
 """Settings that say how a run is done and not what is done."""
 Group = tuple[str, ...]

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from noiseproof.demo import demo_job
+from noiseproof.job import NO_MODEL
 from noiseproof.method import require
 from noiseproof.report.blocks import Report
 from noiseproof.report.runs import Found
+from noiseproof.tasks import RowSettings, find_task
 
 SIZES = ("small", "default", "full")
 
@@ -26,7 +28,7 @@ class Asked:
         label: Column of the given labels.
         test: Test rows: a file, or a share that is split off.
         clean_label: Column of the true labels, where the data are noisy themselves.
-        model: Pre-trained model.
+        models: Pre-trained models; to look at spectra also folders of finished runs.
         size: One of `SIZES`.
         seeds: Seeds of the runs.
         noise: Kinds of noise; the first that is not ``none`` is the one of the closer looks.
@@ -35,6 +37,10 @@ class Asked:
         epochs: Epochs of a run.
         batch_size: Rows per step.
         device: auto or cpu.
+        task: Kind of row.
+        image: Column or array of images, where the rows are such.
+        features: Columns or array of features, where the rows are such.
+        preprocess: What is done to features before their spectrum is taken.
     """
 
     data: str | None = None
@@ -42,7 +48,7 @@ class Asked:
     label: str = "label"
     test: str | None = None
     clean_label: str | None = None
-    model: str = "minilm"
+    models: tuple[str, ...] = (NO_MODEL,)
     size: str = "default"
     seeds: tuple[int, ...] = ()
     noise: tuple[str, ...] = ()
@@ -51,9 +57,18 @@ class Asked:
     epochs: int | None = None
     batch_size: int | None = None
     device: str = "auto"
+    task: str = "text"
+    image: str = RowSettings.image
+    features: str = RowSettings.features
+    preprocess: str = "code"
 
     def __post_init__(self) -> None:
         """Check what no study can do without."""
+        find_task(self.task)
+        require(
+            self.data is not None or self.task == "text",
+            f"the messages of the demo are texts, got task={self.task!r}; give DATA",
+        )
         require(self.size in SIZES, f"size must be one of {', '.join(SIZES)}; got {self.size!r}")
         require(
             self.data is not None or (self.test, self.clean_label) == (None, None),
@@ -66,6 +81,8 @@ class Asked:
             demo = demo_job()
             return {"data": demo.data, "test": demo.test, "label": demo.label}
         found = {"data": self.data, "text": self.text, "label": self.label}
+        column = find_task(self.task).column
+        found |= {} if self.task == "text" else {"task": self.task, column: getattr(self, column)}
         more = {"test": self.test, "clean_label": self.clean_label}
         return found | {name: value for name, value in more.items() if value is not None}
 
@@ -97,6 +114,32 @@ class Study(ABC):
         """The page, from the records alone; what is missing is said there."""
 
 
+class Survey(ABC):
+    """A study that trains nothing: it measures what there is, once, and shows what it found.
+
+    Attributes:
+        name: On the command line.
+        title: Of its page.
+        summary: One line on what it asks.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def measure(self, asked: Asked, folder: Path) -> None:
+        """Measure, and write a record of it into a folder."""
+
+    @abstractmethod
+    def pages(self, folder: Path) -> list[Path]:
+        """Write the pages from the record in a folder.
+
+        Raises:
+            InputError: There is none.
+        """
+
+
 def common(
     study: Study,
     asked: Asked,
@@ -124,7 +167,7 @@ def common(
     return {
         "title": study.title,
         "description": study.summary,
-        "models": [asked.model],
+        "models": list(asked.models),
         "noise": list(asked.noise or noise),
         "seeds": list(asked.seeds or seeds),
         "job": {} if sample is None else {"sample": sample},
