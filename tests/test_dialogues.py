@@ -148,7 +148,7 @@ def test_chat_messages_take_no_text_noise() -> None:
 def test_rows_with_one_response_can_be_left_out() -> None:
     """Generated data has rows that a model refused, or left empty."""
     rows = {"p": list("abcd"), "r": ["x", "", None, "sorry"]}
-    with pytest.raises(InputError, match="row 2 .*drop_label=''"):
+    with pytest.raises(InputError, match=r"row 2 .*drop_label=''"):
         read(rows)
     found = read_dialogues(rows, DialogueColumns("p", label="r"), drop_label="")
     assert dialogues(found).responses == ["x", "sorry"] and found.dropped == 2

@@ -276,11 +276,11 @@ def read_dialogues(
 
 def _kept(table: Table, column: str | None, dropped: str | None) -> Ints:
     """The rows whose response is not the one to drop."""
-    rows = np.arange(len(table))
-    if dropped is None or column not in table.frame.columns:
+    rows: Ints = np.arange(len(table))
+    if dropped is None or column is None or column not in table.frame.columns:
         return rows
     cells = ["" if cell is None else str(cell).strip() for cell in _picked(table, column, rows)]
-    return rows[np.array([cell != dropped.strip() for cell in cells])]
+    return rows[[cell != dropped.strip() for cell in cells]]
 
 
 def _picked(table: Table, column: str, rows: Ints) -> list[Any]:
