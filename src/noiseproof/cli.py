@@ -543,7 +543,8 @@ def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
 
         def _get_help_string(self, action: Any) -> str:
             text, value = str(action.help or ""), action.default
-            untold = value is None or value is False or not action.option_strings
+            untold = value is None or value is False or value == []
+            untold = untold or not action.option_strings
             return text if untold or action.dest == "help" else f"{text} (default: {value})"
 
     return ArgumentParser(
