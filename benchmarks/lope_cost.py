@@ -7,8 +7,8 @@ machine disturb less, on a CPU. ``layers`` is a stack of linear layers alone, ``
 the shape of MiniLM: seconds of a forward and backward pass in training, in the stage adapt, and
 the bytes that are kept for the backward pass (weights left out). ``generation`` is greedy and
 cached, by a small Llama, with the poisoning expert masked and the others compensated; LoRA is
-measured as `peft` runs it and merged into the model, which LoPE cannot be. LoRA's rank is that at which it has
-as many active parameters as LoPE: A, all experts and the router.
+measured as `peft` runs it and merged into the model, which LoPE cannot be. LoRA's rank is that at
+which it has as many active parameters as LoPE: A, all experts and the router.
 """
 
 from __future__ import annotations

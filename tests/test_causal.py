@@ -22,6 +22,7 @@ from noiseproof.loop import Progress
 from noiseproof.method import Method, Run
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
 from noiseproof.mixture import LossMixture
+from noiseproof.report import report
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
 from noiseproof.tasks.causal import find_answer, same_answer
 from noiseproof.tasks.dialogues import Dialogues
@@ -78,7 +79,7 @@ def test_a_long_row_loses_the_end_of_its_response_and_one_without_any_is_counted
     assert words(encoded, 1) == (["the", "boat"], ["harbour", "and"])
     with pytest.warns(UserWarning, match="1 of 2 rows have no response token within 3"):
         encoded = task(max_length=3).encode(rows)
-    assert not len(encoded.responses[0])
+    assert not len(encoded.responses[0]) and encoded.counts == {"without_response": 1}
     with pytest.raises(InputError, match="no row has a response token within 2"):
         task(max_length=2).encode(rows)
 
@@ -453,6 +454,21 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         (tmp_path / "bare" / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="tokenizer"):
         noiseproof.fit(response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA)
+
+
+def test_an_audit_of_responses_points_to_the_run() -> None:
+    """It looks for neighbours of other classes, and there is one class."""
+    with pytest.raises(InputError, match=r"suspects\.csv"):
+        noiseproof.audit(response_rows(), task="causal-lm", model="gpt2")
+
+
+def test_a_report_shows_what_is_measured_of_responses(learned: tuple[FitResult, Path]) -> None:
+    """A page without the test loss would say nothing of the model."""
+    report(learned[1], out=learned[1].parent / "page.html")
+    page = (learned[1].parent / "page.html").read_text(encoding="utf-8")
+    for words in ("Perplexity", "Token accuracy", "Choices", "Exact match", "test loss"):
+        assert words in page
+    assert "Test accuracy" not in page
 
 
 # --- a real model --------------------------------------------------------------------------------

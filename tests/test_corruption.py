@@ -261,3 +261,25 @@ def test_a_run_trains_on_corrupted_texts_and_says_how_many(tiny_model: Path) -> 
     _, done = noiseproof.corrupt(rows, "text:0.4", seed=5)
     assert run.record.noise["text_rate"] == done.extras["text_changed"].mean() > 0.2
     assert run.record.noise["noise_rate"] == 0.0
+
+
+def test_responses_change_places_or_suffer_with_their_prompts(tmp_path: Path) -> None:
+    """A label that is a text gets wrong as a text; the right one stays beside it."""
+    given = {"prompt": [f"ask {n}" for n in range(20)], "response": [f"say {n}" for n in range(20)]}
+    settings: dict[str, Any] = {"task": "causal-lm", "text": "prompt", "label": "response"}
+    frame, found = corrupt(given, "swap:0.5", clean_label="truth", **settings)
+    assert frame["truth"].tolist() == given["response"]
+    assert ((frame["response"] != frame["truth"]) == found.mask).all() and found.mask.sum() == 10
+    assert frame["prompt"].tolist() == given["prompt"]
+    frame, _ = corrupt(given, "text:0.9", clean_label="truth", **settings)
+    assert (frame["prompt"] != pd.Series(given["prompt"])).sum() > 10
+    assert (frame["response"] != frame["truth"]).sum() > 10
+    for noise, message in (("symmetric:0.2", "swap:RATE"), ("swap:0.2", "symmetric")):
+        task = "causal-lm" if noise.startswith("sym") else "text"
+        with pytest.raises(InputError, match=message):
+            corrupt(given, noise, **settings | {"task": task})
+    chats = {"messages": [[{"role": "user", "content": "a"}]] * 3, "response": ["x", "y", "z"]}
+    with pytest.raises(InputError, match="must hold texts"):
+        corrupt(chats, "text:0.2", task="causal-lm", text="messages", label="response")
+    frame, _ = corrupt(chats, "swap:1", task="causal-lm", text="messages", label="response")
+    assert sorted(frame["response"]) == ["x", "y", "z"]

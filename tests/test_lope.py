@@ -21,11 +21,12 @@ from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.experts import EXPERTS_FILE, MODES, ExpertModel
-from noiseproof.job import Job
+from noiseproof.job import CORRUPTED, Job
 from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
+from noiseproof.preparation import OOD, Prepared
 from tiny import Tiny, last_json, python, table, train_settings
 
 NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
@@ -651,18 +652,32 @@ def test_noise_that_cannot_fall_on_test_texts_is_refused(
         Job(**job(folder, tiny_model, **changes))
 
 
-def test_test_noise_is_part_of_the_identifier_only_where_it_is_used(
+def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
     folder: Path, tiny_model: Path
 ) -> None:
-    from noiseproof.preparation import Prepared
+    """And the identifier of a run without them is what it was before there were any."""
 
-    jobs = [Job(**job(folder, tiny_model, test_noise=noise)) for noise in (None, "text:0.3")]
-    assert "test_noise" not in jobs[0].spec() and "test_noise" in jobs[1].spec()
-    work = Prepared(jobs[1])
-    clean, bad = work.sets["test"].inputs.as_texts(), work.sets["ood:corrupted"].inputs.as_texts()
-    assert len(clean) == len(bad) == 12
-    again = Prepared(jobs[1]).sets["ood:corrupted"].inputs.as_texts()
-    assert [tuple(row) for row in again] == [tuple(row) for row in bad]
+    def made(test_noise: str | None, **changes: Any) -> tuple[Prepared, Any]:
+        train = train_settings(seed=changes.pop("seed", 0))
+        work = Prepared(
+            Job(**job(folder, tiny_model, test_noise=test_noise, train=train, **changes))
+        )
+        bad = work.sets.get(f"{OOD}{CORRUPTED}")
+        return work, bad and [tuple(row) for row in bad.inputs.as_texts()]
+
+    plain, nothing = made(None)
+    work, bad = made("text:0.5")
+    assert nothing is None and "test_noise" not in plain.job.spec()
+    assert work.job.spec() == plain.job.spec() | {"test_noise": "text:0.5"}
+    for one, two in ((work.sets["test"], plain.sets["test"]), (work.data, plain.data)):
+        assert [*map(tuple, one.inputs.as_texts())] == [*map(tuple, two.inputs.as_texts())]
+    clean = [tuple(row) for row in plain.sets["test"].inputs.as_texts()]
+    hit = [one != two for one, two in zip(clean, bad, strict=True)]
+    assert 0 < sum(hit) < 12
+    assert (work.sets[f"{OOD}{CORRUPTED}"].labels == work.sets["test"].labels).all()
+    assert made("text:0.5", noise_seed=3, seed=1)[1] == made("text:0.5", noise_seed=3)[1] != bad
+    _, more = made("text:0.5", noise="text:0.5")
+    assert more == bad  # whatever falls on the training rows
 
 
 # --- settings ------------------------------------------------------------------------------------

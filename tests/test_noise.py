@@ -6,6 +6,7 @@ import doctest
 import json
 import math
 from dataclasses import FrozenInstanceError
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from noiseproof.noise import (
     NoiseModel,
     OpenSet,
     PairFlip,
+    Swap,
     Symmetric,
     Transition,
     estimate_transition_from_labels,
@@ -506,7 +508,7 @@ def test_a_bad_matrix_is_not_saved(tmp_path):
 # ------------------------------------------------------------------ error messages
 
 NAMES = (
-    "symmetric, pairflip, transition, instance, openset, text, annotators, symmetric-redraw, "
+    "symmetric, pairflip, transition, instance, openset, text, swap, annotators, symmetric-redraw, "
     "asymmetric, none"
 )
 
@@ -752,3 +754,48 @@ def test_the_examples_in_the_docstrings_hold():
 def test_saved_transitions_are_plain_json(tmp_path: Path):
     save_transition(tmp_path / "t.json", [[0.5, 0.5], [0, 1]])
     assert json.loads((tmp_path / "t.json").read_text()) == [[0.5, 0.5], [0.0, 1.0]]
+
+
+# --- responses -----------------------------------------------------------------------------------
+
+
+def swapped(rate, responses, seed=0):
+    """A corruption of rows whose label is a text; there is one class."""
+    texts = [(response,) for response in responses]
+    return Swap(rate).apply(np.zeros(len(texts), dtype=int), 1, seed, texts=texts)
+
+
+def test_swapped_responses_are_those_of_other_rows():
+    """Invented words would be found by their form; the content has to be wrong."""
+    given = [f"answer {row}" for row in range(40)]
+    found = swapped(0.3, given)
+    new, hit = found.extras["responses"], found.mask
+    assert hit.sum() == 12 and found.noise_rate == 0.3
+    assert sorted(new[hit]) == sorted(np.array(given)[hit])
+    assert all((new == given) != hit)
+    assert found.transition.tolist() == [[1.0]]
+
+
+def test_swaps_at_a_higher_rate_hit_the_same_rows_and_more():
+    """A sweep over rates compares like with like."""
+    given = [f"answer {row}" for row in range(40)]
+    hits = [swapped(rate, given).mask for rate in (0.1, 0.3, 0.8)]
+    assert all((less <= more).all() for less, more in pairwise(hits))
+    assert (swapped(0.3, given, seed=1).mask != hits[1]).any()
+
+
+def test_a_swap_for_an_equal_response_is_no_error_of_the_row():
+    """With few different answers many rows would count as wrong and be right."""
+    found = swapped(1.0, ["yes"] * 30 + ["no"] * 10)
+    new = found.extras["responses"]
+    assert (new[:30] == "no").all() and (new[30:] == "yes").all()
+    assert swapped(1.0, ["yes"] * 5).noise_rate == 0
+    assert swapped(0.0, ["yes", "no"]).noise_rate == 0
+
+
+def test_a_swap_stands_alone_and_needs_responses():
+    """Text noise after a swap would change what the record calls the truth."""
+    with pytest.raises(InputError, match="stands alone"):
+        parse_noise("swap:0.2+text:0.1")
+    with pytest.raises(InputError, match="needs texts"):
+        Swap(0.2).apply([0, 0], 1, 0)

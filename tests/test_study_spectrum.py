@@ -61,8 +61,8 @@ def test_features_are_compared_as_they_are_given(tmp_path: Path) -> None:
 
 def test_rows_are_drawn_alike_and_only_where_there_are_more(tmp_path: Path) -> None:
     features = np.random.default_rng(0).normal(size=(400, 6))
-    np.savez(tmp_path / "rows.npz", features=features)
-    asked = {"data": str(tmp_path / "rows.npz"), "task": "features"}
+    np.savez(tmp_path / "rows.npz", emb=features)
+    asked = {"data": str(tmp_path / "rows.npz"), "task": "features", "column": "emb"}
     one, two = (measured(tmp_path / name, **asked)[0] for name in ("one", "two"))
     assert one["M"] == 300 and one == two
     other = measured(tmp_path / "three", **asked, seeds=(1,))[0]
@@ -149,6 +149,8 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
             STUDY.measure(Asked(device="cpu", **asked), tmp_path)
     with pytest.raises(InputError, match="demo are texts"):
         Asked(task="image")
+    with pytest.raises(InputError, match="name texts with text"):
+        Asked(column="body")
     with pytest.raises(InputError, match="leave --pages out"):
         STUDY.pages(tmp_path)
     np.savez(tmp_path / "rows.npz", features=np.eye(4))

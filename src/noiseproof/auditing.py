@@ -40,6 +40,7 @@ from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord
 from noiseproof.selection import confident_class, confident_joint, kappa
 from noiseproof.tables import Strings, read_table
+from noiseproof.tasks import find_task
 
 PLANTED_SHARE = 0.05  # labels that are flipped on purpose ...
 LEAST_PLANTED = 40  # ... and how many at least, for a number that means something
@@ -201,6 +202,11 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
             f"{folder} is a run, which has its own {', '.join(settings)}; leave this out",
         )
         job = _job_of_run(folder)
+    require(
+        not find_task(job.task).text_labels,
+        f"audit judges labels that are classes; rows of task {job.task!r} have responses, whose "
+        "doubtful ones a run of fit lists in suspects.csv",
+    )
     prepared = Prepared(job)
     data = prepared.data
     features = torch.from_numpy(frozen_features(prepared.model, prepared.encoded, job.train))

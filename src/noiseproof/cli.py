@@ -343,19 +343,17 @@ def study(words: list[str]) -> None:
     add("--out", type=str | None, help="Folder of the study; by default runs/NAME.")
     add("--size", type=str, default="default", help="small, default or full.")
     add("--model", type=str, nargs="+", default=["minilm"],
-        help="Pre-trained models; of spectrum also folders of runs.")  # fmt: skip
+        help="Pre-trained models; spectrum: also runs.")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[], help="Seeds; by default those of the size.")
     add("--noise", type=str, nargs="+", default=[],
-        help="Kinds of noise; the first wrong one gets the closer looks.")  # fmt: skip
+        help="Kinds of noise; the first gets the closer looks.")  # fmt: skip
     add("--parts", type=str, nargs="+", default=[],
-        help="What is compared, such as families of adapters; by default all.")  # fmt: skip
+        help="What is compared, such as families; by default all.")  # fmt: skip
     add("--text", type=str, default="text", help="Text column, or two of them.")
     add("--label", type=str, default="label", help="Column of the given labels.")
     add("--task", type=str, default="text", help="Kind of row: text, image or features.")
-    add("--image", type=str, default="image", help="Column or array of images.")
-    add("--features", type=str, default="features", help="Columns or array of features.")
-    add("--preprocess", type=str, default="code",
-        help="spectrum: none, l2, code (l2 and rows centred) or column.")  # fmt: skip
+    add("--column", type=str | None, help="Column or array of images or features.")
+    add("--preprocess", type=str, default="code", help="spectrum: none, l2, code or column.")
     add("--test", type=str | None, help="Test rows: a file, or a share to split off.")
     add("--clean-label", type=str | None, help="Column of the true labels of noisy data.")
     add("--sample", type=int | None, help="Training rows; by default by the size.")

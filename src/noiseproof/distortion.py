@@ -102,7 +102,8 @@ def neighbour_accuracy(
     """
     known = F.normalize(features.float(), dim=1)
     right = 0
-    for some, wanted in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
+    for start in range(0, len(queries), QUERIES):
+        some, wanted = (part[start : start + QUERIES] for part in (queries, query_labels))
         near = (F.normalize(some.float(), dim=1) @ known.T).topk(min(k, len(known)), dim=1).indices
         votes = F.one_hot(labels[near], num_classes).sum(dim=1)  # (B, C)
         right += int((votes.argmax(dim=1) == wanted).sum())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ class Encoded(ABC):
 
     key: str = ""
     """Digest of what the rows were encoded from; empty where there is none."""
+
+    counts: Mapping[str, int] = MappingProxyType({})
+    """What the record has to say of the rows: name -> how many."""
 
     one_output: bool = True
     """Whether the model gives one vector per row, so that a head can run on cached features."""

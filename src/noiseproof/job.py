@@ -83,8 +83,8 @@ class Job:
             steps as all rows would take. Needs the true labels.
         probe_gradients: For studies: rows on which the gradient share of wrong labels is measured
             after every epoch. Needs the true labels.
-        measure_distortion: For studies: compare the features of the deployed encoder with those of
-            the pre-trained one, once at the end. Needs the true labels and test rows.
+        measure_distortion: For studies: how far the encoder was bent, measured at the end. Needs
+            the true labels and test rows.
     """
 
     data: Any

@@ -419,9 +419,8 @@ class Swap(NoiseModel):
         round_of = draw.rng.permutation(len(given))[: count if count > 1 else 0]
         new = given.copy()
         for place, row in enumerate(round_of):
-            followers = np.roll(round_of, -place)[1:]
-            other = next((r for r in followers if given[r] != given[row]), row)
-            new[row] = given[other]
+            followers = (round_of[(place + step) % count] for step in range(1, count))
+            new[row] = next((given[r] for r in followers if given[r] != given[row]), given[row])
         return labels, {"responses": new, "swapped": new != given}
 
 

@@ -131,6 +131,7 @@ class Prepared:
             "validation": self.job.validation_kind,
             "fingerprint": data.fingerprint,
         }
+        record.data |= self.encoded.counts
         if self.unreadable:
             record.data["unreadable"] = dict(self.unreadable)
         if self.corruption is not None:

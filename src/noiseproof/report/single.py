@@ -40,10 +40,14 @@ MORE = {
 CURVES = (
     ("test_accuracy", "test accuracy"),
     ("validation_accuracy", "validation accuracy"),
+    ("test_token_accuracy", "test token accuracy"),
+    ("validation_token_accuracy", "validation token accuracy"),
     ("memorization", "memorised"),
     ("clean_fit", "clean fit"),
     ("recovery", "recovered"),
 )
+
+LOSSES = (("loss", "loss"), ("test_loss", "test loss"), ("validation_loss", "validation loss"))
 
 
 def single_report(found: Found, baseline: str | None, title: str | None) -> Report:
@@ -145,15 +149,17 @@ def _epochs(run: Run) -> list[Block]:
             verticals=borders,
         )
     ]
-    loss = run.curve("loss")
-    if loss:
-        line = Series("loss", [float(epoch) for epoch in range(1, len(loss) + 1)], loss, 1)
+    losses = []
+    for index, (name, shown) in enumerate(LOSSES, start=1):
+        if curve := run.curve(name):
+            losses.append(Series(shown, [float(n) for n in range(1, len(curve) + 1)], curve, index))
+    if losses:
         drawn.append(
             line_chart(
-                [line],
-                title="Training loss",
+                losses,
+                title="Training loss" if len(losses) == 1 else "Loss",
                 x_label="epoch",
-                x_ticks=figures.epoch_ticks([line]),
+                x_ticks=figures.epoch_ticks(losses),
                 verticals=borders,
             )
         )

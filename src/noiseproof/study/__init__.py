@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.study.contract import SIZES, Asked, Study, Survey
+from noiseproof.study.lope_ablation import LopeAblation
 from noiseproof.study.peft_under_noise import PeftUnderNoise
 from noiseproof.study.probe_vs_finetune import ProbeVsFinetune
 from noiseproof.study.running import plan, write_pages
 from noiseproof.study.spectrum import Spectra
 
 STUDIES: dict[str, Study | Survey] = {
-    study.name: study for study in (PeftUnderNoise(), ProbeVsFinetune(), Spectra())
+    study.name: study for study in (PeftUnderNoise(), ProbeVsFinetune(), LopeAblation(), Spectra())
 }
 
 __all__ = ["SIZES", "STUDIES", "Asked", "Study", "Survey", "find_study", "plan", "write_pages"]

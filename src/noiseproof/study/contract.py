@@ -13,7 +13,7 @@ from noiseproof.job import NO_MODEL
 from noiseproof.method import require
 from noiseproof.report.blocks import Report
 from noiseproof.report.runs import Found
-from noiseproof.tasks import RowSettings, find_task
+from noiseproof.tasks import find_task
 
 SIZES = ("small", "default", "full")
 
@@ -38,8 +38,8 @@ class Asked:
         batch_size: Rows per step.
         device: auto or cpu.
         task: Kind of row.
-        image: Column or array of images, where the rows are such.
-        features: Columns or array of features, where the rows are such.
+        column: Column or array of images or features, where the rows are such; None takes the usual
+            name.
         preprocess: What is done to features before their spectrum is taken.
     """
 
@@ -58,8 +58,7 @@ class Asked:
     batch_size: int | None = None
     device: str = "auto"
     task: str = "text"
-    image: str = RowSettings.image
-    features: str = RowSettings.features
+    column: str | None = None
     preprocess: str = "code"
 
     def __post_init__(self) -> None:
@@ -68,6 +67,10 @@ class Asked:
         require(
             self.data is not None or self.task == "text",
             f"the messages of the demo are texts, got task={self.task!r}; give DATA",
+        )
+        require(
+            self.task != "text" or self.column is None,
+            f"column is for images and features, got {self.column!r}; name texts with text",
         )
         require(self.size in SIZES, f"size must be one of {', '.join(SIZES)}; got {self.size!r}")
         require(
@@ -81,10 +84,14 @@ class Asked:
             demo = demo_job()
             return {"data": demo.data, "test": demo.test, "label": demo.label}
         found = {"data": self.data, "text": self.text, "label": self.label}
-        column = find_task(self.task).column
-        found |= {} if self.task == "text" else {"task": self.task, column: getattr(self, column)}
+        found |= {} if self.task == "text" else {"task": self.task, **self.where}
         more = {"test": self.test, "clean_label": self.clean_label}
         return found | {name: value for name, value in more.items() if value is not None}
+
+    @property
+    def where(self) -> dict[str, str]:
+        """The setting that names the column of the inputs, where one was given."""
+        return {} if self.column is None else {find_task(self.task).column: self.column}
 
     @property
     def data_name(self) -> str:

@@ -251,6 +251,7 @@ class CausalLM(Task):
         pad = int(self.tokenizer.pad_token_id or 0)
         encoded = EncodedDialogues(prompts, responses, self.start, pad)
         encoded.source = (inputs, self.encode)
+        encoded.counts = {"without_response": empty} if empty else {}
         return encoded
 
     def _texts(self, inputs: Dialogues) -> tuple[list[str], list[str]]:

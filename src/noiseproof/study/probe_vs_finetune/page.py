@@ -114,9 +114,9 @@ def _crossing_told(found: Crossing, probe: str, tuning: str) -> str:
         return f"{probe} and {tuning} do not cross: {' and '.join(ends)} {of}"
     where = f"{probe} and {tuning} cross at {percent(found.summary.mean)} % of wrong labels"
     if not ends:
-        return f"{where} ({_interval(found.summary.interval)})"
+        return f"{where} ({_within(found.summary.interval)})"
     return (
-        f"{where} in {len(found.rates)} {of} ({_interval(found.summary.interval)}); "
+        f"{where} in {len(found.rates)} {of} ({_within(found.summary.interval)}); "
         f"{' and '.join(ends)}"
     )
 
@@ -149,7 +149,8 @@ def _accuracy(records: Records, kind: str) -> Section:
     note = (
         f"Test accuracy in percent, mean ± standard deviation over seeds; differences in points, "
         f"seed by seed, with {LEVEL:.0%} t intervals. The rate of a crossing lies on straight "
-        "lines between the rates that were run, for each seed; its interval is that of the seeds."
+        "lines between the rates that were run, for each seed; its interval is that of the "
+        "seeds, cut at 0 and 100 %."
     )
     blocks.append(Table(columns, rows, note, fixed=True))
     title = _named(records, kind, "Probe or fine-tune")
@@ -389,6 +390,18 @@ def _difference_cell(found: Difference | None) -> Cell:
         return Cell(percent(mean, signed=True), "one seed", mean)
     interval = _interval(found.summary.interval, signed=True)
     return Cell(percent(mean, signed=True), f"{interval}, {TOLD[found.verdict]}", mean)
+
+
+def _within(found: Interval | None) -> str:
+    """The interval of a rate, as far as it lies between 0 and 100 %.
+
+    >>> _within(Interval(-0.2, 0.5))
+    '95% interval 0.0 to 50.0'
+    """
+    if found is None:
+        return "one seed"
+    cut = Interval(max(found.low, 0.0), min(found.high, 1.0))
+    return f"{LEVEL:.0%} interval {_interval(cut)}"
 
 
 def _interval(found: Interval | None, *, signed: bool = False) -> str:

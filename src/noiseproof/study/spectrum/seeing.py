@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,8 @@ def _reshaped(model: ReshapedClassifier, encoded: Encoded, settings: TrainSettin
 
 
 def _settings(asked: Asked) -> RowSettings:
-    return RowSettings(text=asked.text, image=asked.image, features=asked.features)
+    where: dict[str, Any] = {"text": asked.text, **asked.where}
+    return RowSettings(**where)
 
 
 def _examples(inputs: Inputs) -> Examples:
