@@ -14,17 +14,19 @@ import torch
 
 import noiseproof
 from language import CHAT, language_model, tokenizer
+from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
 from noiseproof.job import Job
 from noiseproof.loop import Progress
-from noiseproof.method import Method
+from noiseproof.method import Method, Run
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
 from noiseproof.mixture import LossMixture
 from noiseproof.report import report
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
 from noiseproof.tasks.causal import find_answer, same_answer
 from noiseproof.tasks.dialogues import Dialogues
+from noiseproof.tasks.language import load_language_model
 from rows import response_rows
 from tiny import last_json, python, same_weights, train_settings
 
@@ -215,11 +217,26 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_micro_batches_give_the_gradient_of_the_batch() -> None:
     """A mean over tokens instead of rows would depend on the cut."""
-    method = CrossEntropy(tune="lora", dropout=0.0)  # whose draws depend on the cut
-    one = fit(method=method, train=train_settings(epochs=1)).predictor
-    cut = fit(method=method, train=train_settings(epochs=1, micro_batch_size=3)).predictor
-    encoded = one.task.encode(Dialogues(["the boat"], ["harbour"]))
-    torch.testing.assert_close(one.outputs(encoded), cut.outputs(encoded), rtol=1e-4, atol=1e-4)
+    responses = ["boat", "the old boat", "boat and more", "the boat we saw near some new hedge"]
+    rows = Dialogues(["the boat"] * 4, responses)
+
+    def gradients(size: int) -> tuple[float, dict[str, torch.Tensor]]:
+        model, _ = load_language_model(language_model("gpt2"))
+        encoded = task().encode(rows)
+        engine = Engine(train_settings(batch_size=4, micro_batch_size=size))
+        engine.start_stage(model.eval(), encoded, rate=1e-3)
+        labels = torch.zeros(4, dtype=torch.long)
+        run = Run(model, labels, 1, lambda before_batch=None: labels, torch.Generator())
+        loss = engine.backward(CrossEntropy(), encoded, np.arange(4), run)
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        engine.end_stage()
+        return loss, found
+
+    (whole, one), (parts, cut) = gradients(4), gradients(1)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert one.keys() == cut.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -396,7 +413,6 @@ def test_noise_on_classes_is_refused_and_swaps_on_classes_too(noise: str) -> Non
         ("answer_rows", 0),
         ("choice_score", "median"),
         ("answer_pattern", "("),
-        ("drop_label", "x"),
         ("model", "minilm"),
     ],
 )

@@ -143,3 +143,22 @@ def test_chat_messages_take_no_text_noise() -> None:
     rows = dialogues(read({"p": [CHAT, CHAT]}))
     with pytest.raises(InputError, match="chat messages"):
         rows.as_texts()
+
+
+def test_rows_with_one_response_can_be_left_out() -> None:
+    """Generated data has rows that a model refused, or left empty."""
+    rows = {"p": list("abcd"), "r": ["x", "", None, "sorry"]}
+    with pytest.raises(InputError, match=r"row 2 .*drop_label=''"):
+        read(rows)
+    found = read_dialogues(rows, DialogueColumns("p", label="r"), drop_label="")
+    assert dialogues(found).responses == ["x", "sorry"] and found.dropped == 2
+    assert list(found.row_ids) == ["0", "3"]
+
+
+def test_labels_of_rows_with_choices_name_one_of_them() -> None:
+    """Multiple-choice tables call the number of the right choice their label."""
+    rows = {"p": ["q", "s"], "choices": [["one", "two"], ["red", "blue"]]}
+    found = read(rows | {"r": [1, 0], "true": ["A", 0]}, clean="true")
+    assert dialogues(found).responses == ["two", "red"]
+    assert dialogues(found).truth == ["one", "red"]
+    assert found.clean_labels is not None and found.clean_labels.tolist() == [-1, 0]

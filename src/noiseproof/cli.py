@@ -537,9 +537,14 @@ def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
             settings = {"max_help_position": 32} | settings
             super().__init__(prog, **settings)  # type: ignore[no-untyped-call]
 
+        def _get_default_metavar_for_optional(self, action: Any) -> str:
+            """The last word of the name: the whole would take a line of its own."""
+            return str(action.dest).rpartition(".")[2].rpartition("_")[2].upper()
+
         def _get_help_string(self, action: Any) -> str:
             text, value = str(action.help or ""), action.default
-            untold = value is None or value is False or not action.option_strings
+            untold = value is None or value is False or value == []
+            untold = untold or not action.option_strings
             return text if untold or action.dest == "help" else f"{text} (default: {value})"
 
     return ArgumentParser(

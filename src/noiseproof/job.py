@@ -39,8 +39,8 @@ class Job:
     Attributes:
         data: Training rows: a CSV, TSV, JSONL or Parquet file, a saved datasets folder, a hub name;
             from Python also a DataFrame, a Dataset or a dict of columns.
-        text: Text column, or two as "first,second"; prompts or chat messages of causal-lm.
-        label: Column of the given labels (or responses), which may be wrong.
+        text: Column of texts, prompts or messages; "first,second" are two.
+        label: Column of given labels or responses, maybe wrong.
         test: Test rows, read like data; or a share such as 0.2 that is split off before noise is
             injected, and counts by the true labels where they are known.
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
@@ -53,8 +53,8 @@ class Job:
         clean_label: Column of the true labels where they are known; used for metrics alone. A test
             file that has the column is measured against it.
         row_id: Column that names the rows; without it rows are numbered from 0.
-        label_names: File of class names (JSON list or one a line), for labels that are numbers.
-        drop_label: Rows with this given label are left out (abstentions of labelling rules).
+        label_names: File of names of numbered classes: a JSON list, or one a line.
+        drop_label: Leave out rows with this given label, such as abstentions.
         sample: Train on this many rows only, with the class shares of all.
         split: Split of a hub data set, of a saved dataset dictionary or of a NumPy archive.
         task: Kind of row: text, features, image or causal-lm.
@@ -62,15 +62,15 @@ class Job:
             "e*" or "width,height".
         standardize: Shift and scale every feature to mean 0 and deviation 1 of the training rows.
         image: Images: a column of paths (relative to the table) or of files, or an array.
-        image_size: Side of the squares that images are brought to; None is the processor's.
+        image_size: Side of the square images; None is the processor's.
         augment: What is done to training images: none, or crop, flip and rand joined by "+".
         on_bad_image: error, or skip (images that cannot be read are left out and counted).
         image_workers: Processes that decode images; 0 decodes in this one.
         template: Text around the {prompt} of a language model; chat has its own.
         max_new_tokens: Longest response that is generated.
-        choice_score: Compare choices by mean or sum of the log-probabilities of tokens.
-        answer_pattern: Regular expression of the final answer in a response; generates responses.
-        answer_rows: Test rows that are answered for answer_pattern, at most.
+        choice_score: mean or sum of the log-likelihoods of its tokens.
+        answer_pattern: Regular expression of the answer in a generated response.
+        answer_rows: Most test rows that are answered for it.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
@@ -78,7 +78,7 @@ class Job:
         noise_pool: File of foreign rows for open-set noise, with the same columns.
         method: How to fine-tune.
         train: How to run the loop.
-        merge: Merge adapters into the encoder, so that model/ needs transformers alone.
+        merge: Merge adapters into the encoder: model/ needs no peft.
         only_clean_rows: For studies: train on the rows alone whose label is right, with as many
             steps as all rows would take. Needs the true labels.
         probe_gradients: For studies: rows on which the gradient share of wrong labels is measured

@@ -149,11 +149,18 @@ class CausalLM(Task):
     ) -> Examples:
         """Read prompts with their responses."""
         require(
-            columns.drop_label is None,
-            "drop_label leaves out rows of one class; task causal-lm has responses",
+            role != "training" or columns.label_names is None,
+            "label_names names classes; task causal-lm has responses",
         )
         reader = DialogueColumns(settings.text, columns.label, columns.clean_label)
-        return read_dialogues(source, reader, row_id=columns.row_id, split=split, role=role)
+        return read_dialogues(
+            source,
+            reader,
+            row_id=columns.row_id,
+            drop_label=columns.drop_label,
+            split=split,
+            role=role,
+        )
 
     @classmethod
     def check_noise(cls, noise: NoiseModel) -> None:

@@ -186,12 +186,10 @@ class DialogueColumns(Reader):
                 _joined(table, int(row), columns, texts)
                 for row, *texts in zip(rows, *cells, strict=True)
             ]
+        chosen = choices is not None and self._answer(table) == self.label
         if self.label is not None and responses is None:
-            if (
-                choices is not None
-                and answers is not None
-                and self.label not in table.frame.columns
-            ):
+            missing = self.label not in table.frame.columns
+            if choices is not None and answers is not None and (chosen or missing):
                 responses = [some[int(place)] for some, place in zip(choices, answers, strict=True)]
             else:
                 table.require(self.label, "responses")
@@ -200,6 +198,11 @@ class DialogueColumns(Reader):
         if self.clean_label is not None:
             table.require(self.clean_label, "true responses")
             truth = _texts(table, self.clean_label, rows, "true response")
+            if choices is not None and chosen:
+                truth = [
+                    some[_place_of(text, some, table.place(int(row)))]
+                    for row, some, text in zip(rows, choices, truth, strict=True)
+                ]
         return Dialogues(prompts, responses, truth, chat, choices, answers)
 
     def ends_in_response(self, table: Table) -> bool:
@@ -209,15 +212,22 @@ class DialogueColumns(Reader):
         first = _picked(table, self.columns(table)[0], np.arange(1))[0]
         return _is_chat(first) and first[-1].get("role") == "assistant"
 
+    def _answer(self, table: Table) -> str | None:
+        """The column of the answers: its usual name, or the labels where there are choices."""
+        names = table.frame.columns
+        if ANSWER in names and ANSWER not in (self.label, *self.text.split(",")):
+            return ANSWER
+        return self.label if CHOICES in names and self.label in names else None
+
     def _choices(
         self, table: Table, rows: Ints
     ) -> tuple[tuple[tuple[str, ...], ...] | None, tuple[str, ...] | None]:
         """The lists of choices and the answers (N,), where the table has such columns."""
-        names = table.frame.columns
-        if ANSWER not in names or ANSWER in (self.label, *self.text.split(",")):
+        names, column = table.frame.columns, self._answer(table)
+        if column is None:
             return None, None
         answers = [
-            str(cell).strip() if cell is not None else "" for cell in _picked(table, ANSWER, rows)
+            str(cell).strip() if cell is not None else "" for cell in _picked(table, column, rows)
         ]
         if CHOICES not in names:
             return None, tuple(answers)
@@ -237,6 +247,7 @@ def read_dialogues(
     reader: DialogueColumns,
     *,
     row_id: str | None = None,
+    drop_label: str | None = None,
     split: str = "train",
     role: str = "training",
 ) -> Examples:
@@ -246,6 +257,7 @@ def read_dialogues(
         source: What `read_table` reads.
         reader: Where prompts and responses lie.
         row_id: A column of unique ids; without one, ids are positions from "0".
+        drop_label: Leave out the rows with this response; "" stands for none at all.
         split: The split to take where there are several.
         role: What messages call the data; "training" data must have two rows.
 
@@ -253,11 +265,22 @@ def read_dialogues(
         InputError: A column is missing, a prompt or a response is empty.
     """
     table = load_table(source, split, f"the {role} table")
-    if role == "training" and len(table) < 2:
-        raise InputError(f"{table.name} has {len(table)} row to train on; expected at least 2")
-    inputs = reader.read(table, np.arange(len(table)))
+    rows = _kept(table, reader.label, drop_label)
+    if role == "training" and len(rows) < 2:
+        raise InputError(f"{table.name} has {len(rows)} row to train on; expected at least 2")
+    inputs, ids = reader.read(table, rows), read_row_ids(table, row_id).take(rows)
     labels = np.zeros(len(inputs), dtype=np.int64)
-    return Examples(read_row_ids(table, row_id), inputs, labels, inputs.right, (RESPONSE,))
+    left_out = len(table) - len(rows)
+    return Examples(ids, inputs, labels, inputs.right, (RESPONSE,), dropped=left_out)
+
+
+def _kept(table: Table, column: str | None, dropped: str | None) -> Ints:
+    """The rows whose response is not the one to drop."""
+    rows: Ints = np.arange(len(table))
+    if dropped is None or column is None or column not in table.frame.columns:
+        return rows
+    cells = ["" if cell is None else str(cell).strip() for cell in _picked(table, column, rows)]
+    return rows[[cell != dropped.strip() for cell in cells]]
 
 
 def _picked(table: Table, column: str, rows: Ints) -> list[Any]:
@@ -279,6 +302,7 @@ def _texts(table: Table, column: str, rows: Ints, what: str) -> list[str]:
         if not text.strip():
             raise InputError(
                 f"{where} has no {what} in column {column!r}; fill or remove such rows"
+                + (", or leave them out with drop_label=''" if what == "response" else "")
             )
         texts.append(text)
     return texts
