@@ -398,8 +398,7 @@ def study(words: list[str]) -> None:
 def _survey(chosen: Survey, asked: Asked, out: Path, given: Any) -> None:
     """Measure, unless the pages alone are asked for, and write the pages."""
     if given.list:
-        print("\n".join(asked.models))
-        return
+        raise InputError(f"{chosen.name} is no grid of cells; leave --list out")
     if not given.pages:
         chosen.measure(asked, out)
     for path in chosen.pages(out):

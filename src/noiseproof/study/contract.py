@@ -122,7 +122,7 @@ class Study(ABC):
 
 
 class Survey(ABC):
-    """A study that trains nothing: it measures what there is, once, and shows what it found.
+    """A study that is no grid of runs: it measures what it needs itself, and shows what it found.
 
     Attributes:
         name: On the command line.
