@@ -186,11 +186,11 @@ def measure_point(args: argparse.Namespace) -> None:
     from transformers import AutoModelForSequenceClassification  # noqa: F401
 
     import noiseproof
-    from noiseproof import finetune, loop, models, preparation
-    from noiseproof.tasks import TextClassification
+    from noiseproof import finetune, loop, models
+    from noiseproof.tasks import TextClassification, base
 
     torch.set_num_threads(args.threads)
-    meter.wrap(preparation, "read_examples", "read")
+    meter.wrap(base, "read_examples", "read")
     meter.wrap(TextClassification, "encode", "encode")
     meter.wrap(finetune, "train", "train")
     meter.wrap(noiseproof.CleaR, "on_epoch_start", "score")

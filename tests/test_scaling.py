@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 import noiseproof
-from noiseproof import finetune, loop, preparation
-from noiseproof.tasks import TextClassification
+from noiseproof import finetune, loop
+from noiseproof.tasks import TextClassification, base
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -137,7 +137,7 @@ def test_a_point_runs_the_whole_job_and_meters_each_phase(
 ) -> None:
     """A renamed function of the job would leave its phase empty."""
     for owner, name in (
-        *((preparation, "read_examples"), (TextClassification, "encode"), (finetune, "train")),
+        *((base, "read_examples"), (TextClassification, "encode"), (finetune, "train")),
         *((noiseproof.CleaR, "on_epoch_start"), (loop, "save_checkpoint")),
         *((loop._Loop, "_predict"), (finetune, "sample_table"), (finetune, "write_results")),
     ):
