@@ -643,9 +643,9 @@ def test_reuse_reads_the_logits_of_the_last_training_epoch(tiny_run: Tiny) -> No
     passes: list[int] = []
     original = Engine.predict
 
-    def counted(self: Engine, encoded: Any, before_batch: Any = None) -> Tensor:
+    def counted(self: Engine, encoded: Any, before_batch: Any = None, rows: Any = None) -> Tensor:
         passes.append(before_batch is not None)
-        return original(self, encoded, before_batch)
+        return original(self, encoded, before_batch, rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "predict", counted)

@@ -435,7 +435,7 @@ def methods(words: list[str]) -> None:
     parser.add_argument("name", type=str | None, nargs="?", metavar="NAME", help="Method to show.")
     given = _parse(parser, words)
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from noiseproof import cards
     from noiseproof.methods import METHODS, find_method
@@ -449,7 +449,7 @@ def methods(words: list[str]) -> None:
         return
     chosen = find_method(given.name)
     console.print(cards.card(chosen), highlight=False, markup=False, soft_wrap=True)
-    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+    table = Table(Column("setting", no_wrap=True), "default", "meaning", box=None, pad_edge=False)
     for setting in cards.settings(chosen):
         table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
     console.print()
