@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import noiseproof
 from families import ALL, classifier
 from noiseproof.adapters import (
-    ADAPTERS_FILE,
     AdaptedModel,
     Adapter,
     BiasShift,
@@ -31,6 +30,7 @@ from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
 from noiseproof.models import (
     ADAPTERS_CONFIG,
+    ADAPTERS_FILE,
     encoder_layers,
     encoder_of,
     load_saved_model,

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from families import classifier, config, text_inputs
 from noiseproof.errors import InputError
 from noiseproof.experts import (
-    EXPERTS_FILE,
     MODES,
     ExpertLinear,
     ExpertModel,
@@ -30,7 +29,7 @@ from noiseproof.experts import (
     rms_of_tokens,
     similarities,
 )
-from noiseproof.models import ADAPTERS_CONFIG
+from noiseproof.models import ADAPTERS_CONFIG, ADAPTERS_FILE
 
 LOGITS = torch.tensor([0.2, 0.3, 0.1, 0.4]).log()  # w, the last one of the poisoning expert
 THETA = torch.tensor([0.5, 0.0, -0.5])
@@ -672,14 +671,14 @@ def test_without_its_poisoning_experts_a_model_still_answers_masked(
     wanted = answers_by_mode(model, inputs, *masked)
     model.save_poison = False
     model.save_pretrained(str(tmp_path))
-    assert not any("lora_BD" in name for name in load_file(str(tmp_path / EXPERTS_FILE)))
+    assert not any("lora_BD" in name for name in load_file(str(tmp_path / ADAPTERS_FILE)))
     again = restored_experts(base, tmp_path)
     assert isinstance(again, ExpertModel)
     assert all(map(torch.equal, answers_by_mode(again, inputs, *masked), wanted))
     with pytest.raises(InputError, match="poisoning experts were not saved; use mask, renorm"):
         again.set_inference_mode("none")
     again.save_pretrained(str(tmp_path))  # a second time, nothing made up takes their place
-    assert not any("lora_BD" in name for name in load_file(str(tmp_path / EXPERTS_FILE)))
+    assert not any("lora_BD" in name for name in load_file(str(tmp_path / ADAPTERS_FILE)))
 
 
 def test_a_model_that_would_answer_in_a_mode_it_did_not_save_is_refused(tmp_path: Path) -> None:
@@ -696,7 +695,7 @@ def test_a_file_that_is_not_whole_is_refused_by_name(change: str, tmp_path: Path
     """A tensor that is not loaded would leave fresh values in its place, without a word."""
     base, model, _ = trained_pair()
     model.save_pretrained(str(tmp_path))
-    tensors = load_file(str(tmp_path / EXPERTS_FILE))
+    tensors = load_file(str(tmp_path / ADAPTERS_FILE))
     name = next(key for key in tensors if key.endswith("lora_B1.weight"))
     if change == "missing":
         del tensors[name]
@@ -705,7 +704,7 @@ def test_a_file_that_is_not_whole_is_refused_by_name(change: str, tmp_path: Path
         tensors[name] = torch.zeros(3)
     else:
         tensors[name] = tensors[name][:-1].clone()
-    save_file(tensors, str(tmp_path / EXPERTS_FILE))
+    save_file(tensors, str(tmp_path / ADAPTERS_FILE))
     with pytest.raises(InputError, match=rf"does not fit the model .*{name} differs"):
         restored_experts(base, tmp_path)
 

@@ -20,12 +20,13 @@ import noiseproof
 from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
-from noiseproof.experts import EXPERTS_FILE, MODES, ExpertModel
+from noiseproof.experts import MODES, ExpertModel
 from noiseproof.job import CORRUPTED, Job
 from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
+from noiseproof.models import ADAPTERS_FILE
 from noiseproof.preparation import OOD, Prepared
 from tiny import Tiny, last_json, python, table, train_settings
 
@@ -551,7 +552,7 @@ def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[...
     np.testing.assert_array_equal(
         *(loaded.predict_proba(texts, settings=train_settings()) for loaded in (one, two))
     )
-    sizes = [(out / "model" / EXPERTS_FILE).stat().st_size for out in (whole, small)]
+    sizes = [(out / "model" / ADAPTERS_FILE).stat().st_size for out in (whole, small)]
     assert sizes[1] < sizes[0]
     with pytest.raises(InputError, match="poisoning experts were not saved"):
         two.model.set_inference_mode("none")
@@ -580,7 +581,7 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
         with pytest.raises(Interrupted):
             noiseproof.fit(**given)
     noiseproof.fit(**given, resume=True)
-    for name in ("model/" + EXPERTS_FILE, "history.csv"):
+    for name in ("model/" + ADAPTERS_FILE, "history.csv"):
         assert (out / name).read_bytes() == (run_of("plain") / name).read_bytes()
     one, two = (pd.read_parquet(path / "samples.parquet") for path in (out, run_of("plain")))
     pd.testing.assert_frame_equal(one, two, check_exact=True)
@@ -625,8 +626,8 @@ def test_the_test_set_is_measured_once_more_with_corrupted_texts(
     one, two = (json.loads((run / "record.json").read_bytes()) for run in (plain, noisy))
     for key, value in one["metrics"].items():
         assert two["metrics"][key] == value
-    assert (plain / "model" / EXPERTS_FILE).read_bytes() == (
-        noisy / "model" / EXPERTS_FILE
+    assert (plain / "model" / ADAPTERS_FILE).read_bytes() == (
+        noisy / "model" / ADAPTERS_FILE
     ).read_bytes()
     found = two["ood"]["corrupted"]
     assert found["rows"] == 12 and found != one["ood"].get("corrupted")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,21 +22,20 @@ from torch.nn import functional as F
 
 from noiseproof.errors import InputError
 from noiseproof.models import (
-    ADAPTERS_CONFIG,
     encoder_layers,
     evaluation_mode,
-    is_head,
-    is_language_model,
-    new_modules,
+    fill_adapter,
+    kept_parameters,
     pooler_name,
     quiet,
+    save_adapter,
+    saved_adapter,
     trial_inputs,
 )
 
 FAMILIES = ("adapter", "bitfit", "prompt", "prefix")
 """Values of ``tune`` that this module makes."""
 
-ADAPTERS_FILE = "adapters.safetensors"  # in model/: what was trained, head included
 ATTENTION = "noiseproof_columns"  # the attention of transformers with more keys and values
 START_STD = 0.02  # of prompts and prefixes
 
@@ -371,7 +369,7 @@ class AdaptedModel(nn.Module):
             "prompt": self._add_prompts,
             "prefix": self._add_prefixes,
         }[adapter.family]()
-        self.kept = kept_parameters(model, adapter)
+        self.kept = trained_beside(model, adapter)
         trained = set(self.trained)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -433,15 +431,10 @@ class AdaptedModel(nn.Module):
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
         """Write what was trained, and which encoder it belongs to."""
-        from safetensors.torch import save_file
-
         named = dict(self.named_parameters())
-        trained = {name: named[name].detach().contiguous() for name in self.trained}
-        save_file(trained, str(Path(folder) / ADAPTERS_FILE))
-        about = {"base_model_name_or_path": str(self.config.name_or_path)}
-        about |= dataclasses.asdict(self.adapter)
-        path = Path(folder) / ADAPTERS_CONFIG
-        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        tensors = {name: named[name] for name in self.trained}
+        base = str(self.config.name_or_path)
+        save_adapter(Path(folder), tensors, base, dataclasses.asdict(self.adapter))
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -549,51 +542,25 @@ def restored(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         InputError: The file belongs to another encoder.
     """
-    from safetensors.torch import load_file
-
-    about = folder / ADAPTERS_CONFIG
-    if not about.exists():
+    settings = saved_adapter(folder, FAMILIES)
+    if settings is None:
         return model
-    settings = json.loads(about.read_bytes())
-    if settings["family"] not in FAMILIES:
-        return model
-    del settings["base_model_name_or_path"]
-    if settings["targets"] is not None:
-        settings["targets"] = tuple(settings["targets"])
     adapted = AdaptedModel(model, Adapter(**settings))
-    tensors, named = load_file(str(folder / ADAPTERS_FILE)), dict(adapted.named_parameters())
-    wrong = set(adapted.trained) - set(tensors)
-    wrong |= {
-        name
-        for name, tensor in tensors.items()
-        if name not in named or tensor.shape != named[name].shape
-    }
-    if wrong:
-        raise InputError(
-            f"{folder / ADAPTERS_FILE} does not fit the encoder {adapted.config.name_or_path}: "
-            f"{sorted(wrong)[0]} differs; was the encoder replaced by another one?"
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            named[name].copy_(tensor)
+    fill_adapter(adapted, folder, adapted.trained, "encoder")
     return adapted.eval()
 
 
-def kept_parameters(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Names of the model's own parameters that train beside an adapter, in order.
-
-    The output layer of a language model is not among them: it was trained with the rest.
-    """
+def trained_beside(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Names of the model's own parameters that train beside an adapter, in order."""
     inside = {id(part) for block in encoder_layers(model) for part in block.parameters()}
-    head = is_head(model)
-    modules = new_modules(model) + (pooler_name(model) if adapter.pooler else [])
     pooled = tuple(f"{module}." for module in pooler_name(model))
     outer = adapter.family == "bitfit" and adapter.outer_biases
+    kept = set(kept_parameters(model))
     return [
         name
         for name, parameter in model.named_parameters()
-        if (head(name) and not is_language_model(model))
-        or name.startswith(tuple(f"{module}." for module in modules))
+        if name in kept
+        or (adapter.pooler and name.startswith(pooled))
         or (
             outer
             and name.endswith("bias")

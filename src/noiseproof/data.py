@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,13 +68,7 @@ FOREIGN = "<foreign>"  # true label where no class is right, as after open-set n
 
 
 class Inputs(ABC):
-    """N rows without their labels: texts, vectors, images.
-
-    Attributes:
-        last_is_label: Whether the last text of a row is what a model has to say.
-    """
-
-    last_is_label: ClassVar[bool] = False
+    """N rows without their labels: texts, vectors, images."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.models import encoder_of, evaluation_mode, mean_pooled
+from noiseproof.selection import column_scales
 
 NEIGHBOURS = 20
 QUERIES = 1024  # held-out rows that are compared with all training rows at once
@@ -66,8 +67,7 @@ def ridge_accuracy(
     0.75
     """
     columns = features.double()
-    mean, scale = columns.mean(dim=0), columns.std(dim=0, correction=0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    mean, scale = column_scales(columns)
     columns = (columns - mean) / scale
     target = F.one_hot(labels, num_classes).double()  # (N, C)
     base = target.mean(dim=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from noiseproof.errors import InputError
-from noiseproof.selection import held_out_scores
+from noiseproof.selection import column_scales, held_out_scores
 
 MOST_SEARCHED = 50_000  # rows among which neighbours are looked for
 BLOCK = 1024  # rows whose neighbours are looked for at a time
@@ -52,10 +52,8 @@ def neighbour_labels(
     """
     count = len(labels)
     columns = features.float()
-    columns = columns - columns.mean(dim=0)
-    scale = columns.std(dim=0, correction=0)
-    columns = columns / torch.where(scale > 0, scale, 1.0)
-    columns = torch.nn.functional.normalize(columns, dim=1)  # (N, D)
+    mean, scale = column_scales(columns)
+    columns = torch.nn.functional.normalize((columns - mean) / scale, dim=1)  # (N, D)
     searched = torch.arange(count)
     if count > MOST_SEARCHED:
         random = torch.Generator().manual_seed(seed)

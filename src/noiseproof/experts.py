@@ -11,7 +11,6 @@ numbered normal first. At inference the poisoning experts can be left out in sev
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from noiseproof.errors import InputError
-from noiseproof.models import ADAPTERS_CONFIG, is_head, new_modules
+from noiseproof.models import fill_adapter, kept_parameters, save_adapter, saved_adapter
 
 MODES = ("none", "mask", "renorm", "compensate")
 FAMILY = "experts"  # in adapters.json
-EXPERTS_FILE = "adapters.safetensors"  # in model/: experts and head
 SHORTEST = 1e-12  # an output of a smaller norm has no direction
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -655,29 +653,16 @@ class ExpertModel(nn.Module):
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
         """Write experts and head, and which model they belong to."""
-        from safetensors.torch import save_file
-
         named = dict(self.named_parameters()) | dict(self.named_buffers())
-        wanted = self._saved_names()
-        tensors = {
-            name: named[name].detach().contiguous()
-            for name in wanted
-            if self.save_poison or ".lora_BD" not in name
-        }
-        save_file(tensors, str(Path(folder) / EXPERTS_FILE))
-        about = {
-            "base_model_name_or_path": str(self.config.name_or_path),
-            "family": FAMILY,
-            "save_poison": self.save_poison,
-            **dataclasses.asdict(self.settings),
-            "mode": self.switch.mode,
-        }
-        path = Path(folder) / ADAPTERS_CONFIG
-        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        tensors = {name: named[name] for name in self._saved_names()}
+        settings = {"family": FAMILY, "save_poison": self.save_poison}
+        settings |= dataclasses.asdict(self.settings) | {"mode": self.switch.mode}
+        save_adapter(Path(folder), tensors, str(self.config.name_or_path), settings)
 
     def _saved_names(self) -> list[str]:
         buffers = [name for name, _ in self.named_buffers() if ".lora_" in name]
-        return self.trained + buffers
+        names = self.trained + buffers
+        return [name for name in names if self.save_poison or ".lora_BD" not in name]
 
     def _embedded(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         if self.noise is None or not self.training:
@@ -698,32 +683,14 @@ def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         InputError: The file belongs to another model, or is not whole.
     """
-    from safetensors.torch import load_file
-
-    about = folder / ADAPTERS_CONFIG
-    if not about.exists():
+    settings = saved_adapter(folder, (FAMILY,))
+    if settings is None:
         return model
-    values = json.loads(about.read_bytes())
-    if values.pop("family", "") != FAMILY:
-        return model
-    del values["base_model_name_or_path"]
-    save_poison, mode = values.pop("save_poison"), values.pop("mode")
-    values["targets"] = tuple(values["targets"])
-    adapted = ExpertModel(model, Experts(**values))
-    tensors = load_file(str(folder / EXPERTS_FILE))
-    named = dict(adapted.named_parameters()) | dict(adapted.named_buffers())
-    wanted = {n for n in adapted._saved_names() if save_poison or ".lora_BD" not in n}
-    wrong = wanted.symmetric_difference(tensors)
-    wrong |= {name for name in wanted & set(tensors) if tensors[name].shape != named[name].shape}
-    if wrong:
-        raise InputError(
-            f"{folder / EXPERTS_FILE} does not fit the model {adapted.config.name_or_path}: "
-            f"{sorted(wrong)[0]} differs; was the model replaced by another one?"
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            named[name].copy_(tensor)
+    mode, save_poison = settings.pop("mode"), settings.pop("save_poison")
+    del settings["family"]
+    adapted = ExpertModel(model, Experts(**settings))
     adapted.has_poison = adapted.save_poison = save_poison
+    fill_adapter(adapted, folder, adapted._saved_names(), "model")
     adapted.set_inference_mode(mode)
     return adapted.eval()
 
@@ -766,19 +733,6 @@ def linear_endings(model: nn.Module) -> list[str]:
     """Last parts of the names of all linear modules."""
     kinds = (name.rpartition(".")[2] for name, module in model.named_modules() if _linear(module))
     return list(dict.fromkeys(kinds))
-
-
-def kept_parameters(model: nn.Module) -> list[str]:
-    """Names of the model's own parameters that train beside the experts: head, new modules.
-
-    A decoder's output layer is no head: it was pre-trained.
-    """
-    config: Any = model.config
-    if not getattr(config, "num_labels", 0) or not hasattr(model, "num_labels"):
-        return []
-    head = is_head(model)
-    new = tuple(f"{name}." for name in new_modules(model))
-    return [n for n, _ in model.named_parameters() if head(n) or (bool(new) and n.startswith(new))]
 
 
 def _linear(module: nn.Module) -> bool:

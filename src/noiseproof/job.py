@@ -14,6 +14,7 @@ from noiseproof.method import Method, require
 from noiseproof.methods import METHODS, CleaR
 from noiseproof.noise import parse_noise
 from noiseproof.tasks import RowSettings, find_task
+from noiseproof.tuning import PROMPTS
 
 NO_MODEL = "minilm"  # what stands where no model was named; each task has its own default
 CORRUPTED = "corrupted"  # name of the test set that test_noise makes
@@ -21,7 +22,6 @@ OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
 HAVE_ENCODERS = ("text", "image")  # whose features can be bent
-OUTSIDE = ("prompt", "prefix")  # no part of the encoder that mean-pooled features come from
 OPT_IN = ("only_clean_rows", "probe_gradients", "measure_distortion")
 """Settings of studies, off by default."""
 LATER = {item.name for item in dataclasses.fields(RowSettings)} - {"text"} | {
@@ -227,7 +227,7 @@ class Job:
             f"got task {self.task!r}",
         )
         require(
-            tune not in OUTSIDE,
+            tune not in PROMPTS,
             f"measure_distortion cannot see {tune}, which stands outside the encoder; use full, "
             "head, lora, adapter or bitfit",
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -304,6 +304,18 @@ def is_head(model: nn.Module) -> Callable[[str], bool]:
     head -= {id(parameter) for parameter in encoder.parameters()}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
     return names.__contains__
+
+
+def kept_parameters(model: nn.Module) -> list[str]:
+    """Names of a model's own parameters that train beside any adapter, in order.
+
+    They are the head and what the checkpoint did not hold. A language model has none: its output
+    layer was trained with the rest.
+    """
+    if is_language_model(model):
+        return []
+    head, new = is_head(model), tuple(f"{name}." for name in new_modules(model))
+    return [name for name, _ in model.named_parameters() if head(name) or name.startswith(new)]
 
 
 def start_head(model: nn.Module, std: float = 0.0, *, hidden: bool = False) -> None:
@@ -656,7 +668,63 @@ def _mean_over_tokens(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 HEAD_FILE = "head.safetensors"  # in model/: a head that transformers and peft have no class for
 ADAPTERS_CONFIG = "adapters.json"  # in model/: settings and encoder of an adapter of our own
+ADAPTERS_FILE = "adapters.safetensors"  # in model/: what it trained, head included
 ADAPTERS = ("adapter_config.json", ADAPTERS_CONFIG)  # peft's, and ours
+
+
+def save_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], base: str, settings: Mapping[str, Any]
+) -> None:
+    """Write an adapter of our own: its tensors, its settings, and which model it belongs to."""
+    from safetensors.torch import save_file
+
+    found = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(found, str(folder / ADAPTERS_FILE))
+    about = json.dumps({"base_model_name_or_path": base, **settings}, indent=1)
+    (folder / ADAPTERS_CONFIG).write_text(about + "\n", encoding="utf-8")
+
+
+def saved_adapter(folder: Path, families: Sequence[str]) -> dict[str, Any] | None:
+    """Settings of a saved adapter of one of these families; None where there is no such."""
+    about = folder / ADAPTERS_CONFIG
+    if not about.exists():
+        return None
+    settings: dict[str, Any] = json.loads(about.read_bytes())
+    if settings["family"] not in families:
+        return None
+    del settings["base_model_name_or_path"]
+    if settings["targets"] is not None:
+        settings["targets"] = tuple(settings["targets"])
+    return settings
+
+
+def fill_adapter(adapted: Any, folder: Path, wanted: Iterable[str], inner: str) -> None:
+    """Put saved tensors into the parameters and buffers of an adapted model.
+
+    Args:
+        adapted: The model.
+        folder: Where `save_adapter` wrote.
+        wanted: Names of the tensors that must be there, and no others.
+        inner: What messages call the model inside.
+
+    Raises:
+        InputError: The file has other names or shapes than these.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(folder / ADAPTERS_FILE))
+    named = dict(adapted.named_parameters()) | dict(adapted.named_buffers())
+    names = set(wanted)
+    wrong = names ^ set(tensors)
+    wrong |= {name for name in names & set(tensors) if tensors[name].shape != named[name].shape}
+    if wrong:
+        raise InputError(
+            f"{folder / ADAPTERS_FILE} does not fit the {inner} {adapted.config.name_or_path}: "
+            f"{sorted(wrong)[0]} differs; was the {inner} replaced by another one?"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            named[name].copy_(tensor)
 
 
 def merged(model: Any) -> nn.Module:

@@ -19,12 +19,13 @@ from noiseproof.data import (
     stratified_sample,
     stratified_split,
 )
+from noiseproof.distortion import encoder_features
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings, derive_seed
 from noiseproof.errors import InputError
 from noiseproof.features import fingerprint, kept
 from noiseproof.job import CORRUPTED, Job
-from noiseproof.models import count_parameters, has_weights, mean_pooled
+from noiseproof.models import count_parameters, has_weights
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
 from noiseproof.tasks import LabelColumns, Task, find_task
@@ -183,7 +184,7 @@ class Prepared:
         seed = derive_seed(self.seeds["noise"], "test texts")
         found = noise.apply(test.labels, len(test.label_names), seed, texts=given)
         texts = found.extras["texts"]
-        if test.inputs.last_is_label:
+        if self.task.text_labels:
             texts[:, -1] = [some[-1] for some in given]
         return dataclasses.replace(test, inputs=test.inputs.with_texts(texts))
 
@@ -259,13 +260,11 @@ def frozen_features(
     model: torch.nn.Module, encoded: Encoded, settings: TrainSettings
 ) -> np.ndarray:
     """Mean-pooled features of the pre-trained encoder (N, D), kept on disk as those of a head."""
-    engine = Engine(settings)
-    model.to(engine.device).eval()
 
     def compute() -> Tensor:
-        with torch.no_grad():
-            return engine.compute(encoded, lambda inputs: mean_pooled(model, inputs))
+        return encoder_features(model, encoded, settings)
 
+    engine = Engine(settings)
     shared = encoded.key and engine.processes == 1 and has_weights(model)
     weights = fingerprint(model) if shared else ""
     if not weights:

@@ -186,6 +186,16 @@ def draw_per_class(marked: Tensor, labels: Tensor, quota: Tensor, order: Tensor)
     return keep
 
 
+def column_scales(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every column, 1 for a constant one.  (N, D) -> (D,), (D,).
+
+    >>> column_scales(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    (tensor([2., 5.]), tensor([1., 1.]))
+    """
+    scale = features.std(dim=0, correction=0)
+    return features.mean(dim=0), torch.where(scale > 0, scale, 1.0)
+
+
 def held_out_scores(
     features: Tensor, labels: Tensor, num_classes: int, folds: int = 5, ridge: float = 1.0
 ) -> Tensor:
@@ -200,9 +210,8 @@ def held_out_scores(
     [[0.75, 0.25], [0.25, 0.75]]
     """
     columns = features.double()
-    columns = columns - columns.mean(dim=0)
-    scale = columns.std(dim=0, correction=0)
-    columns = columns / torch.where(scale > 0, scale, 1.0)  # (N, D)
+    mean, scale = column_scales(columns)
+    columns = (columns - mean) / scale  # (N, D)
     target = torch.nn.functional.one_hot(labels, num_classes).double()  # (N, C)
     fold = place_in_class(labels) % folds
     scores = torch.zeros_like(target)

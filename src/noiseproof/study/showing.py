@@ -3,65 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from noiseproof.charts import Dot, Series, dot_chart
 from noiseproof.report.blocks import MISSING, Cell, percent
-from noiseproof.statistics import LEVEL, Summary, summarize
+from noiseproof.statistics import LEVEL, Interval, Summary, summarize
+from noiseproof.study.estimates import Estimate
 
 
 def mean_line(
-    name: str, points: Mapping[float, Iterable[float]], style: int, scale: float = 100
+    name: str,
+    points: Mapping[int, Summary] | Mapping[float, Summary],
+    style: int,
+    scale: float = 100,
 ) -> Series:
     """Means over seeds by position, with t intervals where there are several.
 
     Args:
         name: Of the line.
-        points: Values of the seeds by position; positions without any are left out.
+        points: What was found, by position.
         style: Of the line.
         scale: Factor of the values.
     """
-    found = {x: summary for x, values in sorted(points.items()) if (summary := summarize(values))}
-    ends = [summary.interval for summary in found.values()]
+    ends = [point.interval for point in points.values()]
     return Series(
         name,
-        list(found),
-        [scale * summary.mean for summary in found.values()],
+        list(points),
+        [scale * point.mean for point in points.values()],
         style,
         [scale * end.low if end else math.nan for end in ends],
         [scale * end.high if end else math.nan for end in ends],
     )
 
 
-def interval_dots(
-    named: Mapping[str, Sequence[float]],
-    title: str,
-    styles: Mapping[str, int] | None = None,
-    scale: float = 100,
+def summaries(points: Mapping[float, Iterable[float]]) -> dict[float, Summary]:
+    """Values of the seeds summed up by position, in order; positions without any are left out."""
+    return {x: found for x, values in sorted(points.items()) if (found := summarize(values))}
+
+
+def estimate_dots(
+    named: Mapping[str, Estimate], title: str, styles: Mapping[str, int], style: int = 0
 ) -> str:
-    """A chart with a row per name: mean over seeds, with its interval."""
+    """A chart with a row per name: the mean, with its interval; names without a style have one."""
     dots = []
-    for name, values in named.items():
-        found = summarize(values)
-        if found is None:
-            continue
-        low = scale * found.interval.low if found.interval else None
-        high = scale * found.interval.high if found.interval else None
-        dots.append(Dot(name, scale * found.mean, low, high, (styles or {}).get(name, 1)))
+    for name, one in named.items():
+        low = 100 * one.interval.low if one.interval else None
+        high = 100 * one.interval.high if one.interval else None
+        dots.append(Dot(name, 100 * one.mean, low, high, styles.get(name, style)))
     return dot_chart(dots, title=title, x_label=f"with {LEVEL:.0%} interval")
 
 
-def mean_cell(values: Iterable[float], *, signed: bool = False) -> Cell:
+def mean_cell(values: Iterable[float]) -> Cell:
+    """Mean and standard deviation of shares over seeds, in percent."""
+    return summary_cell(summarize(values))
+
+
+def summary_cell(found: Summary | None) -> Cell:
     """Mean and standard deviation of shares, in percent."""
-    found = summarize(values)
     if found is None:
         return Cell(MISSING)
     note = "" if found.sd is None else f"± {percent(found.sd)}"
-    return Cell(percent(found.mean, signed=signed), note, found.mean)
+    return Cell(percent(found.mean), note, found.mean)
 
 
 def number_cell(values: Iterable[float], decimals: int = 2) -> Cell:
-    """Mean and standard deviation of plain numbers."""
+    """Mean and standard deviation of plain numbers over seeds."""
     found = summarize(values)
     if found is None:
         return Cell(MISSING)
@@ -70,14 +76,22 @@ def number_cell(values: Iterable[float], decimals: int = 2) -> Cell:
     return Cell(text, note, found.mean)
 
 
-def told(found: Summary, *, signed: bool = False) -> str:
-    """A mean of shares in percent with its interval, in words.
+def estimate_cell(one: Estimate | None) -> Cell:
+    """Mean and interval of a difference, in points."""
+    if one is None:
+        return Cell(MISSING)
+    text, _, note = told(one.mean, one.interval).partition(" ")
+    return Cell(text, note, one.mean)
 
-    >>> told(Summary(1, 0.5, None, None))
-    '50.0 (one seed)'
+
+def told(mean: float, interval: Interval | None) -> str:
+    """A difference of shares in points with its interval, in words.
+
+    >>> told(0.5, None)
+    '+50.0 (one seed)'
     """
-    mean = percent(found.mean, signed=signed)
-    if found.interval is None:
-        return f"{mean} (one seed)"
-    low, high = found.interval.low, found.interval.high
-    return f"{mean} ({percent(low, signed=signed)} to {percent(high, signed=signed)})"
+    text = percent(mean, signed=True)
+    if interval is None:
+        return f"{text} (one seed)"
+    low, high = interval.low, interval.high
+    return f"{text} ({percent(low, signed=True)} to {percent(high, signed=True)})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,6 @@ class Dialogues(Inputs):
         choices: N lists of possible responses, or `None`.
         answers: N final answers as texts (with choices: the number of the right one), or `None`.
     """
-
-    last_is_label: ClassVar[bool] = True
 
     prompts: Sequence[str]
     responses: Sequence[str] | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from noiseproof.report.runs import Found, Run, as_number
-from noiseproof.study.peft_under_noise.analysis import Estimate, Values, Verdict, estimate
+from noiseproof.study.estimates import Estimate, Values, Verdict, estimate
 
 LOPE, HYDRA, LORA = "LoPE", "HydraLoRA", "LoRA"
 MAIN, HALF, RATES, DATA = "variants", "half the epochs", "noise rate", "noisier data"
@@ -19,7 +19,6 @@ KINDS = {"hybrid": LOPE, "discrete": "LoPE, discrete noise", "continuous": "LoPE
          "none": "LoPE, no noise"}  # fmt: skip
 EXPERTS = {"3/1": LOPE, "3/2": "LoPE, 3 + 2 experts", "2/2": "LoPE, 2 + 2 experts",
            "2/1": "LoPE, 2 + 1 experts"}  # fmt: skip
-MODES = ("none", "mask", "renorm", "compensate")
 MISMATCHED = (("insert", "shuffle", "relative"), ("shuffle", "delete", "off"),
               ("delete", "insert", "off"))  # fmt: skip
 """Noise of the data, of the stage poison, and of its embeddings; the paper's third pair replaces

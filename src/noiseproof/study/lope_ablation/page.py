@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from statistics import fmean
 
 from noiseproof import charts
+from noiseproof.experts import MODES
 from noiseproof.report.blocks import (
     MISSING,
     Block,
@@ -23,12 +23,12 @@ from noiseproof.report.blocks import (
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
 from noiseproof.report.runs import Found, Run, as_number
-from noiseproof.statistics import LEVEL, summarize
+from noiseproof.statistics import LEVEL
+from noiseproof.study.estimates import Values, Verdict
 from noiseproof.study.lope_ablation.analysis import (
     HYDRA,
     LOPE,
     LORA,
-    MODES,
     ORDERINGS,
     RATES,
     SETS,
@@ -38,7 +38,13 @@ from noiseproof.study.lope_ablation.analysis import (
     mode_accuracy,
     set_accuracy,
 )
-from noiseproof.study.peft_under_noise.analysis import Estimate, Values, Verdict
+from noiseproof.study.showing import (
+    estimate_cell,
+    estimate_dots,
+    mean_cell,
+    mean_line,
+    summaries,
+)
 
 QUESTIONS = {
     "Noise": "Which noise does the poisoning expert need?",
@@ -106,7 +112,7 @@ def _orderings(records: Records) -> Section:
             found = [one.tested(records, name) for _, name in SHOWN]
             verdict = {"contradicted": "fails"}.get(one.verdict(records), one.verdict(records))
             number = str(found[0].difference.summary.n) if found[0] else MISSING
-            rows.append([Cell(one.name, question), Cell(verdict), *map(_cell, found),
+            rows.append([Cell(one.name, question), Cell(verdict), *map(estimate_cell, found),
                          Cell(number), Cell(one.source or MISSING)])  # fmt: skip
     note = (
         f"Differences of test accuracy with {LEVEL:.0%} t intervals, paired: the same rows, noise "
@@ -118,27 +124,10 @@ def _orderings(records: Records) -> Section:
     return Section("The orderings of the paper", [Table(columns, rows, note, fixed=True)])
 
 
-def _cell(one: Estimate | None) -> Cell:
-    if one is None:
-        return Cell(MISSING)
-    low_high = one.interval
-    note = "one seed"
-    if low_high is not None:
-        low, high = percent(low_high.low, signed=True), percent(low_high.high, signed=True)
-        note = f"({low} to {high})"
-    return Cell(percent(one.mean, signed=True), note, one.mean)
-
-
 def _dots(records: Records, question: str) -> str:
-    dots = []
-    for one in ORDERINGS[question]:
-        found = one.tested(records)
-        if found is not None:
-            ends = found.interval
-            low, high = (100 * ends.low, 100 * ends.high) if ends else (None, None)
-            dots.append(charts.Dot(one.short or one.name, 100 * found.mean, low, high, 1))
-    return charts.dot_chart(dots, title="Difference of test accuracy, points",
-                            x_label=f"with {LEVEL:.0%} interval")  # fmt: skip
+    tested = ((one, one.tested(records)) for one in ORDERINGS[question])
+    named = {one.short or one.name: found for one, found in tested if found is not None}
+    return estimate_dots(named, "Difference of test accuracy, points", {}, style=1)
 
 
 def _note(lines: bool) -> str:
@@ -179,19 +168,8 @@ def _over_data(records: Records) -> str:
 
 def _line(name: str, points: Mapping[float, Values]) -> charts.Series | None:
     """Means by rate; None of fewer than two rates."""
-    found = {rate: summary for rate, table in sorted(points.items())
-             if (summary := summarize(table.values()))}  # fmt: skip
-    if len(found) < 2:
-        return None
-    ends = [point.interval for point in found.values()]
-    return charts.Series(
-        name,
-        [100 * rate for rate in found],
-        [100 * point.mean for point in found.values()],
-        STYLES[name],
-        [100 * end.low if end else math.nan for end in ends],
-        [100 * end.high if end else math.nan for end in ends],
-    )
+    found = summaries({100 * rate: table.values() for rate, table in points.items()})
+    return mean_line(name, found, STYLES[name]) if len(found) > 1 else None
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -213,7 +191,7 @@ def _router(found: Found) -> Section:
         cells = []
         for _, key, _ in shown:
             values = [value for one in runs if (value := as_number(one.get(key))) is not None]
-            cells.append(_mean(values))
+            cells.append(mean_cell(values))
             auroc += values if key == "noise_auroc" else []
         method, _, noise = name.partition("\t")
         rows.append([Cell(method), Cell(noise), Cell(str(len(runs)), value=len(runs)), *cells])
@@ -247,7 +225,7 @@ def _results(found: Found) -> Table:
     for names, runs in groups.items():
         of_sets = [[set_accuracy(run, name) for run in runs] for _, name in SHOWN]
         of_sets.append([run.metric("test_macro_f1") for run in runs])
-        cells = [_mean([value for value in values if value is not None]) for values in of_sets]
+        cells = [mean_cell([value for value in values if value is not None]) for values in of_sets]
         rows.append([*map(Cell, names), Cell(str(len(runs)), value=len(runs)), *cells])
     return Table(columns, rows, "Percent; mean ± standard deviation over seeds.")
 
@@ -264,17 +242,9 @@ def _modes(records: Records) -> list[Table]:
     for noise, own in groups.items():
         for mode in MODES:
             values = [[mode_accuracy(run, mode, name) for run in own] for name in SETS]
-            cells = [_mean([v for v in some if v is not None]) for some in values]
+            cells = [mean_cell([v for v in some if v is not None]) for some in values]
             rows.append([Cell(mode), Cell(noise), Cell(str(len(own)), value=len(own)), *cells])
     columns = [Column("Mode", numeric=False), Column("Noise", numeric=False), Column("Runs")]
     columns += [Column(title) for title, _ in SHOWN]
     note = "Percent; mean ± standard deviation over seeds. One training a run."
     return [Table(columns, rows, note, "LoPE by inference mode")]
-
-
-def _mean(values: list[float]) -> Cell:
-    found = summarize(values)
-    if found is None:
-        return Cell(MISSING)
-    note = "" if found.sd is None else f"± {percent(found.sd)}"
-    return Cell(percent(found.mean), note, found.mean)

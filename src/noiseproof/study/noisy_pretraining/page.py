@@ -23,7 +23,7 @@ from noiseproof.report.blocks import (
 from noiseproof.report.provenance import left_out, versions
 from noiseproof.statistics import LEVEL, Difference, Interval, Summary
 from noiseproof.study.noisy_pretraining.records import Of, Records, Tuned, angle
-from noiseproof.study.showing import mean_cell, mean_line, number_cell, told
+from noiseproof.study.showing import mean_cell, mean_line, number_cell, summaries, told
 
 STYLES = {"LP": 0, "MLP": 1, "NMTune code": 2, "NMTune paper": 3}
 RATE = "wrong labels in pre-training, %"
@@ -89,15 +89,15 @@ def _spectra(records: Records, task: str) -> Section:
     for key, name in MEASURES:
         before = {100 * rate: [one[key] for one in records.before(task, rate).values()]
                   for rate in records.rates}  # fmt: skip
-        lines = [mean_line("before tuning", before, 0, scale=1)]
+        lines = [mean_line("before tuning", summaries(before), 0, scale=1)]
         for method in ("MLP", "NMTune code", "NMTune paper"):
             points = records.line(_after(key), task, method)
             if points:
-                lines.append(mean_line(method, points, STYLES[method], scale=1))
+                lines.append(mean_line(method, summaries(points), STYLES[method], scale=1))
         drawn.append(_chart(lines, records, f"{name} of test features, nats"))
     angles = {100 * rate: [angle(one) for one in records.before(task, rate).values()]
               for rate in records.rates}  # fmt: skip
-    drawn.append(_chart([mean_line("angle", angles, 4, scale=1)], records,
+    drawn.append(_chart([mean_line("angle", summaries(angles), 4, scale=1)], records,
                         "Turned against the clean network, degrees"))  # fmt: skip
     rises = {name: records.rise(key, task) for key, name in MEASURES}
     title = ", ".join(f"{name} {_direction(found)}" for name, found in rises.items())
@@ -119,7 +119,7 @@ def _accuracy(records: Records, task: str) -> Section:
     """ID and OOD accuracy over the rate, by method."""
     drawn = []
     for name, of in ACCURACIES:
-        lines = [mean_line(method, points, STYLES[method]) for method in records.methods
+        lines = [mean_line(method, summaries(points), STYLES[method]) for method in records.methods
                  if (points := records.line(of, task, method))]  # fmt: skip
         drawn.append(_chart(lines, records, f"{name} accuracy, %"))
     falls = {name: records.fall(of, task, "LP") for name, of in ACCURACIES}
@@ -153,7 +153,7 @@ def _differences(heading: str, found: dict[str, tuple[Difference | None, float]]
 
 def _number(found: Summary, scale: float) -> str:
     if scale == 100:
-        return told(found, signed=True)
+        return told(found.mean, found.interval)
     mean = f"{found.mean:+.3f}"
     if found.interval is None:
         text = f"{mean} (one seed)"
@@ -182,7 +182,7 @@ def _gains(records: Records, task: str) -> Section:
                 verdicts += [one.verdict for one in gains if one is not None]
             if any(gains):
                 cells = [Cell(MISSING) if one is None else
-                         Cell(told(one.summary, signed=True), value=one.summary.mean)
+                         Cell(told(one.summary.mean, one.summary.interval), value=one.summary.mean)
                          for one in gains]  # fmt: skip
                 rows.append([Cell(method), Cell(percent(rate), value=rate), *cells])
     if not rows:

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
 from noiseproof.arrays import read_npz, write_npz
-from noiseproof.encoding import Encoded
-from noiseproof.engine import Engine, TrainSettings
+from noiseproof.distortion import encoder_features
+from noiseproof.engine import TrainSettings
 from noiseproof.errors import InputError
 from noiseproof.finetune import run_job
 from noiseproof.job import Job
 from noiseproof.method import Method
 from noiseproof.methods import CrossEntropy, NMTune
 from noiseproof.methods.nmtune import ReshapedClassifier
-from noiseproof.models import evaluation_mode, mean_pooled
 from noiseproof.prediction import Predictor, load
 from noiseproof.record import RunRecord, write_atomic
 from noiseproof.spectrum import principal_angles, spectrum
@@ -35,6 +33,7 @@ from noiseproof.study.noisy_pretraining.pictures import (
     corrupted,
     nested_noise,
 )
+from noiseproof.study.spectrum.seeing import reshaped_features
 
 PRESETS = NMTune.presets()
 METHODS: dict[str, Method] = {
@@ -238,8 +237,9 @@ class Work:
         result = run_job(job, out=folder, overwrite=folder.exists(), labels=labels)
         features = read_npz(place / f"{task}-test.npz")["features"]
         encoded = result.predictor.task.encode(result.predictor.task.inputs_of(features))
-        reshaped = network_features(result.predictor.model, encoded, job.train)
-        found = spectrum(reshaped)
+        model = result.predictor.model
+        assert isinstance(model, ReshapedClassifier)  # so are all of METHODS
+        found = spectrum(reshaped_features(model, encoded, job.train))
         values = {"sve": found.sve, "lsvr": found.lsvr}
         write_atomic(folder / "spectrum.json", json.dumps(values) + "\n")
 
@@ -252,7 +252,7 @@ class Work:
     def _encoded(self, network: Predictor, pixels: np.ndarray) -> np.ndarray:
         inputs, _ = network.task.ready(network.task.inputs_of(pixels))
         settings = TrainSettings(device=self.device, precision="fp32")
-        return network_features(network.model, network.task.encode(inputs), settings)
+        return encoder_features(network.model, network.task.encode(inputs), settings).numpy()
 
     def _training(self, seed: int, epochs: int, rows: int) -> TrainSettings:
         return TrainSettings(epochs=epochs, batch_size=rows, schedule="cosine", seed=seed,
@@ -287,18 +287,3 @@ def _table(rows: Pictures, labels: np.ndarray) -> dict[str, Any]:
 
 def _write(path: Path, features: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> None:
     write_npz(path, {"features": features, "label": np.array(names)[labels]})
-
-
-def network_features(network: nn.Module, encoded: Encoded, settings: TrainSettings) -> np.ndarray:
-    """What a classifier tells classes by (M, D): reshaped features, or the encoder's mean."""
-    engine = Engine(settings)
-    network.to(engine.device)
-
-    def features(inputs: dict[str, Tensor]) -> Tensor:
-        if isinstance(network, ReshapedClassifier):
-            reshaped: Tensor = network(**inputs).transformed
-            return reshaped
-        return mean_pooled(network, inputs)
-
-    with evaluation_mode(network):
-        return engine.compute(encoded, features).numpy()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from noiseproof import charts
 from noiseproof.report import figures
@@ -17,23 +16,15 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
-    percent,
 )
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
 from noiseproof.report.runs import Found, Run
 from noiseproof.statistics import LEVEL, summarize
-from noiseproof.study.peft_under_noise.analysis import (
-    Claim,
-    Estimate,
-    Records,
-    Seen,
-    Values,
-    Verdict,
-    estimate,
-    values,
-)
+from noiseproof.study.estimates import Estimate, Values, Verdict, estimate
+from noiseproof.study.peft_under_noise.analysis import Claim, Records, Seen, values
 from noiseproof.study.peft_under_noise.families import FULL, PROBE, STYLES
+from noiseproof.study.showing import estimate_cell, estimate_dots, mean_cell, mean_line, told
 
 SAID: dict[str, dict[Verdict, str]] = {
     "capacity": {
@@ -124,13 +115,15 @@ def _verdicts(records: Records, capacity: Claim, interference: Claim) -> Section
                Column("By family", numeric=False)]  # fmt: skip
     rows, missing = [], []
     for name, kind, one in claims:
-        by_family = "; ".join(f"{family} {_told(e)}" for family, e in one.families.items())
+        by_family = "; ".join(
+            f"{family} {told(e.mean, e.interval)}" for family, e in one.families.items()
+        )
         overall = one.overall
         rows.append(
             [
                 Cell(name),
                 Cell(SAID[kind][one.verdict]),
-                _estimate_cell(overall),
+                estimate_cell(overall),
                 Cell(MISSING if overall is None else str(overall.difference.summary.n)),
                 Cell(by_family or MISSING),
             ]
@@ -160,31 +153,7 @@ def _dots(one: Claim, title: str) -> str:
     named = dict(one.families)
     if one.overall is not None and len(named) > 1:
         named["mean of the families"] = one.overall
-    return _dot_chart(named, title)
-
-
-def _dot_chart(named: Mapping[str, Estimate], title: str) -> str:
-    dots = []
-    for name, one in named.items():
-        low = 100 * one.interval.low if one.interval else None
-        high = 100 * one.interval.high if one.interval else None
-        dots.append(charts.Dot(name, 100 * one.mean, low, high, STYLES.get(name, 0)))
-    return charts.dot_chart(dots, title=title, x_label=f"with {LEVEL:.0%} interval")
-
-
-def _told(one: Estimate) -> str:
-    mean = percent(one.mean, signed=True)
-    if one.interval is None:
-        return f"{mean} (one seed)"
-    low, high = one.interval.low, one.interval.high
-    return f"{mean} ({percent(low, signed=True)} to {percent(high, signed=True)})"
-
-
-def _estimate_cell(one: Estimate | None) -> Cell:
-    if one is None:
-        return Cell(MISSING)
-    text, _, note = _told(one).partition(" ")
-    return Cell(text, note, one.mean)
+    return estimate_dots(named, title, STYLES)
 
 
 # --- what they rest on ----------------------------------------------------------------------------
@@ -223,17 +192,7 @@ def _over_capacity(records: Records, metric: str, title: str) -> str:
         if len(points) < 2:
             continue
         sizes |= set(points)
-        ends = [point.interval for point in points.values()]
-        lines.append(
-            charts.Series(
-                family,
-                list(points),
-                [100 * point.mean for point in points.values()],
-                STYLES[family],
-                [100 * end.low if end else math.nan for end in ends],
-                [100 * end.high if end else math.nan for end in ends],
-            )
-        )
+        lines.append(mean_line(family, points, STYLES[family]))
     for name in (FULL, PROBE) if lines else ():
         level = summarize(values(records.pick(name, noise=records.closer), metric).values())
         if level is not None:
@@ -249,7 +208,7 @@ def _interference(records: Records, claim: Claim) -> Section:
         ("clean_fit", "Cost of wrong labels in clean fit, points"),
         ("test_accuracy", "Cost of wrong labels in test accuracy, points"),
     ):
-        drawn.append(_dot_chart(_estimates(records.interference(metric)), title))
+        drawn.append(estimate_dots(_estimates(records.interference(metric)), title, STYLES))
     drawn = [chart for chart in drawn if chart]
     note = (
         "Trained on the right rows alone, with as many steps, minus trained on all rows: above 0 "
@@ -313,7 +272,7 @@ def _random_labels(records: Records) -> Section:
     for family in (FULL, PROBE, *records.families):
         found = values(records.pick(family, random=True), "memorization")
         if found:
-            rows.append([Cell(family), _mean_cell(found.values())])
+            rows.append([Cell(family), mean_cell(found.values())])
     columns = [Column("Family", numeric=False), Column("Memorised, %")]
     note = "All labels were drawn at random: whatever is fitted is learned by heart."
     return Section("Random labels", [Table(columns, rows, note)] if rows else [])
@@ -357,17 +316,9 @@ def _table(records: Records, columns: Columns) -> Table:
         groups.setdefault((name, one.noise), []).append(one)
     rows = []
     for (name, noise), group in groups.items():
-        cells = [_mean_cell(values(group, metric).values()) for _, metric, _ in columns]
+        cells = [mean_cell(values(group, metric).values()) for _, metric, _ in columns]
         if any(cell.value is not None for cell in cells):
             count = Cell(str(len(group)), value=len(group))
             rows.append([Cell(name), Cell(noise), count, *cells])
     note = "Percent, after the last epoch; mean ± standard deviation over seeds."
     return Table(heads, rows, note)
-
-
-def _mean_cell(numbers: Iterable[float]) -> Cell:
-    found = summarize(numbers)
-    if found is None:
-        return Cell(MISSING)
-    note = "" if found.sd is None else f"± {percent(found.sd)}"
-    return Cell(percent(found.mean), note, found.mean)

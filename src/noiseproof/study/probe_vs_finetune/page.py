@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from statistics import fmean
 
@@ -37,6 +36,7 @@ from noiseproof.study.probe_vs_finetune.analysis import (
     passes_of,
     tuned,
 )
+from noiseproof.study.showing import mean_line, summary_cell
 
 WRONG = "wrong labels, %"
 TOLD = {"won": "ahead", "lost": "behind", "tied": "no clear difference", "no claim": "one seed"}
@@ -134,7 +134,7 @@ def _accuracy(records: Records, kind: str) -> Section:
         blocks.append(Figures([drawn], _note("after the last epoch")))
     rows = []
     for noise in records.kinds[kind]:
-        cells = [_mean_cell(records.mean(name, noise, "test_accuracy"))
+        cells = [summary_cell(records.mean(name, noise, "test_accuracy"))
                  for name in records.approaches]  # fmt: skip
         differences = [
             _difference_cell(records.ahead(tuning, probe, noise, "test_accuracy"))
@@ -350,15 +350,8 @@ def _line(
             points[100 * records.rates[noise]] = found
     if not points:
         return None
-    ends = [point.interval for point in points.values()]
-    return charts.Series(
-        name or approach,
-        list(points),
-        [scale * point.mean for point in points.values()],
-        0 if name else APPROACHES[approach].style,
-        [scale * end.low if end else math.nan for end in ends],
-        [scale * end.high if end else math.nan for end in ends],
-    )
+    style = 0 if name else APPROACHES[approach].style
+    return mean_line(name or approach, points, style, scale)
 
 
 def _chart(records: Records, kind: str, lines: list[charts.Series], title: str) -> str:
@@ -373,13 +366,6 @@ def _note(what: str) -> str:
 
 def _rate_cell(records: Records, noise: str) -> Cell:
     return Cell(percent(records.rates[noise]), noise, records.rates[noise])
-
-
-def _mean_cell(found: Summary | None) -> Cell:
-    if found is None:
-        return Cell(MISSING)
-    note = "" if found.sd is None else f"± {percent(found.sd)}"
-    return Cell(percent(found.mean), note, found.mean)
 
 
 def _difference_cell(found: Difference | None) -> Cell:

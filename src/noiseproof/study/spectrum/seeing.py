@@ -14,7 +14,7 @@ from noiseproof.distortion import encoder_features
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.errors import InputError
-from noiseproof.job import NO_MODEL, OUTSIDE
+from noiseproof.job import NO_MODEL
 from noiseproof.method import require
 from noiseproof.methods.nmtune import ReshapedClassifier
 from noiseproof.models import evaluation_mode
@@ -23,6 +23,7 @@ from noiseproof.preparation import frozen_features
 from noiseproof.record import RunRecord
 from noiseproof.study.contract import Asked
 from noiseproof.tasks import RowSettings, find_task
+from noiseproof.tuning import PROMPTS
 
 AS_GIVEN = "features as given"
 
@@ -85,7 +86,7 @@ def _of_run(
         f"{folder} is a run of task {record.spec['task']!r}, the rows are of task {asked.task!r}",
     )
     require(
-        tune not in OUTSIDE,
+        tune not in PROMPTS,
         f"{folder} was tuned with {tune}, which stands outside the encoder whose features are "
         "compared; leave it out",
     )
@@ -94,11 +95,14 @@ def _of_run(
     encoded, model = predictor.task.encode(usable), predictor.model
     found = {folder: encoder_features(model, encoded, settings).numpy()}
     if isinstance(model, ReshapedClassifier):
-        found[f"{folder}, reshaped"] = _reshaped(model, encoded, settings)
+        found[f"{folder}, reshaped"] = reshaped_features(model, encoded, settings)
     return found
 
 
-def _reshaped(model: ReshapedClassifier, encoded: Encoded, settings: TrainSettings) -> np.ndarray:
+def reshaped_features(
+    model: ReshapedClassifier, encoded: Encoded, settings: TrainSettings
+) -> np.ndarray:
+    """What NMTune makes of the features of rows (M, D)."""
     engine = Engine(settings)
     model.to(engine.device)
     with evaluation_mode(model):
