@@ -79,8 +79,9 @@ def test_flipped_labels_are_found_and_the_bounds_hold_the_truth() -> None:
     assert 40 <= planted <= 90
     assert least is not None and most is not None
     assert least < auroc < most + 0.03
-    doubted = confidently_wrong(found.probabilities, given).numpy()
-    assert wrong[doubted].mean() > 0.8
+    doubted, share = confidently_wrong(found.probabilities, given)
+    assert wrong[doubted.numpy()].mean() > 0.8
+    assert abs(share - wrong.mean()) < 0.1
 
 
 def test_useless_features_are_called_so() -> None:

@@ -38,7 +38,7 @@ from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.noise import Symmetric
 from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord
-from noiseproof.selection import confident_class, confident_joint, kappa
+from noiseproof.selection import confident_class, kappa
 from noiseproof.tables import Strings, read_table
 from noiseproof.tasks import find_task
 
@@ -163,18 +163,22 @@ def corrected(auroc: float | None, noise_rate: float, num_classes: int) -> float
     return min(1.0, max(0.0, (auroc - alike - turned) / (apart - turned)))
 
 
-def confidently_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Rows that stand beside the diagonal of the confident joint.  (N, C), (N,) -> (N,) bool.
+def confidently_wrong(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Rows that stand beside the diagonal of the confident joint.  -> (N,) bool, their share.
 
     Confident learning (Northcutt et al. 2021): of the classes whose probability reaches the mean
-    probability of their own rows, the likeliest is another than the given one.
+    probability of their own rows, the likeliest is another than the given one. The share is that
+    among the rows that have such a class, an estimate of the share of wrong labels.
 
     >>> probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.95, 0.05]])
-    >>> confidently_wrong(probabilities, torch.tensor([0, 1, 1])).tolist()
-    [False, False, True]
+    >>> doubted, share = confidently_wrong(probabilities, torch.tensor([0, 1, 1]))
+    >>> doubted.tolist(), round(share, 4)
+    ([False, False, True], 0.3333)
     """
     choice = confident_class(probabilities, labels)
-    return (choice >= 0) & (choice != labels)
+    sure = choice >= 0
+    doubted = sure & (choice != labels)
+    return doubted, int(doubted.sum()) / max(1, int(sure.sum()))
 
 
 def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) -> Audit:
@@ -215,8 +219,8 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
     with warnings.catch_warnings():  # a mixture that means nothing shows in the verdict
         warnings.simplefilter("ignore", RuntimeWarning)
         clean = fit_loss_mixture(looks.loss, labels, LossMixture()).clean_prob.double()
-    doubted = confidently_wrong(looks.probabilities, labels)
-    rate = min(float((1 - clean).mean()), off_diagonal(looks.probabilities, labels))
+    doubted, share = confidently_wrong(looks.probabilities, labels)
+    rate = min(float((1 - clean).mean()), share)
     planted, least, most = planted_errors(
         features, labels, classes, noise_rate=rate, neighbours=neighbours, seed=seed
     )
@@ -224,7 +228,7 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
     said = None if folder is None else _said_by_run(folder, data)
     if said is not None:
         clean = (clean + torch.from_numpy(said["clean_prob"].to_numpy(float))) / 2
-    table = _table(data, looks, clean, doubted, conflicts, said)
+    table = _table(prepared, looks, clean, doubted, conflicts, said)
     summary: dict[str, Any] = {
         "rows": len(data),
         "classes": classes,
@@ -242,16 +246,6 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
         measured = detection(score + ties, prepared.wrong, flagged=flagged)
         summary |= {"noise_rate": float(prepared.wrong.mean()), **measured}
     return Audit(table.reset_index(drop=True), summary, verdict(summary))
-
-
-def off_diagonal(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of the confident joint beside its diagonal: an estimate of the share of wrong labels.
-
-    >>> off_diagonal(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.95, 0.05]]), torch.tensor([0, 1, 1]))
-    0.33333333333333337
-    """
-    joint = confident_joint(probabilities, labels).double()
-    return 1 - float(joint.diagonal().sum() / joint.sum().clamp_min(1))
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -352,7 +346,7 @@ def _said_by_run(folder: Path, data: Examples) -> Any:
 
 
 def _table(
-    data: Examples,
+    prepared: Prepared,
     looks: Looks,
     clean: Tensor,
     doubted: Tensor,
@@ -362,6 +356,8 @@ def _table(
     """One row per training row, worst first, numbered as in the data."""
     import pandas as pd
 
+    data = prepared.data
+    labels = prepared.task.measures.labels(data)
     names = list(data.label_names)
     confidence, suggested = looks.probabilities.max(dim=1)
     score = (1 - clean).numpy()
@@ -369,15 +365,14 @@ def _table(
     table: dict[str, Any] = {
         "row_id": list(Strings.of(data.row_ids)),
         **{name: list(Strings.of(column)) for name, column in data.inputs.shown().items()},
-        "label": pd.Categorical.from_codes(data.labels, names),
+        "label": labels.pop("label"),
         "suggested_label": pd.Categorical.from_codes(suggested.numpy(), names),
         "confidence": confidence.float().numpy(),
         "score": score,
         "suspicious": suspicious.numpy(),
         "reasons": _reasons(data, looks, conflicts, said),
+        **labels,  # the true ones, where they are known
     }
-    if data.clean_labels is not None:  # -1 is a foreign row, which has none
-        table["clean_label"] = pd.Categorical.from_codes(data.clean_labels, names)
     order = np.lexsort((-looks.loss.numpy(), -score, ~suspicious.numpy()))
     return pd.DataFrame(table).iloc[order]
 

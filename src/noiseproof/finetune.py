@@ -236,12 +236,10 @@ class _Measure:
         """Logits of the test sets by the deployed model: name of the set -> (N, C)."""
         found = {}
         other = outcome.best_epoch is not None or outcome.model is not outcome.run.model
-        for name, encoded in self.sets.items():
-            if name == "validation":
-                continue
+        for name in self.prepared.test_sets:
             logits = self.logits.get(name)
             if logits is None or other:  # resumed at the end, other weights or another network
-                logits = predict_logits(outcome.model, encoded, self.prepared.job.train)
+                logits = predict_logits(outcome.model, self.sets[name], self.prepared.job.train)
             found[name] = logits
         return found
 
@@ -272,7 +270,7 @@ def _conclude(
             row[followed] for row in outcome.history if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
-    mode_metrics(record, prepared, outcome.model)
+    mode_metrics(record, prepared, outcome.model, measure.sets, logits)
     answer_metrics(record, prepared, outcome.model)
     record.findings = outcome.run.findings
     record.metrics |= measure.distorted(outcome.model)

@@ -110,6 +110,11 @@ class Prepared:
         """Number of classes, C."""
         return len(self.data.label_names)
 
+    @property
+    def test_sets(self) -> dict[str, Examples]:
+        """What the deployed model is measured on: all sets but the validation rows."""
+        return {name: rows for name, rows in self.sets.items() if name != "validation"}
+
     def encode(self, examples: Examples) -> Encoded:
         """Encode rows for the model, in order."""
         return self.task.encode(examples.inputs)

@@ -156,21 +156,31 @@ def ood_metrics(record: RunRecord, prepared: Prepared, outputs: Mapping[str, Ten
         record.ood[name.removeprefix(OOD)] = {"rows": len(rows), **measured}
 
 
-def mode_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> None:
+def mode_metrics(
+    record: RunRecord,
+    prepared: Prepared,
+    model: nn.Module,
+    encoded: Mapping[str, Encoded],
+    deployed: Mapping[str, Tensor],
+) -> None:
     """Measure the test sets in every way in which the deployed model can answer.
 
     Args:
         record: Gets it, by mode and set.
         prepared: Has the sets and the method.
         model: The deployed one; it answers as before when this is done.
+        encoded: The rows of each set.
+        deployed: Outputs (N, K) of each set in the mode that is deployed, which is the last.
     """
-    for mode, switch in prepared.job.method.modes(model).items():
+    modes = prepared.job.method.modes(model)
+    for number, (mode, switch) in enumerate(modes.items(), start=1):
         switch()
         record.modes[mode] = {}
-        for name, rows in prepared.sets.items():
-            if name == "validation":
-                continue
-            outputs = predict_logits(model, prepared.encode(rows), prepared.job.train)
+        for name, rows in prepared.test_sets.items():
+            if number == len(modes):
+                outputs = deployed[name]
+            else:
+                outputs = predict_logits(model, encoded[name], prepared.job.train)
             measured = prepared.task.measures.final(outputs, rows)
             record.modes[mode] |= {f"{name}_{what}": value for what, value in measured.items()}
 
@@ -187,9 +197,7 @@ def answer_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> N
     def outputs_of(encoded: Encoded) -> Tensor:
         return predict_logits(model, encoded, prepared.job.train)
 
-    for name, rows in prepared.sets.items():
-        if name == "validation":
-            continue
+    for name, rows in prepared.test_sets.items():
         found = prepared.task.answer_metrics(model, rows, outputs_of)
         if name.startswith(OOD):
             record.ood[name.removeprefix(OOD)] |= found

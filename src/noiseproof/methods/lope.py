@@ -61,10 +61,10 @@ from noiseproof.metrics import detection
 from noiseproof.models import set_dropout
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
+from noiseproof.tuning import usual_rate
 
 POISON, ADAPT = "poison", "adapt"
 GROUPS = ("A", "B", "BD", "gate", "head")
-RATE = 2e-3
 EMBEDDING_NOISE = ("absolute", "relative", "neftune", "off")
 DIAGNOSED_ROWS = 200  # rows whose corrupted copy is shown to the router at the end
 SAMPLED = 4096  # values of a frozen tensor that its seal covers
@@ -322,17 +322,8 @@ class LoPE(Method):
 
     def stages(self, epochs: int) -> list[Stage]:
         """The stages poison and adapt; without a poisoning expert the second alone."""
-        rate = self.learning_rate or RATE
-        adapt = partial(
-            Stage,
-            ADAPT,
-            trains=trains_groups(self.train_adapt),
-            learning_rate=rate,
-            transform=self._transform(ADAPT),
-            redraw=self.noise_resample == "epoch",
-        )
         if not self.num_poison_experts:
-            return [adapt(epochs=epochs)]
+            return [self._stage(ADAPT, epochs)]
         separate = self.epoch_budget == "per_stage"
         first = epochs if separate else self.poison_epochs
         rest = epochs if separate else epochs - first
@@ -341,16 +332,18 @@ class LoPE(Method):
             f"LoPE has two stages of at least one epoch, train.epochs={epochs} leaves {first} and "
             f"{rest}; give more epochs, or epoch_budget=per_stage",
         )
-        poison = Stage(
-            POISON,
-            first,
-            trains=trains_groups(self.train_poison),
-            learning_rate=rate,
-            transform=self._transform(POISON),
+        return [self._stage(POISON, first), self._stage(ADAPT, rest)]
+
+    def _stage(self, name: str, epochs: int) -> Stage:
+        return Stage(
+            name,
+            epochs,
+            trains=trains_groups(self.train_poison if name == POISON else self.train_adapt),
+            learning_rate=self.learning_rate or usual_rate("lora"),
+            transform=self._transform(name),
             redraw=self.noise_resample == "epoch",
-            selectable=False,
+            selectable=name == ADAPT,
         )
-        return [poison, adapt(epochs=rest)]
 
     def on_stage_start(self, run: Run) -> None:
         """Check what the last stage must have left alone, seal what this one must, set modes."""
@@ -407,13 +400,14 @@ class LoPE(Method):
         """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
         model = experts_of(run)
         check_seal(model)
-        if self.num_poison_experts:
-            model.switch.mode = "none"
-            order = np.random.default_rng([run.seed, 41]).permutation(len(run.labels))
-            watch = self._watch(run, order[: self.theta_examples])
-            for name, layer in model.layers.items():
-                layer.calibrate(watch.theta(name))
-            run.findings["experts"] = self._diagnosis(run, watch, order[:DIAGNOSED_ROWS])
+        if not self.num_poison_experts:  # it answers as it did in training
+            return model
+        model.switch.mode = "none"
+        order = np.random.default_rng([run.seed, 41]).permutation(len(run.labels))
+        watch = self._watch(run, order[: self.theta_examples])
+        for name, layer in model.layers.items():
+            layer.calibrate(watch.theta(name))
+        run.findings["experts"] = self._diagnosis(run, watch, order[:DIAGNOSED_ROWS])
         model.set_inference_mode(self.inference_mode)
         run.forget()
         return model
@@ -529,7 +523,9 @@ class LoPE(Method):
         def corrupt(texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
             return noise.apply(texts, row_random("lope-diagnosis", seed, row))
 
-        clean = self._watch(run, rows).row_scores()
+        clean = watch.row_scores()
+        if not set(rows.tolist()) <= set(clean):  # few rows have calibrated
+            clean = self._watch(run, rows).row_scores()
         noisy = self._watch(run, rows, corrupt).row_scores()  # by place in rows
         pairs = np.array([(clean[int(row)], noisy[place]) for place, row in enumerate(rows)])
         wrong = np.repeat([False, True], len(pairs))

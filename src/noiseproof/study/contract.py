@@ -99,8 +99,8 @@ class Asked:
         return "customer messages" if self.data is None else Path(self.data).stem or self.data
 
 
-class Study(ABC):
-    """A claim about fine-tuning on noisy labels, tested on a grid of runs.
+class Named:
+    """What every study is called.
 
     Attributes:
         name: On the command line.
@@ -111,6 +111,10 @@ class Study(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     summary: ClassVar[str]
+
+
+class Study(Named, ABC):
+    """A claim about fine-tuning on noisy labels, tested on a grid of runs."""
 
     @abstractmethod
     def grid(self, asked: Asked) -> dict[str, Any]:
@@ -121,18 +125,8 @@ class Study(ABC):
         """The page, from the records alone; what is missing is said there."""
 
 
-class Survey(ABC):
-    """A study that is no grid of runs: it measures what it needs itself, and shows what it found.
-
-    Attributes:
-        name: On the command line.
-        title: Of its page.
-        summary: One line on what it asks.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    summary: ClassVar[str]
+class Survey(Named, ABC):
+    """A study that is no grid: it measures what it needs itself, and shows what it found."""
 
     @abstractmethod
     def measure(self, asked: Asked, folder: Path) -> None:
