@@ -14,7 +14,7 @@ poisoning one is measured; (4) at inference the poisoning expert is masked, and 
 others are multiplied by 1 + theta and normalised.
 Deviations: the stage poison takes one of train.epochs (epoch_budget=per_stage gives each stage all
 of them; published runs have one epoch each): with more, the poisoning expert learns the task, and
-masking it costs most of the accuracy of a classifier; embedding noise is relative to the
+masking it costs most of the accuracy of a classifier (docs/results/lope-defaults.md); embedding noise is relative to the
 embeddings' size (the paper's 0.05 is absolute, and scales differ between models); it is drawn by
 row and epoch, not from one stream; the head trains in both stages and starts anew in the second
 where labels were flipped in the first (the paper has no classifiers).
