@@ -14,10 +14,10 @@ poisoning one is measured; (4) at inference the poisoning expert is masked, and 
 others are multiplied by 1 + theta and normalised.
 Deviations: the stage poison takes one of train.epochs (epoch_budget=per_stage gives each stage all
 of them; published runs have one epoch each): with more, the poisoning expert learns the task, and
-masking it costs most of the accuracy of a classifier (docs/results/lope-defaults.md); embedding noise is relative to the
-embeddings' size (the paper's 0.05 is absolute, and scales differ between models); it is drawn by
-row and epoch, not from one stream; the head trains in both stages and starts anew in the second
-where labels were flipped in the first (the paper has no classifiers).
+masking it costs most of the accuracy of a classifier (docs/results/lope-defaults.md); embedding
+noise is relative to the embeddings' size (the paper's 0.05 is absolute, and scales differ between
+models); it is drawn by row and epoch, not from one stream; the head trains in both stages and
+starts anew in the second where labels were flipped in the first (the paper has no classifiers).
 Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
 lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
