@@ -273,8 +273,8 @@ def _conclude(
             row[followed] for row in outcome.history if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
-    mode_metrics(record, prepared, outcome.model, measure.sets, logits)
-    answer_metrics(record, prepared, outcome.model)
+    answers = answer_metrics(record, prepared, outcome.model)
+    mode_metrics(record, prepared, outcome.model, measure.sets, logits, answers)
     record.findings = outcome.run.findings
     record.metrics |= measure.distorted(outcome.model)
     detection_metrics(record, prepared, samples)
