@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +212,8 @@ class NMTune(Tuned):
         feature_scale: none, or rms (divide all features by one number, their root mean square).
         small_batch: Steps with too few rows for the terms (at most svd_k): skip the terms, drop
             the step, or error.
+        views: Views of a row in a step: 1, or 2, of images two augmented ones through the encoder;
+            None takes one of images and texts, and two of features (rows, 2, features).
     """
 
     tune: str = "head"
@@ -234,6 +236,9 @@ class NMTune(Tuned):
     head_init: str = "zero"
     feature_scale: str = "none"
     small_batch: str = "skip"
+    views: int | None = None
+
+    later: ClassVar[tuple[str, ...]] = ("views",)
 
     def check(self) -> None:
         """Every setting is in range, and every term has something to train."""
@@ -255,6 +260,12 @@ class NMTune(Tuned):
         require_range("NMTune", "eps", self.eps, 0, 1, open_low=True)
         require_range("NMTune", "mlp_ratio", self.mlp_ratio, 0, 1e3, open_low=True)
         require_range("NMTune", "residual_init", self.residual_init, -1e6, 1e6)
+        require(self.views in (None, 1, 2), f"NMTune.views must be 1, 2 or none, got {self.views}")
+        require(
+            self.reshapes or self.views != 2,
+            f"NMTune.views=2 goes with tune=head, got tune={self.tune}, which trains on one view "
+            "of a row; leave views out",
+        )
         require(
             self.use_mlp or not self.reshapes or not any(self.weights.values()),
             "NMTune without its MLP (use_mlp=False) has nothing that its terms could train; set "
@@ -341,9 +352,10 @@ class NMTune(Tuned):
         )
 
     def stages(self, epochs: int) -> list[Stage]:
-        """One stage, at the rate of the tuned part."""
+        """One stage, at the rate of the tuned part; two views keep the encoder in the loop."""
         rate = self.learning_rate or RATES.get(self.tune, RATES["adapter"])
-        return [Stage("tune", epochs, learning_rate=rate)]
+        views = self.views if self.reshapes else 1
+        return [Stage("tune", epochs, learning_rate=rate, views=views)]
 
     def on_epoch_start(self, run: Run) -> Columns:
         """At the start: the scale of the features, or column ``initial_features`` (N, D)."""
@@ -370,7 +382,11 @@ class NMTune(Tuned):
         if self.reshapes:
             answer: Reshaped = model(**batch.inputs)
             loss, parts = self.objective(
-                answer.logits, answer.transformed, answer.features, batch.labels
+                answer.logits,
+                answer.transformed,
+                answer.features,
+                batch.labels,
+                views=len(answer.logits) // len(batch.labels),
             )
         elif not any(self.weights.values()):
             return super().compute_loss(model, batch, run)
