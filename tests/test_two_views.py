@@ -19,6 +19,7 @@ from noiseproof.checkpoint import Interrupted
 from noiseproof.cli import main
 from noiseproof.engine import Engine, derive_seed
 from noiseproof.errors import InputError
+from noiseproof.estimators import NMTuneClassifier
 from noiseproof.job import Job
 from noiseproof.loop import Progress
 from noiseproof.method import Batch, Run
@@ -248,9 +249,7 @@ def test_both_views_are_read_checked_and_told_apart(tmp_path: Path) -> None:
     changed = features(data | {"features": other}, method, train=train_settings(epochs=1))
     assert changed.record.data["fingerprint"] != runs[0].record.data["fingerprint"]
     other[3, 1, 2] = np.nan
-    with pytest.raises(
-        InputError, match="row 4 of the training table has nan in feature 3 of view 2"
-    ):
+    with pytest.raises(InputError, match=r"row 4 of .* has nan in feature 3 of view 2"):
         features(data | {"features": other}, method)
     with pytest.raises(InputError, match=r"shape \(30, 3, 6\).*or \(rows, 2, features\) with two"):
         features(data | {"features": np.zeros((30, 3, 6))}, method)
@@ -282,6 +281,59 @@ def test_a_memory_map_of_two_views_is_not_copied(tmp_path: Path) -> None:
     assert vectors.table is mapped and (vectors.width, vectors.views) == (6, 2)
     np.testing.assert_array_equal(vectors.block(np.arange(2), 1), table[[3, 1], 1])
     assert FeatureColumns("features").kind == "features"
+
+
+# --- the classifier of scikit-learn ---------------------------------------------------------------
+
+
+def test_the_classifier_trains_on_two_views_as_the_method_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same views, first weights and steps: the same network, up to rounding."""
+    data = two_views()
+    data["features"] /= np.abs(data["features"]).max(axis=(0, 1))
+    shared = {"learning_rate": 1e-3, "epochs": 4, "batch_size": 25, "weight_decay": 0.0}
+    same = {"svd_k": 2, "mlp_norm": "layernorm", "head_init": "kaiming"}
+    loop = train_settings(schedule="cosine", warmup_share=0.0, max_grad_norm=0, **shared)
+    result = features(data, NMTune(**same), standardize=False, train=loop)
+    seed_torch = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda _: seed_torch(derive_seed(0, "init")))
+    first, second = data["features"][:, 0], data["features"][:, 1]
+    fitted = NMTuneClassifier(**same, **shared).fit(first, data["label"], X_view2=second)
+    wanted = weights(result.predictor.model.classifier)
+    for name, value in weights(fitted.module_).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-2, atol=2e-4, msg=name)
+    for row, mine in zip(result.history, fitted.loss_history_, strict=True):
+        for name, value in mine.items():
+            assert value == pytest.approx(row[f"loss_{name}"], rel=1e-2, abs=1e-4)
+
+
+def test_two_equal_views_of_the_classifier_are_one() -> None:
+    rows, labels = np.random.default_rng(0).normal(size=(25, 6)), feature_rows()["label"]
+    settings: dict[str, Any] = TERMS | {"mlp_norm": "none", "epochs": 5, "random_state": 0}
+    one = NMTuneClassifier(**settings).fit(rows, labels)
+    two = NMTuneClassifier(**settings).fit(rows, labels, X_view2=rows)
+    np.testing.assert_allclose(two.predict_proba(rows), one.predict_proba(rows), rtol=1e-3)
+    for row, other in zip(two.loss_history_, one.loss_history_, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    other = NMTuneClassifier(**settings).fit(rows, labels, X_view2=rows[::-1].copy())
+    assert other.loss_history_[0]["mse"] > 10 * one.loss_history_[0]["mse"] > 0
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (np.zeros((9, 6)), r"another view, \(25, 6\); got \(9, 6\)"),
+        (np.zeros((25, 5)), "5 features"),
+        (np.full((25, 6), np.nan), "NaN"),
+        (np.zeros((25, 2, 6)), "dim 3"),
+    ],
+    ids=["rows", "width", "nan", "shape"],
+)
+def test_a_second_view_that_does_not_fit_is_refused(second: np.ndarray, message: str) -> None:
+    data = feature_rows()
+    with pytest.raises(ValueError, match=message):
+        NMTuneClassifier(epochs=1).fit(data["features"], data["label"], X_view2=second)
 
 
 # --- what has one view ---------------------------------------------------------------------------

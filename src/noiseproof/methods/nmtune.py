@@ -11,21 +11,29 @@ Steps: (1) F, one vector per row: the mean of the last hidden state over its tok
 first; logits are linear in Z; (3) minimise cross-entropy + lambda_mse x the distance of the
 normalised Z and F + lambda_cov x the squared covariances of the dimensions of Z + lambda_svd x
 minus the mean share of the svd_k leading singular values of Z, all on the rows of a step.
+With ``views=2`` each of the B rows of a step comes twice: an image in two random changes through
+the frozen encoder, a table (rows, 2, features) as it is. h, cross-entropy and the terms on Z take
+all 2 B rows; the distance is that of Z of the second view to F of the first.
 With ``tune`` lora or full (journal form) there is no h and no distance: the other two terms act on
 what the last layer of the model's own head reads, the adapters on feed-forward layers alone.
-Deviations: a row has one view, not two augmented ones. Scales and biases do not decay, as
-everywhere in this loop. A step of a single row, where BatchNorm has no statistics, is normalised by
-the running ones. The classifier starts from 0 in all presets, not at random (head_init=kaiming): at
-this rate some hundred steps do not undo a bad draw.
+Deviations: images have one view, as they are and encoded once, unless ``views=2`` is asked for; the
+released code has two, encoded in every step. No preset asks for them, as presets serve texts and
+fixed tables too, which have one. Both views are changed by the job's ``augment``: moved by up to an
+eighth and mirrored, where published crops keep 80 to 100 % of the area; a strong second view, off
+in the released code, is left out. Scales and biases do not decay, as everywhere in this loop. A
+step of a single row, where BatchNorm has no statistics, is normalised by the running ones. The
+classifier starts from 0 in all presets, not at random (head_init=kaiming): at this rate some
+hundred steps do not undo a bad draw.
 Settings: weights 1.0, 0.04 and 0.001, svd_k = 5, the mean over elements, h, rate 1e-3, rank = alpha
 = 8 (released code); weights 0.01, svd_k = 1, a sum over rows (preset paper, by others' readings);
 rates 2e-4 for adapters and 2e-5 for full (ours). Published runs: 30 epochs of 64 rows, cosine
 schedule without warm-up, decay 1e-4; give these as train settings. Presets: default and code (the
-same on text), paper, mlp (no terms), lp (linear probe on F), lora, full.
+same), paper, mlp (no terms), lp (linear probe on F), lora, full.
 Needs: no noise rate, no clean rows. It is not made for wrong labels in the data at hand, and
 re-runs by others do not always find it better than its control mlp.
-Cost: one pass for the features; then 8 D^2 weights train, more than it sounds (34 million at
-D = 2048), and the terms add a few products of n x n and n x D.
+Cost: one pass for the features; with two views of images two in every epoch, and one more where
+training rows are scored, all without gradient. Then 8 D^2 weights train, more than it sounds (34
+million at D = 2048), and the terms add a few products of n x n and n x D.
 Model: model/head.safetensors holds h and the classifier, the rest of model/ is the encoder;
 noiseproof.load puts them together, as transformers has no class for it. After lora and full, model/
 is as usual.
