@@ -375,8 +375,8 @@ def test_the_loop_refuses_two_views_of_texts(tiny_run: Tiny) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"views": 3}, r"NMTune\.views must be 1, 2 or none, got 3"),
-        ({"views": 0}, r"NMTune\.views must be 1, 2 or none, got 0"),
+        ({"views": 3}, r"NMTune\.views must be 1 or 2, or left out, got 3"),
+        ({"views": 0}, r"NMTune\.views must be 1 or 2, or left out, got 0"),
         ({"views": 2, "tune": "lora"}, r"NMTune\.views=2 goes with tune=head, got tune=lora"),
         ({"views": 2, "tune": "full"}, r"NMTune\.views=2 goes with tune=head, got tune=full"),
     ],

@@ -268,7 +268,10 @@ class NMTune(Tuned):
         require_range("NMTune", "eps", self.eps, 0, 1, open_low=True)
         require_range("NMTune", "mlp_ratio", self.mlp_ratio, 0, 1e3, open_low=True)
         require_range("NMTune", "residual_init", self.residual_init, -1e6, 1e6)
-        require(self.views in (None, 1, 2), f"NMTune.views must be 1, 2 or none, got {self.views}")
+        require(
+            self.views in (None, 1, 2),
+            f"NMTune.views must be 1 or 2, or left out, got {self.views}",
+        )
         require(
             self.reshapes or self.views != 2,
             f"NMTune.views=2 goes with tune=head, got tune={self.tune}, which trains on one view "
