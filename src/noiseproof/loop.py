@@ -264,9 +264,8 @@ class _Loop:
                 run.epoch = epoch
                 self._run_epoch(stage, rate, saved)
                 saved = {}
-        if self.engine.cached:  # the next stage starts from these weights and needs no new pass;
-            more = number + 1 < len(self.stages)  # after the last one the whole network answers
-            self._predicted = self._predict() if more else None
+        if self.engine.cached:  # what follows starts from these weights and needs no new pass
+            self._predicted = self._predict()
         self.engine.end_stage()
         self.state.epoch = 0
 
