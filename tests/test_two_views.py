@@ -354,14 +354,17 @@ def test_a_second_view_that_does_not_fit_is_refused(second: np.ndarray, message:
     ],
     ids=["text", "features", "image"],
 )
-def test_rows_without_a_second_view_are_told(settings: dict[str, Any], message: str) -> None:
-    """What was expected, what came, and what to do, in one line."""
+def test_rows_without_a_second_view_are_told(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """What was expected, what came, and what to do, in one line, and no run is left behind."""
     asked: dict[str, Any] = {"train": train_settings()} | settings
     data = asked.pop("data", image_rows() if asked.get("task") == "image" else {"text": ["a"]})
     if asked.get("task") == "image":
         asked["model"] = image_model()
     with pytest.raises(InputError) as refusal:
-        noiseproof.fit(data, **asked)
+        noiseproof.fit(data, out=tmp_path / "run", **asked)
+    assert not (tmp_path / "run").exists()
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert "views=2" in str(refusal.value)
 
