@@ -252,7 +252,8 @@ class _Loop:
         self.settings = settings = settings_of_stage(self.asked, stage)
         set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
-        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings)
+        views = self.encoded.views(stage.views)
+        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings, views)
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs

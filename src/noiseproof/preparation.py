@@ -100,6 +100,8 @@ class Prepared:
         self.data = data
         self.task.learn(self.model, data.inputs)  # those that were split off do not count
         self.encoded = self.encode(data)
+        for stage in job.method.stages(train.epochs):
+            self.encoded.views(stage.views)  # refuses more than there are
 
     @property
     def wrong(self) -> np.ndarray | None:
