@@ -210,6 +210,11 @@ def encoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     name = str(getattr(inner, "base_model_prefix", ""))
     encoder = getattr(inner, name, None) if name else None
     if not isinstance(encoder, nn.Module):
+        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            raise InputError(
+                f"{type(inner).__name__} has an encoder and a decoder: adapter, bitfit, prompt and "
+                "prefix need a single stack of layers; use tune=lora, another type of peft, or full"
+            )
         raise InputError(
             f"{type(inner).__name__} has no encoder under 'base_model_prefix'; use a transformers "
             "model with a task head, a module that ends in a linear layer, or tune=full"
