@@ -389,10 +389,11 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
     for kind, mask, made in calls:
         assert kind == mode and bool(made[mask.bool()].any()) and not made[~mask.bool()].any()
     assert experts(outcome).noise is None
-    shares = [row.get("embedding_noise") for row in outcome.history]
-    assert shares[2:] == [None, None] and all(share and share > 0 for share in shares[:2])
+    share = outcome.run.findings["noise"]["embedding_noise"]
+    assert share == pytest.approx(float(outcome.run.columns["embedding_noise"].mean()))
+    assert bool((outcome.run.columns["embedding_noise"] > 0).all())  # of every row
     if mode == "relative":
-        assert shares[0] == pytest.approx(0.05 / 3**0.5, rel=0.05)
+        assert share == pytest.approx(0.05 / 3**0.5, rel=0.05)
 
 
 def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,7 +542,7 @@ def test_the_record_holds_every_mode_and_what_the_router_does(run_of: Callable[.
     assert list(record["modes"]) == ["none", "mask", "renorm", "compensate"]
     deployed = record["modes"]["compensate"]
     assert deployed["test_accuracy"] == record["metrics"]["test_accuracy"]
-    assert set(record["findings"]) == {"experts"}
+    assert set(record["findings"]) == {"experts", "noise"}
 
 
 def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:

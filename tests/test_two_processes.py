@@ -18,7 +18,7 @@ from torch import Tensor
 
 import noiseproof
 from noiseproof.method import Method
-from noiseproof.methods import ELR, METHODS, TURN, CleaR, SmallLoss
+from noiseproof.methods import ELR, METHODS, TURN, CleaR, LoPE, SmallLoss
 from noiseproof.mixture import LossMixture
 from tiny import python, table, train_settings
 
@@ -40,8 +40,9 @@ CASES: dict[str, Method] = {
     "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL, dropout=0.0),
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
+    "LoPE": LoPE(noise_rate=0.3, theta_examples=20, lora_dropout=0.0, dropout=0.0),
 }
-INTERRUPTED = {"ELR", "CleaR with reused logits"}
+INTERRUPTED = {"ELR", "CleaR with reused logits", "LoPE"}
 """Run a second time, with a signal to one process in the second epoch: written columns differ
 between the processes at that moment."""
 
@@ -120,6 +121,22 @@ def record(run: Path) -> dict[str, Any]:
     return read
 
 
+def assert_close(found: Any, wanted: Any) -> None:
+    """Equal JSON values, but for the last digits of numbers."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_close(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, two in zip(found, wanted, strict=True):
+            assert_close(one, two)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    else:
+        assert found == wanted
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_select_the_rows_that_one_selects(name: str, runs: Runs) -> None:
     """Processes that score only what they saw fit two mixtures, and drift apart unnoticed."""
@@ -156,6 +173,8 @@ def test_two_processes_measure_what_one_measures(name: str, runs: Runs) -> None:
     for key, value in one["metrics"].items():
         assert two["metrics"][key] == pytest.approx(value, abs=1e-4), key
     assert (one["model"]["processes"], two["model"]["processes"]) == (1, 2)
+    for key in ("modes", "findings"):
+        assert_close(two[key], one[key])
     history, again = (pd.read_csv(x / name / "history.csv") for x in (runs.one, runs.two))
     pd.testing.assert_frame_equal(history, again, check_exact=False, rtol=1e-3, atol=1e-4)
 

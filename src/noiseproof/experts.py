@@ -11,7 +11,7 @@ numbered normal first. At inference the poisoning experts can be left out in sev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,81 +409,93 @@ class ExpertLinear(nn.Module):
             return similarities(hidden, gram, self.settings.normal)
 
 
+SUMS = ("tokens", "poison", "poison_square", "above", "entropy", "update")
+"""What `seen_by` says of a token, before load and similarity of every normal expert."""
+
+
+def seen_by(layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+    """What a layer does with each token, as numbers.  -> (.., K) fp32.
+
+    `SUMS` in order: 1; weight of the poisoning experts, its square, and whether it exceeds their
+    even share; entropy of all weights; norm of what the experts add by that of the frozen module.
+    Then the share of each normal expert among them (NE,), and its similarity to the poison (NE,).
+
+    Args:
+        layer: With its router and experts.
+        output: Of the frozen module (.., d_out).
+        hidden: A x (.., r).
+        logits: Of the router (.., N).
+    """
+    settings, hidden = layer.settings, hidden.float()
+    normal, gram = settings.normal, layer.gram()
+    weights = torch.softmax(logits.float(), dim=-1)
+    poison = weights[..., normal:].sum(dim=-1)
+    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)
+    size = output.float().norm(dim=-1).clamp_min(SHORTEST)
+    update = layer.settings.alpha / layer.settings.rank * update_norm(weights, hidden, gram) / size
+    above = (poison > settings.poison / settings.count).float()
+    single = [torch.ones_like(poison), poison, poison.square(), above, entropy, update]
+    load = torch.softmax(logits[..., :normal].float(), dim=-1)
+    theta = similarities(hidden, gram, normal) if settings.poison else torch.zeros_like(load)
+    return torch.cat([torch.stack(single, dim=-1), load, theta], dim=-1)
+
+
+def update_norm(weights: Tensor, hidden: Tensor, gram: Tensor) -> Tensor:
+    """Norm of sum_i w_i B_i h, from the Gram matrices.  -> (..).
+
+    Args:
+        weights: w (.., N).
+        hidden: h (.., r).
+        gram: G_ij = B_i' B_j (N, N, r, r).
+    """
+    mixed = (weights.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)  # (.., N r)
+    whole = gram.permute(0, 2, 1, 3).reshape(mixed.shape[-1], -1)  # (N r, N r)
+    return ((mixed @ whole) * mixed).sum(dim=-1).clamp_min(0).sqrt()
+
+
 class Watch:
-    """What layers see in some calls, summed over the real tokens.
+    """What layers see of some rows: sums over the real tokens of every row and layer.
 
     Attributes:
-        rows: Row numbers of the call, set by the caller.
-        poison: Row number -> layer -> mean weight of the poisoning experts over tokens.
-        calls: Rows of a call -> name of a layer -> sums. Processes may share a call.
+        places: Where the rows of the call at hand stand among all, 0 to R - 1; set by the caller.
+        sums: (R, layers, K), -inf where nothing was seen: `SUMS`, load (NE,), similarity (NE,).
     """
 
-    def __init__(self, names: dict[int, str]) -> None:
-        self._names = names  # id of a layer -> its name
-        self.rows: list[int] = []
-        self.poison: dict[int, dict[str, float]] = {}
-        self.calls: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    def __init__(self, layers: Mapping[str, ExpertLinear], rows: int) -> None:
+        self._numbers = {id(layer): number for number, layer in enumerate(layers.values())}
+        self._names = list(layers)
+        self._settings = next(iter(layers.values())).settings
+        self._device = torch.device("cpu")
+        self.places: list[int] = []
+        width = len(SUMS) + 2 * self._settings.normal
+        self.sums = torch.full((rows, len(layers), width), -torch.inf, dtype=torch.float64)
 
     def note(self, layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
         """Add one call of one layer."""
-        normal, count = layer.settings.normal, layer.settings.count
-        name = self._names[id(layer)]
+        rows = len(self.places)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            weights = torch.softmax(logits.double(), dim=-1)
-            poison = weights[..., normal:].sum(dim=-1)  # (B, T)
+            values = seen_by(layer, output, hidden, logits)
+            values = values.reshape(rows, -1, values.shape[-1])  # (B, T, K)
             mask = layer.switch.mask
-            real = torch.ones_like(poison, dtype=torch.bool)
-            if mask is not None and mask.shape == poison.shape:
-                real = mask.bool()
-            if poison.ndim == 2 and len(self.rows) == len(poison):
-                means = (poison * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
-                for row, value in zip(self.rows, means.tolist(), strict=True):
-                    self.poison.setdefault(row, {})[name] = value
-            chosen = poison[real]
-            entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)[real]
-            load = weights[..., :normal] / (1 - poison).clamp_min(1e-12).unsqueeze(-1)
-            theta = similarities(hidden, layer.gram(), normal) if layer.settings.poison else None
-            update = torch.stack([F.linear(hidden.float(), up.float()) for up in layer.up()], -2)
-            scale = layer.settings.alpha / layer.settings.rank
-            mixed = scale * (weights.float().unsqueeze(-1) * update).sum(dim=-2)
-            ratio = mixed.norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-12)
-            sums = {
-                "tokens": float(real.sum()),
-                "w": float(chosen.sum()),
-                "w2": float(chosen.square().sum()),
-                "above": float((chosen > layer.settings.poison / count).sum()),
-                "entropy": float(entropy.sum()),
-                "update": float(ratio[real].double().sum()),
-                "load": load[real].sum(dim=0),
-                "theta": 0.0 if theta is None else theta[real].double().sum(dim=0),
-            }
-        self.calls.setdefault(tuple(self.rows), {})[name] = sums
+            if mask is not None and mask.shape == values.shape[:2]:
+                values = torch.where(mask.bool().unsqueeze(-1), values, 0.0)
+            sums = values.sum(dim=1).cpu().double()
+        self._device = hidden.device
+        self.sums[self.places, self._numbers[id(layer)]] = sums
 
     def gather(self) -> None:
-        """Take in what the other processes saw."""
+        """Take in what the other processes saw; rows that several saw are the same in all."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
-        seen: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(seen, (self.poison, self.calls))
-        self.poison, self.calls = {}, {}
-        for poison, calls in seen:
-            self.poison |= poison
-            self.calls |= calls
+        shared = self.sums.to(self._device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        self.sums = shared.cpu()
 
-    @property
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """Sums over all calls, by layer."""
-        found: dict[str, dict[str, Any]] = {}
-        for _, layers in sorted(self.calls.items(), key=lambda item: item[0]):
-            for name, sums in layers.items():
-                total = found.setdefault(name, {})
-                for key, value in sums.items():
-                    total[key] = total.get(key, 0.0) + value
-        return found
-
-    def row_scores(self) -> dict[int, float]:
-        """Mean weight of the poisoning experts by row, over tokens and layers."""
-        return {row: float(np.mean(list(own.values()))) for row, own in self.poison.items()}
+    def row_scores(self) -> np.ndarray:
+        """Mean weight of the poisoning experts over tokens and layers, of every row (R,)."""
+        tokens = self.sums[..., SUMS.index("tokens")].clamp_min(1)
+        scores: np.ndarray = (self.sums[..., SUMS.index("poison")] / tokens).mean(dim=1).numpy()
+        return scores
 
     def theta(self, name: str) -> Tensor:
         """Mean similarities (NE,) of a layer.
@@ -491,32 +503,37 @@ class Watch:
         Raises:
             InputError: No real token was seen.
         """
-        found = self.layers.get(name)
-        if not found or not found["tokens"]:
+        mean = self._means()[self._names.index(name)]
+        if not mean[SUMS.index("tokens")] > 0:
             raise InputError("no real token was seen to calibrate the experts with")
-        mean: Tensor = found["theta"] / found["tokens"]
-        return mean
+        return mean[len(SUMS) + self._settings.normal :]
 
     def table(self) -> list[dict[str, Any]]:
         """One row per layer: mean, deviation and spread of the weights, JSON values."""
         rows = []
-        for name, sums in self.layers.items():
-            tokens = max(1.0, sums["tokens"])
-            mean = sums["w"] / tokens
-            load = sums["load"] / tokens
-            row = {
-                "layer": name,
-                "poison_weight": mean,
-                "poison_weight_std": max(0.0, sums["w2"] / tokens - mean**2) ** 0.5,
-                "above_even_share": sums["above"] / tokens,
-                "entropy": sums["entropy"] / tokens,
-                "load_variation": float(load.std(correction=0) / load.mean()),
-                "update_ratio": sums["update"] / tokens,
-            }
-            if isinstance(sums["theta"], Tensor):
-                row["theta"] = (sums["theta"] / tokens).tolist()
-            rows.append(row)
+        for name, mean in zip(self._names, self._means(), strict=True):
+            found = dict(zip(SUMS, mean.tolist(), strict=False))
+            load, theta = mean[len(SUMS) :].split(self._settings.normal)
+            weight = found["poison"]
+            rows.append(
+                {
+                    "layer": name,
+                    "poison_weight": weight,
+                    "poison_weight_std": max(0.0, found["poison_square"] - weight**2) ** 0.5,
+                    "above_even_share": found["above"],
+                    "entropy": found["entropy"],
+                    "load_variation": float(load.std(correction=0) / load.mean()),
+                    "update_ratio": found["update"],
+                    "theta": theta.tolist(),
+                }
+            )
         return rows
+
+    def _means(self) -> Tensor:
+        """Means over all real tokens, by layer (layers, K); the number of tokens as it is."""
+        sums = self.sums[torch.isfinite(self.sums).all(dim=-1).all(dim=-1)].sum(dim=0)
+        tokens = sums[:, :1]
+        return torch.cat([tokens, sums[:, 1:] / tokens.clamp_min(1)], dim=1)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -629,9 +646,9 @@ class ExpertModel(nn.Module):
         self.switch.mode = mode
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
-        """Note what the layers see for a while."""
-        watch = Watch({id(layer): name for name, layer in self.layers.items()})
+    def watching(self, rows: int) -> Iterator[Watch]:
+        """Note what the layers see of so many rows, for a while."""
+        watch = Watch(self.layers, rows)
         self.switch.watch = watch
         try:
             yield watch

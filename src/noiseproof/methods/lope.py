@@ -164,6 +164,7 @@ class LoPE(Method):
 
     tasks: ClassVar[tuple[str, ...]] = ("text", "causal-lm")
     merges: ClassVar[bool] = False
+    writes: ClassVar[tuple[str, ...]] = ("noisy_loss", "embedding_noise")
 
     def __post_init__(self) -> None:
         """Every setting is in range, and they fit each other."""
@@ -373,22 +374,27 @@ class LoPE(Method):
         if not self.responses and rate > 0:
             epoch = run.epoch if self.noise_resample == "epoch" else 0
             seed = int(row_random("lope-labels", self._seed(run.seed), 0, epoch).integers(2**32))
-            found = Symmetric(rate).apply(run.labels.numpy(), run.num_classes, seed)
-            labels, flipped = torch.from_numpy(found.labels), torch.from_numpy(found.mask)
+            drawn = Symmetric(rate).apply(run.labels.numpy(), run.num_classes, seed)
+            labels, flipped = torch.from_numpy(drawn.labels), torch.from_numpy(drawn.mask)
         changed = flipped if run.changed is None else run.changed | flipped
         run.log(corrupted_share=float(changed.double().mean()))
-        return {"noisy_label": labels, "corrupted": changed}
+        blank = torch.zeros(len(labels))
+        found = {"noisy_label": labels, "corrupted": changed, "noisy_loss": blank}
+        return found | ({"embedding_noise": blank.clone()} if self._shakes else {})
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Cross-entropy, on the labels and with the embedding noise of a noisy stage."""
         experts = experts_of(run)
         noisy = run.stage in self.noise_stages
-        experts.noise = partial(self._shake, run, batch.rows) if noisy and self._shakes else None
+        experts.noise = partial(self._shake, run, batch) if noisy and self._shakes else None
         if noisy and "noisy_label" in batch.columns:
             batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
         experts.switch.loads = [] if self.balance_weight else None
-        loss = losses_of(model, batch).mean()
+        losses = losses_of(model, batch)
         experts.noise = None
+        if noisy:
+            run.write("noisy_loss", batch, losses)
+        loss = losses.mean()
         if self.balance_weight:
             loads = torch.stack(experts.switch.loads or [])  # (layers, NE)
             spread = loads.var(dim=1, correction=0) / loads.mean(dim=1).square()
@@ -400,6 +406,8 @@ class LoPE(Method):
         """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
         model = experts_of(run)
         check_seal(model)
+        if "noisy_loss" in run.columns:
+            run.findings["noise"] = noise_seen(run.columns)
         if not self.num_poison_experts:  # it answers as it did in training
             return model
         model.switch.mode = "none"
@@ -474,21 +482,20 @@ class LoPE(Method):
 
         return transform
 
-    def _shake(self, run: Run, rows: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def _shake(self, run: Run, batch: Batch, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Noise for the embeddings of one batch; what a row gets depends on it and the epoch."""
         draws = [
             row_random("lope-embeddings", self._seed(run.seed), row, run.epoch)
-            for row in rows.tolist()
+            for row in batch.rows.tolist()
         ]
         hit = torch.tensor([random.random() < self.emb_noise_prob for random in draws])
         noise = (
             embedding_noise(embeddings, mask, draws, self.emb_noise_mode, self.emb_noise_alpha)
             * hit.to(embeddings.device)[:, None, None]
         )
-        if run.step == 0:
-            with torch.no_grad():
-                ratio = rms_of_tokens(noise, mask) / rms_of_tokens(embeddings, mask)
-            run.log(embedding_noise=float(ratio.mean()))
+        with torch.no_grad():
+            ratio = rms_of_tokens(noise, mask) / rms_of_tokens(embeddings, mask).clamp_min(1e-12)
+        run.write("embedding_noise", batch, ratio)
         return noise
 
     # --- looking at the router -------------------------------------------------------------------
@@ -497,11 +504,12 @@ class LoPE(Method):
         self, run: Run, rows: np.ndarray, transform: Callable[..., tuple[str, ...]] | None = None
     ) -> Watch:
         """What the layers see of these rows, over all processes."""
-        model = experts_of(run)
-        with model.watching() as watch:
+        place = {int(row): number for number, row in enumerate(rows)}
+        with experts_of(run).watching(len(rows)) as watch:
 
             def before(some: Tensor) -> None:
-                watch.rows = some.tolist()
+                numbers = some.tolist()
+                watch.places = numbers if transform else [place[row] for row in numbers]
 
             run.predict(before, torch.from_numpy(rows.copy()), transform)
         watch.gather()
@@ -523,19 +531,35 @@ class LoPE(Method):
         def corrupt(texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
             return noise.apply(texts, row_random("lope-diagnosis", seed, row))
 
-        clean = watch.row_scores()
-        if not set(rows.tolist()) <= set(clean):  # few rows have calibrated
-            clean = self._watch(run, rows).row_scores()
-        noisy = self._watch(run, rows, corrupt).row_scores()  # by place in rows
-        pairs = np.array([(clean[int(row)], noisy[place]) for place, row in enumerate(rows)])
-        wrong = np.repeat([False, True], len(pairs))
+        if len(watch.sums) < len(rows):  # few rows have calibrated
+            watch = self._watch(run, rows)
+        clean = watch.row_scores()[: len(rows)]
+        noisy = self._watch(run, rows, corrupt).row_scores()
+        scores = np.concatenate([clean, noisy])
+        wrong = np.repeat([False, True], len(rows))
         found |= {
-            "rows": len(pairs),
-            "weight_on_corrupted": float((pairs[:, 1] - pairs[:, 0]).mean()),
-            "raised_share": float((pairs[:, 1] > pairs[:, 0]).mean()),
-            "noise_auroc": detection(pairs.T.reshape(-1), wrong)["auroc"],
+            "rows": len(rows),
+            "weight_on_corrupted": float((noisy - clean).mean()),
+            "raised_share": float((noisy > clean).mean()),
+            "noise_auroc": detection(scores, wrong)["auroc"],
         }
         return found
+
+
+def noise_seen(columns: Columns) -> dict[str, float | None]:
+    """What the last noisy epoch was like: how many rows it hit, losses, strength of the shaking.
+
+    Args:
+        columns: ``corrupted`` (N,) bool, ``noisy_loss`` (N,), and ``embedding_noise`` (N,) where
+            embeddings were shaken.
+    """
+    hit, loss = columns["corrupted"], columns["noisy_loss"].double()
+    parts = {"loss_corrupted": loss[hit], "loss_others": loss[~hit]}
+    found: dict[str, float | None] = {"corrupted_share": float(hit.double().mean())}
+    found |= {name: float(part.mean()) if len(part) else None for name, part in parts.items()}
+    if "embedding_noise" in columns:
+        found["embedding_noise"] = float(columns["embedding_noise"].double().mean())
+    return found
 
 
 def experts_of(run: Run) -> ExpertModel:
