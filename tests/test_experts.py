@@ -28,6 +28,7 @@ from noiseproof.experts import (
     restored_experts,
     rms_of_tokens,
     similarities,
+    update_norm,
 )
 from noiseproof.models import ADAPTERS_CONFIG, ADAPTERS_FILE
 
@@ -350,8 +351,9 @@ def test_half_precision_comes_and_goes_while_experts_stay_in_single() -> None:
     torch.testing.assert_close(found.float(), full(given), rtol=0.05, atol=0.5)
 
 
-def test_drift_says_how_far_the_shared_projection_has_moved() -> None:
-    layer = layer_of()
+@pytest.mark.parametrize("poison", [1, 2])
+def test_drift_says_how_far_the_shared_projection_has_moved(poison: int) -> None:
+    layer = layer_of(poison=poison)
     with torch.no_grad():
         layer.down_before.copy_(layer.lora_A.weight)
         layer.lora_A.weight.mul_(3)
@@ -569,16 +571,18 @@ def test_similarities_depend_neither_on_padding_nor_on_the_size_of_batches() -> 
         assert other.row_scores().shape == (4,)
         for one, two in zip(other.table(), reference.table(), strict=True):
             assert one.pop("layer") == two.pop("layer")
-            assert one.pop("theta") == pytest.approx(two.pop("theta"), abs=1e-6)
+            for key in ("theta", "theta_first", "load"):
+                assert one.pop(key) == pytest.approx(two.pop(key), abs=1e-6)
             assert one == pytest.approx(two, rel=1e-4)
     before = reference.table()
     answer(model, inputs)
     assert reference.table() == before  # it is closed and sees no more
 
 
-def test_the_table_of_a_layer_is_what_its_weights_say() -> None:
+@pytest.mark.parametrize(("poison", "online"), [(1, False), (1, True), (2, False)])
+def test_the_table_of_a_layer_is_what_its_weights_say(poison: int, online: bool) -> None:
     """Against the formulas, over real tokens only."""
-    model, inputs = adapted("bert")
+    model, inputs = adapted("bert", poison=poison, online=online)
     model.set_inference_mode("none")
     name, layer = next(iter(model.layers.items()))
     seen: list[Tensor] = []
@@ -588,21 +592,53 @@ def test_the_table_of_a_layer_is_what_its_weights_say() -> None:
     given = seen[0][inputs["attention_mask"].bool()]
     with torch.no_grad():
         weights = torch.softmax(layer.lora_gate(given), dim=-1)
-        hidden = layer.lora_A(given)
-        update = layer(given) - layer.base_layer(given)
-        ratio = update.norm(dim=1) / layer.base_layer(given).norm(dim=1)
-        theta = similarities(hidden, layer.gram(), 3).mean(dim=0)
-    poison, load = weights[:, 3], (weights[:, :3] / (1 - weights[:, 3:])).mean(dim=0)
+        base = layer.base_layer(given)
+        ratios = {}
+        for mode in MODES:
+            layer.switch.mode = mode
+            ratios[mode] = float(((layer(given) - base).norm(dim=1) / base.norm(dim=1)).mean())
+        theta = similarities(layer.lora_A(given), layer.gram(), 3)
+        first = similarities(layer.lora_A(seen[0][:, 0]), layer.gram(), 3).mean(dim=0)
+    others = weights[:, 3:].sum(dim=1)
+    load = (weights[:, :3] / (1 - others[:, None])).mean(dim=0)
     assert row["layer"] == name
-    assert row["poison_weight"] == pytest.approx(float(poison.mean()), rel=1e-5)
-    assert row["poison_weight_std"] == pytest.approx(float(poison.std(correction=0)), rel=1e-4)
-    assert row["above_even_share"] == pytest.approx(float((poison > 0.25).float().mean()))
+    assert row["poison_weight"] == pytest.approx(float(others.mean()), rel=1e-5)
+    assert row["poison_weight_std"] == pytest.approx(float(others.std(correction=0)), rel=1e-4)
+    above = (others > poison / (3 + poison)).float().mean()
+    assert row["above_even_share"] == pytest.approx(float(above))
     entropy = -(weights * weights.log()).sum(dim=1).mean()
     assert row["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    assert row["load"] == pytest.approx(load.tolist(), rel=1e-5)
     variation = load.std(correction=0) / load.mean()
     assert row["load_variation"] == pytest.approx(float(variation), rel=1e-3)
-    assert row["update_ratio"] == pytest.approx(float(ratio.mean()), rel=1e-3)
-    assert row["theta"] == pytest.approx(theta.tolist(), rel=1e-3, abs=1e-6)
+    found = {mode: row[f"update_{mode}"] for mode in MODES if mode != "none"}
+    assert found | {"none": row["update_ratio"]} == pytest.approx(ratios, rel=1e-3)
+    assert row["theta"] == pytest.approx(theta.mean(dim=0).tolist(), rel=1e-3, abs=1e-6)
+    assert row["theta_first"] == pytest.approx(first.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_the_first_token_is_the_first_that_is_real() -> None:
+    """Decoders are padded on the left."""
+    model, inputs = adapted("llama")
+    reference = watched(model, inputs, 4).table()
+    seen: list[Tensor] = []
+    layer = next(iter(model.layers.values()))
+    handle = layer.register_forward_hook(lambda _, given, output: seen.append(given[0]))
+    answer(model, inputs)
+    handle.remove()
+    place = inputs["attention_mask"].argmax(dim=1)
+    given = seen[0][torch.arange(4), place]
+    wanted = similarities(layer.lora_A(given), layer.gram(), 3).mean(dim=0)
+    assert place.tolist() == [0, 3, 1, 5]
+    assert reference[0]["theta_first"] == pytest.approx(wanted.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_the_size_of_an_update_is_that_of_a_loop_over_experts() -> None:
+    layer = layer_of()
+    weights, hidden = torch.rand(7, 4), torch.randn(7, 4)
+    ups = layer.up()
+    wanted = sum(weights[:, [i]] * (hidden @ up.T) for i, up in enumerate(ups)).norm(dim=1)  # type: ignore[union-attr]
+    torch.testing.assert_close(update_norm(weights, hidden, layer.gram()), wanted)
 
 
 def test_without_a_real_token_there_is_nothing_to_calibrate_with() -> None:

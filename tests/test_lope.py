@@ -440,11 +440,50 @@ def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None
     for row, layer in zip(found["layers"], model.layers.values(), strict=True):
         assert row["theta"] == pytest.approx(layer.lora_theta.tolist(), rel=1e-5)
         assert row["drift_A"] > 0 and -1 <= row["cosine_A"] <= 1
+        assert len(row["theta_first"]) == len(row["load"]) == 3  # BERT answers from [CLS]
+        updates = {row[f"update_{name}"] for name in ("ratio", "mask", "renorm", "compensate")}
+        assert len(updates) == 4 and min(updates) > 0
+    for name, value in found["mean"].items():
+        assert value == pytest.approx(np.mean([row[name] for row in found["layers"]]))
     assert found["even_share"] == 0.25 and found["rows"] == 25
     assert found["poison_weight"] == pytest.approx(
         np.mean([row["poison_weight"] for row in found["layers"]])
     )
     assert 0 <= found["noise_auroc"] <= 1 and 0 <= found["raised_share"] <= 1
+
+
+def test_the_losses_of_corrupted_rows_are_told_apart(
+    spy: Spy, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last epoch of the stage poison, as its steps saw them."""
+    from noiseproof.methods import lope
+
+    seen: dict[tuple[str, int], dict[int, float]] = {}
+    original = lope.losses_of
+
+    def losses_of(model: nn.Module, batch: Batch) -> Tensor:
+        losses = original(model, batch)
+        rows = zip(batch.rows.tolist(), losses.tolist(), strict=True)
+        seen.setdefault((now.stage, now.epoch), {}).update(rows)
+        return losses
+
+    begin = LoPE.on_epoch_start
+
+    def on_epoch_start(method: LoPE, run: Run) -> Any:
+        nonlocal now
+        now = run
+        return begin(method, run)
+
+    now: Run
+    monkeypatch.setattr(lope, "losses_of", losses_of)
+    monkeypatch.setattr(LoPE, "on_epoch_start", on_epoch_start)
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4)
+    hit = set(outcome.run.columns["corrupted"].nonzero().flatten().tolist())
+    last, found = seen[POISON, 1], outcome.run.findings["noise"]
+    assert len(last) == 25 and 0 < len(hit) < 25 and found["corrupted_share"] == len(hit) / 25
+    for name, rows in (("corrupted", hit), ("others", set(last) - hit)):
+        wanted = np.mean([last[row] for row in rows])
+        assert found[f"loss_{name}"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_online_similarities_and_a_partial_compensation_run_to_the_end(tiny_run: Tiny) -> None:
@@ -463,7 +502,7 @@ def test_without_a_poisoning_expert_it_is_hydralora(tiny_run: Tiny) -> None:
     outcome = tiny_run.fit(method, epochs=2)
     model = experts(outcome)
     assert model.mode == "none" and not method.modes(model)
-    assert "experts" not in outcome.run.findings
+    assert not outcome.run.findings
     assert not any("lora_BD" in name for name in model.trained)
     assert [row["stage"] for row in outcome.history] == [ADAPT, ADAPT]
 

@@ -370,7 +370,8 @@ class ExpertLinear(nn.Module):
             poison = [up.double() for up in self.up()[self.settings.normal :]]
             pairs = {"A": (old, new)}
             if poison:
-                pairs["poison"] = (poison[0] @ old, poison[0] @ new)
+                both = torch.cat(poison)  # (PE d_out, r)
+                pairs["poison"] = (both @ old, both @ new)
             found = {}
             for name, (one, other) in pairs.items():
                 norms = (one.norm() * other.norm()).clamp_min(1e-30)
@@ -409,7 +410,7 @@ class ExpertLinear(nn.Module):
             return similarities(hidden, gram, self.settings.normal)
 
 
-SUMS = ("tokens", "poison", "poison_square", "above", "entropy", "update")
+SUMS = ("tokens", "poison", "poison_square", "above", "entropy", *MODES)
 """What `seen_by` says of a token, before load and similarity of every normal expert."""
 
 
@@ -417,8 +418,9 @@ def seen_by(layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor)
     """What a layer does with each token, as numbers.  -> (.., K) fp32.
 
     `SUMS` in order: 1; weight of the poisoning experts, its square, and whether it exceeds their
-    even share; entropy of all weights; norm of what the experts add by that of the frozen module.
-    Then the share of each normal expert among them (NE,), and its similarity to the poison (NE,).
+    even share; entropy of all weights; norm of what the experts add in each mode, by that of the
+    frozen module (compensate needs a calibrated layer). Then the share of each normal expert among
+    them (NE,), and its similarity to the poison (NE,).
 
     Args:
         layer: With its router and experts.
@@ -430,13 +432,15 @@ def seen_by(layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor)
     normal, gram = settings.normal, layer.gram()
     weights = torch.softmax(logits.float(), dim=-1)
     poison = weights[..., normal:].sum(dim=-1)
-    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)
-    size = output.float().norm(dim=-1).clamp_min(SHORTEST)
-    update = layer.settings.alpha / layer.settings.rank * update_norm(weights, hidden, gram) / size
     above = (poison > settings.poison / settings.count).float()
-    single = [torch.ones_like(poison), poison, poison.square(), above, entropy, update]
+    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)
     load = torch.softmax(logits[..., :normal].float(), dim=-1)
     theta = similarities(hidden, gram, normal) if settings.poison else torch.zeros_like(load)
+    scale = settings.alpha / settings.rank / output.float().norm(dim=-1).clamp_min(SHORTEST)
+    similar = theta if settings.online else layer.lora_theta
+    by_mode = [expert_weights(logits, settings, mode, similar) for mode in MODES]
+    updates = [scale * update_norm(mixed, hidden, gram) for mixed in by_mode]
+    single = [torch.ones_like(poison), poison, poison.square(), above, entropy, *updates]
     return torch.cat([torch.stack(single, dim=-1), load, theta], dim=-1)
 
 
@@ -458,7 +462,8 @@ class Watch:
 
     Attributes:
         places: Where the rows of the call at hand stand among all, 0 to R - 1; set by the caller.
-        sums: (R, layers, K), -inf where nothing was seen: `SUMS`, load (NE,), similarity (NE,).
+        sums: (R, layers, K), -inf where nothing was seen: `SUMS`, load (NE,), similarity (NE,), and
+            similarity of the row's first token (NE,).
     """
 
     def __init__(self, layers: Mapping[str, ExpertLinear], rows: int) -> None:
@@ -467,7 +472,7 @@ class Watch:
         self._settings = next(iter(layers.values())).settings
         self._device = torch.device("cpu")
         self.places: list[int] = []
-        width = len(SUMS) + 2 * self._settings.normal
+        width = len(SUMS) + 3 * self._settings.normal
         self.sums = torch.full((rows, len(layers), width), -torch.inf, dtype=torch.float64)
 
     def note(self, layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
@@ -479,7 +484,9 @@ class Watch:
             mask = layer.switch.mask
             if mask is not None and mask.shape == values.shape[:2]:
                 values = torch.where(mask.bool().unsqueeze(-1), values, 0.0)
-            sums = values.sum(dim=1).cpu().double()
+            first = (values[..., 0] > 0).int().argmax(dim=1)  # padding may come before it
+            theta = values[torch.arange(rows), first, -self._settings.normal :]
+            sums = torch.cat([values.sum(dim=1), theta], dim=1).cpu().double()
         self._device = hidden.device
         self.sums[self.places, self._numbers[id(layer)]] = sums
 
@@ -506,14 +513,18 @@ class Watch:
         mean = self._means()[self._names.index(name)]
         if not mean[SUMS.index("tokens")] > 0:
             raise InputError("no real token was seen to calibrate the experts with")
-        return mean[len(SUMS) + self._settings.normal :]
+        return mean[len(SUMS) :].view(3, -1)[1]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per layer: mean, deviation and spread of the weights, JSON values."""
+        """One row per layer, JSON values: the means of `SUMS`, spread, load and similarities.
+
+        ``update_ratio`` is that of the mode none, ``update_mask`` and so on are of the others;
+        ``theta_first`` is the similarity at the first token of a row, [CLS] in most encoders.
+        """
         rows = []
         for name, mean in zip(self._names, self._means(), strict=True):
             found = dict(zip(SUMS, mean.tolist(), strict=False))
-            load, theta = mean[len(SUMS) :].split(self._settings.normal)
+            load, theta, first = mean[len(SUMS) :].view(3, -1)
             weight = found["poison"]
             rows.append(
                 {
@@ -522,18 +533,24 @@ class Watch:
                     "poison_weight_std": max(0.0, found["poison_square"] - weight**2) ** 0.5,
                     "above_even_share": found["above"],
                     "entropy": found["entropy"],
+                    "load": load.tolist(),
                     "load_variation": float(load.std(correction=0) / load.mean()),
-                    "update_ratio": found["update"],
+                    "update_ratio": found["none"],
+                    **{f"update_{mode}": found[mode] for mode in MODES if mode != "none"},
                     "theta": theta.tolist(),
+                    "theta_first": first.tolist(),
                 }
             )
         return rows
 
     def _means(self) -> Tensor:
         """Means over all real tokens, by layer (layers, K); the number of tokens as it is."""
-        sums = self.sums[torch.isfinite(self.sums).all(dim=-1).all(dim=-1)].sum(dim=0)
-        tokens = sums[:, :1]
-        return torch.cat([tokens, sums[:, 1:] / tokens.clamp_min(1)], dim=1)
+        sums = self.sums[torch.isfinite(self.sums).flatten(1).all(dim=1)]  # (R seen, layers, K)
+        count = sums.shape[-1] - self._settings.normal
+        tokens = sums[..., 0].sum(dim=0)[:, None]
+        means = sums[..., 1:count].sum(dim=0) / tokens.clamp_min(1)
+        rows = (sums[..., 0] > 0).sum(dim=0)[:, None]
+        return torch.cat([tokens, means, sums[..., count:].sum(dim=0) / rows.clamp_min(1)], dim=1)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

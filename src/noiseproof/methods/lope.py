@@ -25,8 +25,8 @@ paper 2e-4 for 7 billion parameters). Presets: default, paper, sft, the layer al
 controls (hydralora-noise, hydralora-neftune, no-noise).
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
-Cost: with epoch_budget=total that of LoRA with as many epochs, and one more pass over at most
-theta_examples rows; with per_stage twice that. Weights depend on the token, so nothing is merged;
+Cost: with epoch_budget=total that of LoRA with as many epochs, one more pass over at most
+theta_examples rows and two over at most 200; with per_stage twice that. Weights depend on the token, so nothing is merged;
 beside LoRA of peft with as many active parameters (docs/results/lope-cost.json) a step took 1.0
 times as long in an encoder, 1.1 times in its layers alone, and kept .90 of the memory; generation
 had .90 of the speed, .83 of that of merged LoRA.
@@ -58,7 +58,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
-from noiseproof.models import set_dropout
+from noiseproof.models import feature_position, set_dropout, trial_inputs
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 from noiseproof.tuning import usual_rate
@@ -516,25 +516,36 @@ class LoPE(Method):
         return watch
 
     def _diagnosis(self, run: Run, watch: Watch, rows: np.ndarray) -> dict[str, Any]:
-        """Layer by layer what the router does, and whether it knows corrupted texts."""
+        """Layer by layer what the router does, and whether it knows corrupted texts.
+
+        Args:
+            run: Its model is calibrated.
+            watch: What calibrated it.
+            rows: Row numbers that are looked at once as they are and once corrupted.
+        """
         model = experts_of(run)
-        table = watch.table()
-        for row in table:
-            row |= model.layers[row["layer"]].drift()
-        found: dict[str, Any] = {
-            "layers": table,
-            "poison_weight": float(np.mean([row["poison_weight"] for row in table])),
-            "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
-        }
         noise = TextNoise(1.0, strength=self.char_strength, window=self.shuffle_window)
 
         def corrupt(texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
             return noise.apply(texts, row_random("lope-diagnosis", seed, row))
 
-        if len(watch.sums) < len(rows):  # few rows have calibrated
-            watch = self._watch(run, rows)
-        clean = watch.row_scores()[: len(rows)]
-        noisy = self._watch(run, rows, corrupt).row_scores()
+        seen, corrupted = self._watch(run, rows), self._watch(run, rows, corrupt)
+        first = not self.responses and feature_position(model, trial_inputs(model)) == "first"
+        table = watch.table()
+        for row, again in zip(table, seen.table(), strict=True):
+            row |= {name: again[name] for name in again if name.startswith("update_")}
+            row |= model.layers[row["layer"]].drift()
+            if not first:
+                del row["theta_first"]
+        numbers = [name for name, value in table[0].items() if isinstance(value, float)]
+        mean = {name: float(np.mean([row[name] for row in table])) for name in numbers}
+        found: dict[str, Any] = {
+            "layers": table,
+            "mean": mean,
+            "poison_weight": mean["poison_weight"],
+            "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
+        }
+        clean, noisy = seen.row_scores(), corrupted.row_scores()
         scores = np.concatenate([clean, noisy])
         wrong = np.repeat([False, True], len(rows))
         found |= {
