@@ -329,8 +329,8 @@ def test_the_router_reads_what_dropout_left_alone(gate_input: str) -> None:
     seen: list[Tensor] = []
 
     class Listener:
-        def note(self, _: nn.Module, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
-            seen.append(logits)
+        def note(self, *given: Any) -> None:
+            seen.append(given[-1])
 
     layer.switch.watch = Listener()  # type: ignore[assignment]
     given = torch.randn(4, 6)
@@ -536,13 +536,92 @@ def test_noise_is_added_in_training_only_and_with_the_mask_of_the_call() -> None
     model.train()
     model.switch.training_mode = model.mode
     shaken = [answer(seeded(model), inputs)]
-    assert len(seen) == 1 and torch.equal(seen[0], inputs["attention_mask"])
+    assert len(seen) == 1 and torch.equal(seen[0], inputs["attention_mask"].bool())
     model.noise = None
     shaken.append(answer(seeded(model), inputs))
     assert not torch.allclose(*shaken) and len(seen) == 1
     model.noise = shake
-    answer(model, {"input_ids": inputs["input_ids"]})
+    with pytest.warns(
+        UserWarning, match=r"no attention mask is known for a batch of \(4, 7\) tokens"
+    ):
+        answer(model, {"input_ids": inputs["input_ids"]})
+    answer(model, {"input_ids": inputs["input_ids"]})  # said once
     assert bool(seen[1].all()) and seen[1].shape == inputs["input_ids"].shape
+
+
+def pair_of_texts(width: int, seed: int = 0) -> dict[str, Tensor]:
+    """Rows for an encoder, and rows of this width for its decoder, each with a mask of its own."""
+    torch.manual_seed(seed)
+    inputs = text_inputs(left=False)
+    mask = (torch.arange(width) < torch.tensor([2, width, 3, 1])[:, None]).long()
+    decoder = {"decoder_input_ids": torch.randint(3, 40, mask.shape) * mask}
+    return inputs | decoder | {"decoder_attention_mask": mask}
+
+
+@pytest.mark.parametrize("width", [4, 7])
+def test_noise_falls_on_encoder_and_decoder_each_with_its_own_mask(width: int) -> None:
+    """Both read one table of embeddings; with 7 tokens either mask would fit by its shape."""
+    model, _ = adapted("t5", dropout=0.0)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def shake(embeddings: Tensor, mask: Tensor) -> Tensor:
+        seen.append((embeddings, mask))
+        return torch.zeros_like(embeddings)
+
+    model.noise = shake
+    inputs = pair_of_texts(width)
+    answer(model.train(), inputs)
+    assert len(seen) == 2
+    table = model.model.get_input_embeddings().weight  # type: ignore[operator]
+    names = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+    for (embeddings, mask), (ids, wanted) in zip(seen, names, strict=True):
+        assert torch.equal(mask, inputs[wanted].bool())
+        assert torch.equal(embeddings, F.embedding(inputs[ids], table))
+
+
+@pytest.mark.parametrize("missing", ["attention_mask", "decoder_attention_mask"])
+def test_noise_without_a_mask_warns_of_the_tokens_that_have_none(missing: str) -> None:
+    model, _ = adapted("t5")
+    inputs = pair_of_texts(5)
+    del inputs[missing]
+    model.noise = lambda embeddings, mask: torch.zeros_like(embeddings)
+    shape = {"attention_mask": "7", "decoder_attention_mask": "5"}[missing]
+    with pytest.warns(
+        UserWarning, match=rf"no attention mask is known for a batch of \(4, {shape}"
+    ):
+        answer(model.train(), inputs)
+
+
+@pytest.mark.parametrize("width", [4, 7])
+def test_layers_of_an_encoder_and_its_decoder_count_the_tokens_that_they_read(width: int) -> None:
+    """The decoder's cross-attention asks with its own tokens and reads those of the encoder."""
+    model, _ = adapted("t5")
+    model.set_inference_mode("none")
+    inputs = pair_of_texts(width)
+    watch = watched(model, inputs, 4)
+    for number, name in enumerate(model.layers):
+        cross, decoder = "EncDecAttention" in name, name.startswith("decoder")
+        own = decoder and not (cross and name.endswith(".v"))
+        mask = inputs["decoder_attention_mask" if own else "attention_mask"]
+        assert watch.sums[:, number, 0].tolist() == mask.sum(dim=1).tolist(), name
+    assert len(model.layers) == 12
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_row_of_an_encoder_and_its_decoder_is_answered_the_same_alone(online: bool) -> None:
+    model, _ = adapted("t5", online=online)
+    inputs = pair_of_texts(5)
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        together = answer(model, inputs)
+        for row in range(4):
+            real = {kind: inputs[f"{kind}attention_mask"][row].bool() for kind in ("", "decoder_")}
+            alone = {
+                key: value[row : row + 1, real["decoder_" if key.startswith("decoder") else ""]]
+                for key, value in inputs.items()
+            }
+            found = together[row, real["decoder_"]]
+            torch.testing.assert_close(found, answer(model, alone)[0], rtol=1e-3, atol=1e-4)
 
 
 # --- watching ------------------------------------------------------------------------------------

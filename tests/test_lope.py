@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import noiseproof
+from language import language_model
 from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
@@ -24,10 +25,11 @@ from noiseproof.experts import MODES, ExpertModel
 from noiseproof.job import CORRUPTED, Job
 from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
-from noiseproof.methods import LoPE
+from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
 from noiseproof.models import ADAPTERS_FILE
 from noiseproof.preparation import OOD, Prepared
+from rows import response_rows
 from tiny import Tiny, last_json, python, table, train_settings
 
 NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
@@ -373,8 +375,6 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
     mode: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In training only: what is predicted, measured and calibrated is not disturbed."""
-    from noiseproof.methods import lope
-
     calls: list[tuple[str, Tensor, Tensor]] = []
     original = lope.embedding_noise
 
@@ -396,16 +396,53 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
         assert share == pytest.approx(0.05 / 3**0.5, rel=0.05)
 
 
+def test_an_encoder_and_its_decoder_are_both_shaken_and_not_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T5 from end to end: its two stacks read through modules of their own."""
+    made: list[tuple[Tensor, Tensor]] = []
+    original = lope.embedding_noise
+
+    def noise(embeddings: Tensor, mask: Tensor, draws: Any, kind: str, alpha: float) -> Tensor:
+        found = original(embeddings, mask, draws, kind, alpha)
+        made.append((mask, found))
+        return found
+
+    monkeypatch.setattr(lope, "embedding_noise", noise)
+    result = noiseproof.fit(
+        response_rows(),
+        task="causal-lm",
+        model=language_model("t5"),
+        method=LoPE(**NOISY, emb_noise_mode="absolute"),
+        train=train_settings(epochs=2),
+        max_new_tokens=3,
+    )
+    assert len(made) == 2 * 4  # two stacks in every step of the stage poison
+    for (asked, first), (said, second) in zip(made[::2], made[1::2], strict=True):
+        assert asked.shape != said.shape or not torch.equal(asked, said)
+        for mask, found in ((asked, first), (said, second)):
+            assert bool(found[mask].any()) and not found[~mask].any()
+        assert not torch.equal(first[:, 0], second[:, 0])
+    rows = result.record.findings["experts"]["layers"]
+    assert len(rows) == 12 and not any("theta_first" in row for row in rows)
+    assert result.predictor.predict(["the old boat"])
+
+
 def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shaken: list[Tensor] = []
-    original = LoPE._shake
+    original = LoPE._shaker
 
-    def shake(*given: Any) -> Tensor:
-        made = original(*given)
-        shaken.append(made.flatten(1).any(dim=1))
-        return made
+    def shaker(*given: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        shake = original(*given)
 
-    monkeypatch.setattr(LoPE, "_shake", shake)
+        def spy(*given: Tensor) -> Tensor:
+            made = shake(*given)
+            shaken.append(made.flatten(1).any(dim=1))
+            return made
+
+        return spy
+
+    monkeypatch.setattr(LoPE, "_shaker", shaker)
     tiny_run.fit(LoPE(**NOISY | {"poison_epochs": 4}, emb_noise_prob=0.5), epochs=5)
     rows = torch.cat(shaken)
     assert len(rows) == 100 and abs(int(rows.sum()) - 50) < 4 * 5
@@ -456,8 +493,6 @@ def test_the_losses_of_corrupted_rows_are_told_apart(
     spy: Spy, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the last epoch of the stage poison, as its steps saw them."""
-    from noiseproof.methods import lope
-
     seen: dict[tuple[str, int], dict[int, float]] = {}
     original = lope.losses_of
 

@@ -11,6 +11,7 @@ numbered normal first. At inference the poisoning experts can be left out in sev
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,24 +224,76 @@ def rms_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
 # --- layers --------------------------------------------------------------------------------------
 
 
+class Reading:
+    """Which tokens are real in one call of a model, while its parts run one after the other.
+
+    Attributes:
+        mask: Real tokens (B, T) of the stack that runs; None where nobody said.
+        decoder_mask: Those of a decoder, which runs behind an encoder.
+        source: What the encoder gave the decoder (B, S, d).
+        source_mask: Its real tokens (B, S).
+    """
+
+    def __init__(self, mask: Tensor | None, decoder_mask: Tensor | None = None) -> None:
+        self.mask, self.decoder_mask = mask, decoder_mask
+        self.source: Tensor | None = None
+        self.source_mask: Tensor | None = None
+
+    def enter_decoder(self, source: Tensor | None) -> None:
+        """The decoder runs from here on."""
+        self.source, self.source_mask, self.mask = source, self.mask, self.decoder_mask
+
+    def real(self, read: Tensor) -> Tensor | None:
+        """The mask (B, T) of what a module reads (B, T, ..); None where none of its shape is known.
+
+        Decoders have modules that read the encoder's output: these are told by the tensor itself,
+        as both may have equally many tokens.
+        """
+        own = (self.source_mask,) if read is self.source else (self.mask, self.source_mask)
+        found = (mask for mask in own if mask is not None and mask.shape == read.shape[:2])
+        return next(found, None)
+
+
 class Switch:
     """What all layers of a model share; plain, no parameter and no buffer.
 
     Attributes:
         mode: How poisoning experts count in eval mode.
         training_mode: How they count in training.
-        mask: Real tokens (B, T) of the call; None is all.
+        reading: Which tokens are real in the call that runs; None outside of calls.
         watch: Gets what each layer sees, in a call for the sake of that.
         loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
             nothing.
+        warned: Whether it was said that masks are missing.
     """
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.training_mode = "none"
-        self.mask: Tensor | None = None
+        self.reading: Reading | None = None
         self.watch: Watch | None = None
         self.loads: list[Tensor] | None = None
+        self.warned = False
+
+    def real(self, read: Tensor) -> Tensor:
+        """Real tokens of what a module reads, bool.  (B, T, ..) -> (B, T).
+
+        All of them, with a warning, where no mask is known.
+        """
+        mask = None if self.reading is None else self.reading.real(read)
+        if mask is not None:
+            return mask.bool()
+        if not self.warned:
+            self.warned = True
+            shape = tuple(read.shape[:2])
+            warnings.warn(
+                f"no attention mask is known for a batch of {shape} tokens: noise on embeddings "
+                "falls on padding too, and experts are measured on it; give the model "
+                "attention_mask, and decoder_attention_mask if it has an encoder and a decoder",
+                UserWarning,
+                stacklevel=2,
+            )
+        return torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
 
 
 class DroppedProduct(torch.autograd.Function):
@@ -337,9 +390,9 @@ class ExpertLinear(nn.Module):
         theta = self._theta(hidden, mode)
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
         if self.switch.watch is not None:
-            self.switch.watch.note(self, output, hidden, logits)
+            self.switch.watch.note(self, input, output, hidden, logits)
         if self.switch.loads is not None:
-            self.switch.loads.append(self._load(logits))
+            self.switch.loads.append(self._load(logits[self.switch.real(input)]))
         used = self.settings.count if mode == "none" else self.settings.normal
         if rate and self.settings.dropout_mode == "per_expert":
             more = [self._down(given, rate) for _ in range(used - 1)]
@@ -388,12 +441,8 @@ class ExpertLinear(nn.Module):
         return found
 
     def _load(self, logits: Tensor) -> Tensor:
-        """Mean share of each normal expert among them, over real tokens.  -> (NE,)."""
-        load = torch.softmax(logits[..., : self.settings.normal], dim=-1)
-        mask = self.switch.mask
-        if mask is None or mask.shape != load.shape[:-1]:
-            return load.flatten(0, -2).mean(dim=0)
-        return load[mask.bool()].mean(dim=0)
+        """Mean share of each normal expert among them.  (M, N) -> (NE,)."""
+        return torch.softmax(logits[:, : self.settings.normal], dim=-1).mean(dim=0)
 
     def _logits(self, read: Tensor) -> Tensor:
         """What the router says, always in fp32."""
@@ -475,17 +524,16 @@ class Watch:
         width = len(SUMS) + 3 * self._settings.normal
         self.sums = torch.full((rows, len(layers), width), -torch.inf, dtype=torch.float64)
 
-    def note(self, layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
-        """Add one call of one layer."""
-        rows = len(self.places)
+    def note(
+        self, layer: ExpertLinear, read: Tensor, output: Tensor, hidden: Tensor, logits: Tensor
+    ) -> None:
+        """Add one call of one layer: what it read (B, T, d_in); for the rest see `seen_by`."""
+        real, rows = layer.switch.real(read), torch.arange(len(self.places))
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             values = seen_by(layer, output, hidden, logits)
-            values = values.reshape(rows, -1, values.shape[-1])  # (B, T, K)
-            mask = layer.switch.mask
-            if mask is not None and mask.shape == values.shape[:2]:
-                values = torch.where(mask.bool().unsqueeze(-1), values, 0.0)
-            first = (values[..., 0] > 0).int().argmax(dim=1)  # padding may come before it
-            theta = values[torch.arange(rows), first, -self._settings.normal :]
+            values = torch.where(real.unsqueeze(-1), values, 0.0)  # (B, T, K)
+            first = real.int().argmax(dim=1)  # padding may come before it
+            theta = values[rows, first, -self._settings.normal :]
             sums = torch.cat([values.sum(dim=1), theta], dim=1).cpu().double()
         self._device = hidden.device
         self.sums[self.places, self._numbers[id(layer)]] = sums
@@ -598,8 +646,11 @@ class ExpertModel(nn.Module):
         self.save_poison, self.has_poison = True, settings.poison > 0
         self.seal: dict[str, str] = {}
         self.noise: Callable[[Tensor, Tensor], Tensor] | None = None
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.register_forward_hook(self._embedded)
+        for embeddings in token_embeddings(model):
+            embeddings.register_forward_hook(self._embedded)
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         trained = set(self.trained)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -611,11 +662,12 @@ class ExpertModel(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """Output of the model."""
-        self.switch.mask = inputs.get("attention_mask")
+        masks = (inputs.get("attention_mask"), inputs.get("decoder_attention_mask"))
+        self.switch.reading = Reading(*masks)
         try:
             return self.model(**inputs)
         finally:
-            self.switch.mask = None
+            self.switch.reading = None
 
     def generate(self, *args: Any, **settings: Any) -> Any:
         """Generate as the model does."""
@@ -701,10 +753,11 @@ class ExpertModel(nn.Module):
     def _embedded(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         if self.noise is None or not self.training:
             return None
-        mask = self.switch.mask
-        if mask is None or mask.shape != output.shape[:2]:
-            mask = torch.ones(output.shape[:2], dtype=torch.long, device=output.device)
-        return output + self.noise(output, mask)
+        return output + self.noise(output, self.switch.real(output))
+
+    def _enter_decoder(self, _module: nn.Module, _args: Any, given: dict[str, Any]) -> None:
+        if self.switch.reading is not None:
+            self.switch.reading.enter_decoder(given.get("encoder_hidden_states"))
 
 
 def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
@@ -727,6 +780,14 @@ def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
     fill_adapter(adapted, folder, adapted._saved_names(), "model")
     adapted.set_inference_mode(mode)
     return adapted.eval()
+
+
+def token_embeddings(model: Any) -> list[nn.Module]:
+    """The modules that turn tokens into vectors; encoder and decoder may each have their own."""
+    parts = [model]
+    if model.config.is_encoder_decoder:
+        parts += [model.get_encoder(), model.get_decoder()]
+    return list(dict.fromkeys(part.get_input_embeddings() for part in parts))
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:

@@ -26,10 +26,10 @@ controls (hydralora-noise, hydralora-neftune, no-noise).
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
 Cost: with epoch_budget=total that of LoRA with as many epochs, one more pass over at most
-theta_examples rows and two over at most 200; with per_stage twice that. Weights depend on the token, so nothing is merged;
-beside LoRA of peft with as many active parameters (docs/results/lope-cost.json) a step took 1.0
-times as long in an encoder, 1.1 times in its layers alone, and kept .90 of the memory; generation
-had .90 of the speed, .83 of that of merged LoRA.
+theta_examples rows and two over at most 200; with per_stage twice that. Weights depend on the
+token, so nothing is merged; beside LoRA of peft with as many active parameters
+(docs/results/lope-cost.json) a step took 1.0 times as long in an encoder, 1.1 times in its layers
+alone, and kept .90 of the memory; generation had .90 of the speed, .83 of that of merged LoRA.
 Model: model/ holds experts, routers and head; noiseproof.load puts them into the encoder.
 """
 
@@ -386,7 +386,7 @@ class LoPE(Method):
         """Cross-entropy, on the labels and with the embedding noise of a noisy stage."""
         experts = experts_of(run)
         noisy = run.stage in self.noise_stages
-        experts.noise = partial(self._shake, run, batch) if noisy and self._shakes else None
+        experts.noise = self._shaker(run, batch) if noisy and self._shakes else None
         if noisy and "noisy_label" in batch.columns:
             batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
         experts.switch.loads = [] if self.balance_weight else None
@@ -482,21 +482,29 @@ class LoPE(Method):
 
         return transform
 
-    def _shake(self, run: Run, batch: Batch, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Noise for the embeddings of one batch; what a row gets depends on it and the epoch."""
+    def _shaker(self, run: Run, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+        """What gives noise for the embeddings of one batch, by row and epoch.
+
+        Encoder and decoder ask one after the other, and a row's draws go on.
+        """
         draws = [
             row_random("lope-embeddings", self._seed(run.seed), row, run.epoch)
             for row in batch.rows.tolist()
         ]
         hit = torch.tensor([random.random() < self.emb_noise_prob for random in draws])
-        noise = (
-            embedding_noise(embeddings, mask, draws, self.emb_noise_mode, self.emb_noise_alpha)
-            * hit.to(embeddings.device)[:, None, None]
-        )
-        with torch.no_grad():
-            ratio = rms_of_tokens(noise, mask) / rms_of_tokens(embeddings, mask).clamp_min(1e-12)
-        run.write("embedding_noise", batch, ratio)
-        return noise
+        ratios = []
+
+        def shake(embeddings: Tensor, mask: Tensor) -> Tensor:
+            kind, alpha = self.emb_noise_mode, self.emb_noise_alpha
+            noise = embedding_noise(embeddings, mask, draws, kind, alpha)
+            noise = noise * hit.to(embeddings.device)[:, None, None]
+            with torch.no_grad():
+                size = rms_of_tokens(embeddings, mask).clamp_min(1e-12)
+                ratios.append(rms_of_tokens(noise, mask) / size)
+            run.write("embedding_noise", batch, torch.stack(ratios).mean(dim=0))
+            return noise
+
+        return shake
 
     # --- looking at the router -------------------------------------------------------------------
 
