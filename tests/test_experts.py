@@ -161,6 +161,18 @@ def test_renorm_is_a_softmax_in_which_the_poisoning_experts_have_no_chance() -> 
     torch.testing.assert_close(same, wanted)
 
 
+@pytest.mark.parametrize("theta", [-0.9, -0.3, 0.0, 0.6, 1.0])
+def test_experts_that_are_alike_to_the_poison_alike_are_only_renormalised(theta: float) -> None:
+    """With beta=sum_to_one a common factor cancels: what compensate adds is the differences."""
+    logits = torch.randn(50, 4)
+    wanted = expert_weights(logits, Experts(), "renorm")
+    same = torch.full((3,), theta)
+    torch.testing.assert_close(expert_weights(logits, Experts(), "compensate", same), wanted)
+    different = torch.tensor([theta, theta, theta - 0.1])
+    found = expert_weights(logits, Experts(), "compensate", different)
+    assert bool((found[:, 2] < wanted[:, 2]).all())
+
+
 def test_a_router_that_chose_the_poisoning_expert_alone_gives_no_0_by_0() -> None:
     logits = torch.tensor([1.0, 2.0, 3.0, 500.0])
     wanted = F.pad(torch.softmax(logits[:3], dim=0), (0, 1))
@@ -460,9 +472,24 @@ def test_a_row_is_answered_the_same_alone_and_in_any_batch(name: str, online: bo
 
 
 @pytest.mark.parametrize("name", CAUSAL)
+def test_padding_behind_a_row_changes_no_token_of_a_decoder(name: str) -> None:
+    """Rows are padded so in training; every token counts there, not the last alone."""
+    model, _ = adapted(name, online=True)
+    inputs = text_inputs(left=False)
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        together = answer(model, inputs)
+        for row, real in enumerate(inputs["attention_mask"].bool()):
+            alone = {key: value[row : row + 1, real] for key, value in inputs.items()}
+            found = together[row, real]
+            torch.testing.assert_close(found, answer(model, alone)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
 def test_generation_with_a_cache_is_generation_without(name: str) -> None:
     """The router reads the token at hand only, so a cache changes nothing."""
     model, inputs = adapted(name, online=True)
+    inputs.pop("decoder_input_ids", None)
     for mode in MODES:
         model.set_inference_mode(mode)
         settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
@@ -472,7 +499,7 @@ def test_generation_with_a_cache_is_generation_without(name: str) -> None:
             for cache in (True, False)
         )  # fmt: skip
         assert torch.equal(cached.sequences, plain.sequences)
-        assert cached.sequences.shape == (4, 13)
+        assert cached.sequences.shape == (4, 7 if name == "t5" else 13)
         for one, other in zip(cached.logits, plain.logits, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

@@ -29,8 +29,9 @@ from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
 from noiseproof.models import ADAPTERS_FILE
 from noiseproof.preparation import OOD, Prepared
+from noiseproof.report.experts import verdict
 from rows import response_rows
-from tiny import Tiny, last_json, python, table, train_settings
+from tiny import FILLER, TOPICS, Tiny, last_json, python, table, train_settings
 
 NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
 """Settings with which some of 25 rows are corrupted."""
@@ -307,6 +308,74 @@ def test_a_row_is_corrupted_by_its_number_and_the_seed_alone() -> None:
     assert changed(own, 400) == changed(own, 400, seed=5) == changed(method, 400, seed=1)
 
 
+CORRUPTING = """
+import json
+from noiseproof.methods import LoPE
+transform = LoPE(noise_rate=0.9).stages(2)[0].transform
+rows = [transform(("one two three four", "five six"), row, 0, 3) for row in reversed(range(40))]
+print(json.dumps(rows[::-1]))
+"""
+
+
+@pytest.mark.parametrize("salt", ["0", "1"])
+def test_another_process_corrupts_rows_alike_in_any_order(salt: str) -> None:
+    """Python salts the hashes of words in every process; workers must agree all the same."""
+    transform = LoPE(noise_rate=0.9).stages(2)[0].transform
+    assert transform is not None
+    given = ("one two three four", "five six")
+    wanted = [list(transform(given, row, 0, 3)) for row in range(40)]
+    done = python("-c", CORRUPTING, PYTHONHASHSEED=salt)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last_json(done.stdout) == wanted
+    hit = [row != list(given) for row in wanted]
+    assert 20 < sum(hit) < 40  # the others are what they were
+
+
+def test_what_is_measured_is_never_corrupted(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither texts nor embeddings, in noisy stages too; until the router is asked at the end."""
+    test = tiny_run.task.encode(table(12, seed=1)["text"].tolist())
+    read: list[tuple[int, ...]] = []
+    shaken: list[bool] = []
+    over = False
+    compute, finalize = Engine.compute, LoPE.finalize_model
+
+    def spy(engine: Engine, encoded: Any, compute_rows: Any, *given: Any) -> Tensor:
+        def rows(inputs: dict[str, Tensor]) -> Tensor:
+            if not over:
+                mask = inputs["attention_mask"].bool()
+                read.extend(tuple(ids[real].tolist()) for ids, real in
+                            zip(inputs["input_ids"], mask, strict=True))  # fmt: skip
+                shaken.append(engine.net.training)
+            values: Tensor = compute_rows(inputs)
+            return values
+
+        return compute(engine, encoded, rows, *given)
+
+    def finalize_model(method: LoPE, run: Run) -> nn.Module:
+        nonlocal over
+        over = True
+        return finalize(method, run)
+
+    def measure(predict_on: Any, run: Run) -> dict[str, float]:
+        return {"sum": float(predict_on(test).sum() + run.predict().sum())}
+
+    monkeypatch.setattr(Engine, "compute", spy)
+    monkeypatch.setattr(LoPE, "finalize_model", finalize_model)
+    method = LoPE(**NOISY | {"noise_rate": 0.9}, noise_stages=(POISON, ADAPT))
+    tiny_run.fit(method, epochs=3, extra={"measure": measure}, **{"evaluate": "epoch"})
+
+    def given(encoded: Any) -> list[tuple[int, ...]]:
+        rows = [encoded.inputs(np.array([row])) for row in range(len(encoded))]
+        return [
+            tuple(row["input_ids"][0][row["attention_mask"][0].bool()].tolist()) for row in rows
+        ]
+
+    wanted = given(test) + given(tiny_run.encoded)
+    assert sorted(read) == sorted(wanted * 3) and not any(shaken)
+
+
 def test_the_noise_of_the_method_is_not_the_noise_of_the_data() -> None:
     """Equal draws would corrupt the same rows twice, and leave the others alone twice."""
     from noiseproof.noise import parse_noise
@@ -351,10 +420,12 @@ def test_only_the_labels_or_only_the_texts_can_be_corrupted(spy: Spy, tiny_run: 
     tiny_run.fit(LoPE(**NOISY, target_noise_rate=0.0), epochs=2)
     assert spy.labels[POISON, 0] == labels
     assert spy.texts[POISON, 0] != spy.texts[ADAPT, 0]
-    tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.4), epochs=2)
+    outcome = tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.4), epochs=2)
     assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0]
     wrong = sum(label != labels[row] for row, label in spy.labels[POISON, 0].items())
-    assert wrong == 10  # to the row, as in all label noise here
+    assert abs(wrong - 10) < 4 * 6**0.5
+    hit = outcome.run.columns["corrupted"].nonzero().flatten().tolist()
+    assert len(hit) == wrong  # whatever was drawn is another class
 
 
 @pytest.mark.parametrize("stages", [(), (ADAPT,), (POISON, ADAPT)])
@@ -487,6 +558,60 @@ def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None
         np.mean([row["poison_weight"] for row in found["layers"]])
     )
     assert 0 <= found["noise_auroc"] <= 1 and 0 <= found["raised_share"] <= 1
+
+
+def test_a_router_that_looks_at_nothing_is_found_out(tiny_run: Tiny) -> None:
+    """All weights 1 / N: neither clean nor corrupted texts stand out, and the report says so."""
+    outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
+    model = experts(outcome)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.lora_gate.weight.zero_()
+    LoPE(**NOISY).finalize_model(outcome.run)
+    found = outcome.run.findings["experts"]
+    assert found["poison_weight"] == found["even_share"] == 0.25
+    assert (found["noise_auroc"], found["raised_share"]) == (0.5, 0)
+    assert found["mean"]["above_even_share"] == 0
+    assert found["mean"]["load_variation"] == pytest.approx(0, abs=1e-9)
+    assert found["mean"]["entropy"] == pytest.approx(np.log(4))
+    assert "masking is only rescaling" in verdict(found)
+
+
+def test_a_router_that_knows_noise_is_found_out_too(tiny_run: Tiny) -> None:
+    """It gives the poison what is not a word of the vocabulary, such as damaged words are."""
+    outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
+    model = experts(outcome)
+    table_of = model.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    tokens = tiny_run.task.tokenizer.convert_ids_to_tokens(range(len(table_of)))
+    known = {*FILLER, *(word for words in TOPICS.values() for word in words)}
+    damaged = torch.tensor([token not in known for token in tokens]).float()
+    direction = torch.linalg.lstsq(table_of - table_of.mean(dim=0), damaged - 0.5).solution
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.lora_gate.weight.zero_()
+        next(iter(model.layers.values())).lora_gate.weight[3] = 3 * direction
+    LoPE(**NOISY).finalize_model(outcome.run)
+    found = outcome.run.findings["experts"]
+    assert found["noise_auroc"] > 0.8 and found["raised_share"] > 0.7
+    assert found["weight_on_corrupted"] > 0
+    assert "Corrupted texts rely more on it" in verdict(found)
+
+
+def test_a_row_is_compared_with_its_own_corrupted_copy(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With noise that changes nothing, every pair must be equal to the last bit."""
+    monkeypatch.setattr(lope.TextNoise, "apply", lambda noise, texts, random: texts)
+    found = tiny_run.fit(LoPE(noise_rate=0.3), epochs=2).run.findings["experts"]
+    assert (found["weight_on_corrupted"], found["raised_share"]) == (0, 0)
+    assert found["rows"] == 25 and found["noise_auroc"] == 0.5
+
+
+def test_a_poisoning_expert_that_learned_nothing_is_warned_of(tiny_run: Tiny) -> None:
+    method = LoPE(**NOISY, train_poison=("A", "head"))
+    with pytest.warns(UserWarning, match="the poisoning expert learned nothing in the stage"):
+        outcome = tiny_run.fit(method, epochs=2)
+    assert all(row["theta"] == [0, 0, 0] for row in outcome.run.findings["experts"]["layers"])
 
 
 def test_the_losses_of_corrupted_rows_are_told_apart(

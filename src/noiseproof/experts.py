@@ -528,12 +528,12 @@ class Watch:
         self, layer: ExpertLinear, read: Tensor, output: Tensor, hidden: Tensor, logits: Tensor
     ) -> None:
         """Add one call of one layer: what it read (B, T, d_in); for the rest see `seen_by`."""
-        real, rows = layer.switch.real(read), torch.arange(len(self.places))
+        real = layer.switch.real(read)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             values = seen_by(layer, output, hidden, logits)
             values = torch.where(real.unsqueeze(-1), values, 0.0)  # (B, T, K)
-            first = real.int().argmax(dim=1)  # padding may come before it
-            theta = values[rows, first, -self._settings.normal :]
+            first = real.int().argmax(dim=1)[:, None, None]  # padding may come before it
+            theta = values[..., -self._settings.normal :].take_along_dim(first, dim=1)[:, 0]
             sums = torch.cat([values.sum(dim=1), theta], dim=1).cpu().double()
         self._device = hidden.device
         self.sums[self.places, self._numbers[id(layer)]] = sums

@@ -362,6 +362,14 @@ class LoPE(Method):
         model = experts_of(run)
         if run.epoch == 0 and run.stage == ADAPT and self.num_poison_experts:
             model.keep_down()
+            poisons = (
+                up for layer in model.layers.values() for up in layer.up()[self.num_experts :]
+            )
+            if not any(bool(up.any()) for up in poisons):
+                run.warn(
+                    "the poisoning expert learned nothing in the stage poison, so masking it "
+                    "changes nothing; put BD into train_poison, or raise the learning rate"
+                )
             if self._restores_head:
                 model.restore_head()
         noisy = run.stage in self.noise_stages
