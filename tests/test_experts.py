@@ -21,6 +21,7 @@ from noiseproof.experts import (
     ExpertLinear,
     ExpertModel,
     Experts,
+    Reading,
     Switch,
     Watch,
     embedding_noise,
@@ -721,6 +722,32 @@ def test_the_table_of_a_layer_is_what_its_weights_say(poison: int, online: bool)
     assert found | {"none": row["update_ratio"]} == pytest.approx(ratios, rel=1e-3)
     assert row["theta"] == pytest.approx(theta.mean(dim=0).tolist(), rel=1e-3, abs=1e-6)
     assert row["theta_first"] == pytest.approx(first.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_rows_in_one_piece_and_tokens_without_a_row_are_counted() -> None:
+    """Some models hand over all tokens of a batch at once, or only those of one of their parts."""
+    model, _ = adapted("bert")
+    layer = next(iter(model.layers.values()))
+    given = torch.randn(2, 5, 16)
+    tables = []
+    for read in (given, given.flatten(0, 1), given.flatten(0, 1)[:9]):
+        with model.watching(2) as watch, torch.no_grad():
+            watch.places = [1, 0]
+            model.switch.reading = Reading(MASK)
+            if len(read) == 9:  # no mask fits
+                with pytest.warns(UserWarning, match="no attention mask is known"):
+                    layer(read)
+            else:
+                layer(read)
+        tables.append((watch.sums[:, 0, 0].tolist(), watch.table()[0]))
+    model.switch.reading = None
+    assert [tokens for tokens, _ in tables] == [[2, 5], [2, 5], [4.5, 4.5]]
+    keys = ("poison_weight", "entropy", "update_ratio")
+    for key in keys:
+        assert tables[1][1][key] == pytest.approx(tables[0][1][key], rel=1e-6)
+    with torch.no_grad():
+        weights = torch.softmax(layer.lora_gate(given.flatten(0, 1)[:9]), dim=-1)
+    assert tables[2][1]["poison_weight"] == pytest.approx(float(weights[:, 3].mean()), rel=1e-5)
 
 
 def test_the_first_token_is_the_first_that_is_real() -> None:

@@ -244,14 +244,17 @@ class Reading:
         self.source, self.source_mask, self.mask = source, self.mask, self.decoder_mask
 
     def real(self, read: Tensor) -> Tensor | None:
-        """The mask (B, T) of what a module reads (B, T, ..); None where none of its shape is known.
+        """The mask of what a module reads, (B, T, d) -> (B, T); None where none fits.
 
         Decoders have modules that read the encoder's output: these are told by the tensor itself,
-        as both may have equally many tokens.
+        as both may have equally many tokens. Rows may come in one piece: (B T, d) -> (B T,).
         """
         own = (self.source_mask,) if read is self.source else (self.mask, self.source_mask)
-        found = (mask for mask in own if mask is not None and mask.shape == read.shape[:2])
-        return next(found, None)
+        shape = read.shape[:-1]
+        for mask in own:
+            if mask is not None and (mask.shape == shape or shape == (mask.numel(),)):
+                return mask.reshape(shape)
+        return None
 
 
 class Switch:
@@ -276,7 +279,7 @@ class Switch:
         self.warned = False
 
     def real(self, read: Tensor) -> Tensor:
-        """Real tokens of what a module reads, bool.  (B, T, ..) -> (B, T).
+        """Real tokens of what a module reads, bool.  (B, T, d) -> (B, T).
 
         All of them, with a warning, where no mask is known.
         """
@@ -285,7 +288,7 @@ class Switch:
             return mask.bool()
         if not self.warned:
             self.warned = True
-            shape = tuple(read.shape[:2])
+            shape = tuple(read.shape[:-1])
             warnings.warn(
                 f"no attention mask is known for a batch of {shape} tokens: noise on embeddings "
                 "falls on padding too, and experts are measured on it; give the model "
@@ -293,7 +296,7 @@ class Switch:
                 UserWarning,
                 stacklevel=2,
             )
-        return torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
+        return torch.ones(read.shape[:-1], dtype=torch.bool, device=read.device)
 
 
 class DroppedProduct(torch.autograd.Function):
@@ -527,13 +530,21 @@ class Watch:
     def note(
         self, layer: ExpertLinear, read: Tensor, output: Tensor, hidden: Tensor, logits: Tensor
     ) -> None:
-        """Add one call of one layer: what it read (B, T, d_in); for the rest see `seen_by`."""
-        real = layer.switch.real(read)
+        """Add one call of one layer: what it read (B, T, d_in); for the rest see `seen_by`.
+
+        Tokens that belong to no row, such as those that a mixture of experts of the model's own
+        sends to one of them, are shared out evenly.
+        """
+        real, rows = layer.switch.real(read), len(self.places)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             values = seen_by(layer, output, hidden, logits)
-            values = torch.where(real.unsqueeze(-1), values, 0.0)  # (B, T, K)
-            first = real.int().argmax(dim=1)[:, None, None]  # padding may come before it
-            theta = values[..., -self._settings.normal :].take_along_dim(first, dim=1)[:, 0]
+            values = torch.where(real.unsqueeze(-1), values, 0.0).flatten(0, -2)  # (M, K)
+            if len(values) % rows:
+                values = values.sum(dim=0).expand(rows, -1) / rows
+            values = values.reshape(rows, -1, values.shape[-1])  # (B, T, K)
+            first = (values[..., 0] > 0).int().argmax(dim=1)  # padding may come before it
+            theta = values[..., -self._settings.normal :]
+            theta = theta.take_along_dim(first[:, None, None], dim=1)[:, 0]
             sums = torch.cat([values.sum(dim=1), theta], dim=1).cpu().double()
         self._device = hidden.device
         self.sums[self.places, self._numbers[id(layer)]] = sums
@@ -548,8 +559,9 @@ class Watch:
 
     def row_scores(self) -> np.ndarray:
         """Mean weight of the poisoning experts over tokens and layers, of every row (R,)."""
-        tokens = self.sums[..., SUMS.index("tokens")].clamp_min(1)
-        scores: np.ndarray = (self.sums[..., SUMS.index("poison")] / tokens).mean(dim=1).numpy()
+        sums = self.sums.clamp_min(0)
+        tokens, poison = (sums[..., SUMS.index(name)] for name in ("tokens", "poison"))
+        scores: np.ndarray = (poison / tokens.clamp_min(1)).mean(dim=1).numpy()
         return scores
 
     def theta(self, name: str) -> Tensor:
@@ -593,7 +605,7 @@ class Watch:
 
     def _means(self) -> Tensor:
         """Means over all real tokens, by layer (layers, K); the number of tokens as it is."""
-        sums = self.sums[torch.isfinite(self.sums).flatten(1).all(dim=1)]  # (R seen, layers, K)
+        sums = torch.where(self.sums.isneginf(), 0.0, self.sums)  # (R, layers, K)
         count = sums.shape[-1] - self._settings.normal
         tokens = sums[..., 0].sum(dim=0)[:, None]
         means = sums[..., 1:count].sum(dim=0) / tokens.clamp_min(1)
