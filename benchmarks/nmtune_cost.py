@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -74,20 +74,25 @@ def time_steps(rows: int, width: int, rounds: int) -> dict[str, float | int]:
     }
 
 
-def time_estimator(rows: int, width: int, epochs: int, batch_size: int) -> dict[str, float | int]:
+def time_estimator(
+    rows: int, width: int, epochs: int, batch_size: int, precision: str
+) -> dict[str, float | int | str]:
     """Seconds of one fit to features with ten overlapping classes."""
     random = np.random.default_rng(0)
     centres = random.normal(size=(10, width))
     labels = random.integers(0, 10, rows)
     features = (centres[labels] * 0.3 + random.normal(size=(rows, width))).astype(np.float32)
     began, cpu = time.perf_counter(), time.process_time()
-    model = NMTuneClassifier(epochs=epochs, batch_size=batch_size, random_state=0)
+    model = NMTuneClassifier(
+        epochs=epochs, batch_size=batch_size, precision=precision, random_state=0
+    )
     model.fit(features, labels)
     return {
         "rows": rows,
         "width": width,
         "epochs": epochs,
         "batch_size": batch_size,
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
         "fit_s": time.perf_counter() - began,
@@ -107,13 +112,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    found: Mapping[str, float | int | str]
     if asked.what == "step":
         found = time_steps(asked.rows or 128, asked.width or 2048, asked.rounds)
     else:
         found = time_estimator(
-            asked.rows or 50_000, asked.width or 512, asked.epochs, asked.batch_size
+            asked.rows or 50_000,
+            asked.width or 512,
+            asked.epochs,
+            asked.batch_size,
+            asked.precision,
         )
     text = json.dumps(found, indent=1) + "\n"
     print(text, end="")

@@ -20,7 +20,7 @@ from noiseproof.finetune import FitResult
 from noiseproof.job import Job
 from noiseproof.loop import Progress
 from noiseproof.method import Method, Run
-from noiseproof.methods import METHODS, CleaR, CrossEntropy, SmallLoss
+from noiseproof.methods import METHODS, CleaR, CrossEntropy, LoPE, SmallLoss
 from noiseproof.mixture import LossMixture
 from noiseproof.report import report
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
@@ -290,6 +290,23 @@ def test_choices_and_generated_answers_are_measured_once_at_the_end(
     assert metrics["test_choice_accuracy"] > 0.9
     assert metrics["test_exact_match"] > 0.8 and metrics["test_exact_match_rows"] == 8
     assert not any("choice" in name for name in learned[0].history[-1])
+
+
+def test_choices_are_compared_in_every_way_a_model_can_answer() -> None:
+    """A mode is judged by what the user asks of the model, not by its perplexity alone."""
+    test = response_rows(9, wrong=0.0, seed=5)
+    names = ["garden", "harbour", "kitchen"]
+    test |= {"choices": [names] * 9, "answer": [names.index(name) for name in test["label"]]}
+    record = fit(
+        response_rows(24, wrong=0.0, seed=6),
+        kind="llama",
+        test=test,
+        method=LoPE(theta_examples=8),
+        train=train_settings(epochs=2),
+    ).record
+    found = {mode: values["test_choice_accuracy"] for mode, values in record.modes.items()}
+    assert list(found) == ["none", "mask", "renorm", "compensate"]
+    assert found["compensate"] == record.metrics["test_choice_accuracy"]
 
 
 def test_predict_answers_new_prompts_and_scores_given_responses(

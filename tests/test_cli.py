@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -562,9 +563,9 @@ def test_the_page_of_a_method_has_its_card_and_all_settings(name: str, asked: li
     assert page.startswith(cards.card(METHODS[name]) + "\n")
     assert page.rstrip().splitlines()[-1].startswith("presets: default")
     options = re.findall(r"^--method\.(\S+)", page, re.MULTILINE)
-    values = METHODS[name]().to_dict()
+    values = dataclasses.asdict(METHODS[name]())
     mixture = values.pop("mixture", {})
-    wanted = [*(values.keys() - {"name"}), *(f"mixture.{setting}" for setting in mixture)]
+    wanted = [*values, *(f"mixture.{setting}" for setting in mixture)]
     assert sorted(options) == sorted(wanted)
     for option in options:  # and `fit` knows each of them
         message = complaint("fit", "t", "--out", "r", "--method", name, f"--method.{option}")

@@ -22,6 +22,7 @@ from noiseproof.errors import InputError
 from noiseproof.losses import generalized_cross_entropy
 from noiseproof.method import Run
 from noiseproof.methods import NMTune
+from noiseproof.precision import choose_precision
 from tiny import Tiny
 
 BOTH = (NMTuneClassifier, RobustProbeClassifier)
@@ -39,6 +40,22 @@ def blobs(rows: int = 120, width: int = 8, classes: int = 3, seed: int = 0) -> t
 
 def quick(kind: type[Any] = NMTuneClassifier, **settings: Any) -> Any:
     return kind(**({"epochs": 5, "random_state": 0} | settings))
+
+
+@pytest.mark.skipif(choose_precision("auto", "cpu") != "bf16", reason="no fast bf16 here")
+def test_bf16_rounds_the_products_of_training_alone() -> None:
+    rows, names = blobs()
+    single, half = quick().fit(rows, names), quick(precision="auto").fit(rows, names)
+    assert half.module_.linear.weight.dtype == torch.float32
+    difference = np.abs(single.predict_proba(rows) - half.predict_proba(rows))
+    assert 0 < difference.max() < 0.05
+    assert single.transform(rows).dtype == half.transform(rows).dtype == np.float32
+
+
+@pytest.mark.parametrize("precision", ["fp16", "half", None])
+def test_a_precision_that_is_not_offered_is_refused(precision: Any) -> None:
+    with pytest.raises(InputError, match="precision must be fp32, bf16 or auto"):
+        quick(precision=precision).fit(*blobs())
 
 
 # --- scikit-learn's own checks -------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_one_archive_may_hold_all_splits(tmp_path: Path) -> None:
         ([[1, 2], [1, float("nan")]], "row 2 of the table has nan in feature 2"),
         ([[]], "row 1 of the table has 0 features"),
         (["text"], "row 1 of the table has 'text' in column 'features', expected a number"),
-        (np.zeros((2, 2, 2)), "array 'features' of the table has shape (2, 2, 2) and type float64"),
+        (np.zeros((2, 3, 2)), "array 'features' of the table has shape (2, 3, 2) and type float64"),
         (np.array([["a"], ["b"]]), "expected numbers (rows, features)"),
         (np.array([[1, 2], [np.inf, 2]]), "row 2 of the table has inf in feature 1"),
         (np.array([[1e300, 0.0]]), "row 1 of the table has inf in feature 1"),

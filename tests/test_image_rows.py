@@ -354,7 +354,8 @@ def test_training_alone_is_augmented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of disturbed rows would be other scores in every epoch."""
     seen: list[tuple[int, int]] = []
 
-    def spy(picture: np.ndarray, changes: Any, seed: int, row: int) -> np.ndarray:
+    def spy(picture: np.ndarray, changes: Any, seed: int, row: int, view: int) -> np.ndarray:
+        assert view == 0
         seen.append((seed, row))
         return picture
 

@@ -397,6 +397,18 @@ def test_abstentions_are_left_out_and_counted(fit: Fit) -> None:
     assert result.samples["row_id"].tolist() == [str(row) for row in range(6, 24)]
 
 
+def test_abstentions_among_other_rows_are_left_out_too(fit: Fit) -> None:
+    """A held-out part of the same labels has the same gaps; the record counts them by set."""
+    data, held, test = table(24), table(9), table(9)
+    data.loc[:5, "label"] = held.loc[:1, "label"] = test.loc[0, "label"] = "none"
+    others = {"validation": held, "validation_labels": "noisy", "test": test}
+    result = fit(data, drop_label="none", **others)
+    assert result.record.data["dropped_elsewhere"] == {"validation": 2, "test": 1}
+    assert (result.record.data["validation_rows"], result.record.data["test_rows"]) == (7, 8)
+    with pytest.raises(InputError, match=r"'none' of row 1 .*leave such rows out with drop_label"):
+        fit(data[6:], **others)
+
+
 def test_numbers_get_the_names_of_the_file(fit: Fit, tmp_path: Path) -> None:
     """Position in the file is the class number, whatever the alphabet says."""
     names = tmp_path / "names.txt"
@@ -535,6 +547,16 @@ def test_what_is_there_is_not_overwritten_unasked(fit: Fit, tmp_path: Path) -> N
     assert RunRecord.read(out).id == second.record.id != first.record.id
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "report.html").exists()
+
+
+def test_refused_rows_leave_no_empty_folder(fit: Fit, tmp_path: Path) -> None:
+    """One of one's own stays, empty as it is."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for out in (tmp_path / "new", own):
+        with pytest.raises(InputError, match="no column 'topic'"):
+            fit(out=out, label="topic")
+    assert list(tmp_path.iterdir()) == [own]
 
 
 def test_only_runs_are_overwritten(fit: Fit, tmp_path: Path) -> None:

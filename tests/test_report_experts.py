@@ -63,6 +63,33 @@ def test_a_language_model_shows_tokens_and_perplexity(tmp_path: Path) -> None:
     assert "test, token accuracy | test, perplexity" in part and "| 25.0 | 7.12 |" in part
 
 
+def test_language_models_are_compared_by_choices_else_by_tokens(tmp_path: Path) -> None:
+    """They have no accuracy of classes, and a comparison without a number is none."""
+    for name, data, own in (
+        ("a", "quiz", {"test_choice_accuracy": 0.625, "test_token_accuracy": 0.25}),
+        ("b", "sums", {"test_token_accuracy": 0.375}),
+    ):
+        for method, plus in (("CrossEntropy", 0.0), ("LoPE", 0.125)):
+            numbers = {key: value + plus for key, value in own.items()}
+            modes = {"none": numbers, "mask": dict.fromkeys(own, 0.5)}
+            write_run(
+                tmp_path / f"{name}{method}",
+                method={"name": method},
+                labels={"data": data, "methods": method},
+                metrics=numbers,
+                modes=modes if plus else {},
+                history=[],
+            )
+    text = report(tmp_path, tmp_path / "all.md").read_text(encoding="utf-8")
+    overview = section(text, "Overview")
+    assert (
+        "| CrossEntropy | 62.5 | 37.5 |" in overview
+        and "| LoPE | **75.0** | **50.0** |" in overview
+    )
+    assert "| LoPE | 0 | 0 | 0 | 2 | +12.5" in overview
+    assert "| LoPE | 75.0 | 50.0 |" in section(text, "quiz · no added noise")
+
+
 def test_the_router_is_shown_layer_by_layer_under_its_verdict(tmp_path: Path) -> None:
     part = section(written(tmp_path, findings={"experts": EXPERTS}), "Poisoning expert")
     assert "masking is only rescaling" in part and "40.0 % of the weight" in part

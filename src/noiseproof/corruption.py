@@ -210,7 +210,13 @@ def _replaced(table: Table, pool: Table, reader: Reader, corruption: Corruption)
         if column in arrays:
             changed = np.array(arrays[column])
             if cells:
-                changed[rows] = np.stack(cells)
+                stacked = np.stack(cells)
+                if stacked.shape[1:] != changed.shape[1:]:
+                    raise InputError(
+                        f"rows of {pool.name} have the shape {stacked.shape[1:]}, those of "
+                        f"{table.name} {changed.shape[1:]}; give a noise_pool of the same shape"
+                    )
+                changed[rows] = stacked
             arrays[column] = changed
             continue
         place = frame.columns.get_loc(column)

@@ -398,7 +398,7 @@ def read_examples(
     rows = np.flatnonzero(~dropped[given.codes])
     if not len(rows):
         raise InputError(f"every row of {table.name} has the label {drop_label!r} to drop")
-    _check_all_labelled(table, label, given, rows, role=role)
+    _check_all_labelled(table, label, given, rows, droppable=True)
     inputs = reader.read(table, rows)
     chosen = label_names if label_names is not None else table.class_names.get(label)
     if role == "training":
@@ -444,7 +444,7 @@ def read_labels(source: Source, label: str, split: str = "train") -> tuple[Ints,
     table = load_table(source, split)
     table.require(label, "label")
     given, rows = _read_labels(table, label), np.arange(len(table))
-    _check_all_labelled(table, label, given, rows, role="labelled")
+    _check_all_labelled(table, label, given, rows)
     chosen = table.class_names.get(label)
     _check_trainable(table, label, given, rows, chosen is None)
     names = _sorted_names(given.among(rows)) if chosen is None else _checked(chosen)
@@ -713,10 +713,10 @@ def _check_all_labelled(
     labels: _Labels,
     rows: Ints,
     purpose: str = "label",
-    role: str = "training",
+    droppable: bool = False,
 ) -> None:
     remedy = "fill or remove them"
-    if purpose == "label" and role == "training":
+    if droppable:
         remedy += ", or let fit leave such rows out with drop_label=''"
     without = rows[np.array([not name for name in labels.names])[labels.codes[rows]]]
     if len(without):
@@ -791,8 +791,6 @@ class _Classes:
             name = labels.name(row)
             more = f" ({_such_rows(unseen.size)})" if unseen.size > 1 else ""
             remedy = "correct it, or leave such rows out with drop_label"
-            if fate == UNSEEN:  # drop_label is for the training rows
-                remedy = "correct it, or remove such rows"
             if what == "clean label":
                 remedy = "correct it, or name all classes in label_names"
             raise InputError(

@@ -20,6 +20,14 @@ RowChange = Callable[[tuple[str, ...], int], tuple[str, ...]]
 """The texts of a row and its number -> as many texts."""
 
 
+def no_second_view(rows: str) -> str:
+    """A line on rows of which a method wants two views."""
+    return (
+        f"views=2 needs images, or features of the shape (rows, 2, features), got {rows}; "
+        "leave views out"
+    )
+
+
 class Encoded(ABC):
     """Encoded rows, ready to be cut into batches."""
 
@@ -67,12 +75,27 @@ class Encoded(ABC):
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Model inputs of the rows (B,), padded to the longest of them; CPU tensors."""
 
-    def training_inputs(self, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
+    def views(self, asked: int | None) -> int:
+        """How many views of a row a training step has: 1, or 2.
+
+        Args:
+            asked: How many a method wants; None takes those that the rows hold.
+
+        Raises:
+            InputError: The rows have fewer.
+        """
+        if asked not in (None, 1):
+            raise InputError(no_second_view("rows of one view"))
+        return 1
+
+    def training_inputs(self, rows: np.ndarray, seed: int, view: int = 0) -> dict[str, Tensor]:
         """Model inputs of the rows (B,) of a training step: `inputs`, augmented where a task does.
 
         Args:
             rows: Row numbers (B,).
-            seed: Of this epoch; what happens to a row depends on it and on the row's number alone.
+            seed: Of this epoch; what happens to a row depends on it, on the row's number and on the
+                view alone.
+            view: Number of the view, less than what `views` gives.
         """
         return self.inputs(rows)
 

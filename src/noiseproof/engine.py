@@ -202,6 +202,7 @@ class Engine:
         self.processes: int = self.accelerator.num_processes
         self.main: bool = self.accelerator.is_main_process
         self.net: nn.Module = nn.Identity()
+        self._views = 1
         self._position: str | None = None
         self._features: dict[int, tuple[Encoded, EncodedFeatures]] = {}
 
@@ -213,6 +214,7 @@ class Engine:
         encoded: Encoded,
         rate: float,
         settings: TrainSettings | None = None,
+        views: int = 1,
     ) -> torch.optim.Optimizer:
         """Wrap the model for this stage; a frozen encoder is replaced by its cached output.
 
@@ -221,12 +223,14 @@ class Engine:
             encoded: The training rows.
             rate: Peak learning rate.
             settings: Those of the stage; None goes on with those before.
+            views: Of every row in a step; with more than one nothing is cached.
         """
         self.settings = settings or self.settings
         self._features.clear()
         self._position = None
+        self._views = views
         self.net = model
-        if encoded.one_output and trains_only_head(model) and has_weights(model):
+        if views == 1 and encoded.one_output and trains_only_head(model) and has_weights(model):
             some = next(iter(prediction_batches(encoded.lengths)))[:4]
             self._position = feature_position(model, self._to_device(encoded.inputs(some)))
             if self._position is not None:
@@ -390,19 +394,26 @@ class Engine:
         for place, part in enumerate(parts):
             index = torch.from_numpy(part.copy())
             batch = Batch(
-                inputs=self._to_device(view.training_inputs(part, seed)),
+                inputs=self._to_device(self._all_views(view, part, seed)),
                 labels=run.labels[index].to(self.device),
                 rows=index,
                 columns=self._to_device({n: column[index] for n, column in run.columns.items()}),
             )
             last = place == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.net):
-                with row_statistics(self.net, len(part)):
+                with row_statistics(self.net, len(part) * self._views):
                     loss = method.compute_loss(self.net, batch, run)
                 weight = 0.0 if spare else len(part) * self.processes / len(rows)
                 self.accelerator.backward(loss if weight == 1 else loss * weight)
             total += float(loss.detach()) * weight / self.processes
         return float(self.sum_over_processes(torch.tensor(total, dtype=torch.float64)))
+
+    def _all_views(self, encoded: Encoded, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
+        """Inputs of a step: all rows in the first view, then all in the second (V B, ...)."""
+        views = [encoded.training_inputs(rows, seed, view) for view in range(self._views)]
+        if len(views) == 1:
+            return views[0]
+        return {name: torch.cat([view[name] for view in views]) for name in views[0]}
 
     def merge_writes(self, run: Run, names: tuple[str, ...], own_rows: Tensor) -> None:
         """Give every process the rows that the others wrote since the last merge."""

@@ -39,6 +39,7 @@ from noiseproof.methods.nmtune import (
     scale_of,
     small_scale,
 )
+from noiseproof.precision import choose_precision
 
 KEPT_TYPES = (np.float64, np.float32, np.float16)  # others are converted, as a whole, to float64
 PASS_ROWS = 256  # rows of a pass without gradient, always as many: a row's answer has no neighbours
@@ -242,6 +243,8 @@ class NMTuneClassifier(
         batch_size: Rows of a step; two views of each count once.
         weight_decay: AdamW's decay, on all parameters, as in the released code.
         device: Where to compute, as torch names it.
+        precision: fp32, or bf16 for the products of training where this machine is faster with it
+            (auto) or in any case (bf16); terms and answers are fp32 always.
         random_state: Seed of the first weights and of the order of the rows.
 
     Attributes:
@@ -280,6 +283,7 @@ class NMTuneClassifier(
         batch_size: int = 64,
         weight_decay: float = 1e-4,
         device: str = "cpu",
+        precision: str = "fp32",
         random_state: Any = None,
     ) -> None:
         self.lambda_mse = lambda_mse
@@ -305,6 +309,7 @@ class NMTuneClassifier(
         self.batch_size = batch_size
         self.weight_decay = weight_decay
         self.device = device
+        self.precision = precision
         self.random_state = random_state
 
     @classmethod
@@ -378,13 +383,20 @@ class NMTuneClassifier(
             module = method.head(width, len(self.classes_))
         module.feature_scale.fill_(self.feature_scale_)
         self.module_ = module.to(str(self.device))
+        kind = torch.device(str(self.device)).type
+        require(
+            self.precision in ("fp32", "bf16", "auto"),
+            f"precision must be fp32, bf16 or auto, got {self.precision!r}",
+        )
+        half = choose_precision(self.precision, kind) == "bf16"
 
         def loss(module: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, float]]:
-            answer: Reshaped = module(batch.features)
+            with torch.autocast(kind, torch.bfloat16, enabled=half):
+                answer: Reshaped = module(batch.features)
             return method.objective(
-                answer.logits,
-                answer.transformed,
-                answer.features,
+                answer.logits.float(),
+                answer.transformed.float(),
+                answer.features.float(),
                 batch.labels,
                 views=views,
                 row_weight=batch.weight,

@@ -32,6 +32,7 @@ from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
     RunRecord,
     clear_run,
+    empty_folder_removed,
     peak_memory_mb,
     prepare_folder,
     same_data,
@@ -129,11 +130,13 @@ def run_job(
     folder = Path(out).expanduser() if out is not None else None
     record = RunRecord(job.spec(), labels=dict(labels or {}), search=dict(search or {}))
     main = state.is_main_process
-    earlier = None
+    earlier, new = None, None
     if folder is not None and main:
+        new = None if folder.exists() else folder
         earlier = prepare_folder(folder, record, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
-    prepared = Prepared(job)
+    with empty_folder_removed(new):
+        prepared = Prepared(job)
     prepared.describe(record)
     if earlier is not None:
         same_data(earlier, record, folder)
@@ -270,8 +273,8 @@ def _conclude(
             row[followed] for row in outcome.history if row["stage"] == stage and followed in row
         ]
         test_metrics(record, prepared, logits["test"], curve)
-    mode_metrics(record, prepared, outcome.model, measure.sets, logits)
-    answer_metrics(record, prepared, outcome.model)
+    answers = answer_metrics(record, prepared, outcome.model)
+    mode_metrics(record, prepared, outcome.model, measure.sets, logits, answers)
     record.findings = outcome.run.findings
     record.metrics |= measure.distorted(outcome.model)
     detection_metrics(record, prepared, samples)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from noiseproof.encoding import no_second_view
 from noiseproof.engine import TrainSettings, check_tracker
 from noiseproof.method import Method, require
 from noiseproof.methods import METHODS, CleaR
@@ -135,6 +136,8 @@ class Job:
             f"{', '.join(self.method.tasks)}; use one of {', '.join(others)}",
         )
         object.__setattr__(self, "method", task.fitted(self.method, self.model))
+        views = getattr(self.method, "views", None) or 1
+        require(views <= task.most_views, no_second_view(f"rows of task {self.task!r}"))
         if isinstance(self.model, str) and self.model == NO_MODEL:
             object.__setattr__(self, "model", task.default_model)
         require(self.model is not None, f"task {self.task!r} needs a model: give model")

@@ -252,7 +252,8 @@ class _Loop:
         self.settings = settings = settings_of_stage(self.asked, stage)
         set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
-        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings)
+        views = self.encoded.views(stage.views)
+        self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings, views)
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs
@@ -263,9 +264,8 @@ class _Loop:
                 run.epoch = epoch
                 self._run_epoch(stage, rate, saved)
                 saved = {}
-        if self.engine.cached:  # the next stage starts from these weights and needs no new pass;
-            more = number + 1 < len(self.stages)  # after the last one the whole network answers
-            self._predicted = self._predict() if more else None
+        if self.engine.cached:  # what follows starts from these weights and needs no new pass
+            self._predicted = self._predict()
         self.engine.end_stage()
         self.state.epoch = 0
 

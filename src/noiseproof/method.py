@@ -79,7 +79,8 @@ class Batch:
     """Rows of one training step. It holds no true labels.
 
     Attributes:
-        inputs: What the model is called with; every tensor starts with dimension B.
+        inputs: What the model is called with; every tensor starts with dimension B, in a stage of
+            two views with 2 B: all rows in the first view, then all in the second.
         labels: Given labels (B,).
         rows: Row numbers (B,) in the training set, on the CPU.
         columns: The columns of the run, cut to these rows (B, ...).
@@ -107,6 +108,8 @@ class Stage:
             predicted, encoded or measured keeps to the rows as given.
         redraw: Transform anew in every epoch, not once for the stage.
         selectable: Whether ``train.select=best`` may take weights of this stage.
+        views: Views of every row in a step, 1 or 2; None takes those that the rows hold. With two
+            nothing is cached: the encoder sees both.
     """
 
     name: str
@@ -117,6 +120,7 @@ class Stage:
     transform: RowTransform | None = None
     redraw: bool = False
     selectable: bool = True
+    views: int | None = 1
 
 
 @dataclass
@@ -197,12 +201,15 @@ class Method:
         tasks: Tasks that the method supports.
         writes: Columns that `compute_loss` updates row by row.
         merges: Whether what was trained can become part of the encoder's own weights.
+        later: Settings that came after the first version; the record leaves them out at their
+            default, so that the identifiers of runs from before stay as they are.
     """
 
     name: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]] = ("text",)
     writes: ClassVar[tuple[str, ...]] = ()
     merges: ClassVar[bool] = True
+    later: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         """The class name is the name everywhere."""
@@ -283,6 +290,9 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the record: ``{"name": ..., field: value, ...}``."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        for item in dataclasses.fields(self):
+            if item.name in self.later and getattr(self, item.name) == item.default:
+                del values[item.name]
         return {"name": type(self).__name__, **values}
 
     @classmethod

@@ -49,6 +49,7 @@ class Prepared:
         corruption: What the injected noise did, if there was any.
         seeds: Seeds of noise, initialisation and order.
         unreadable: How many rows of each set could not be read and were left out.
+        dropped: How many rows of each other set have the label that is dropped.
     """
 
     def __init__(self, job: Job) -> None:
@@ -61,6 +62,7 @@ class Prepared:
         }
         self.sets: dict[str, Examples] = {}
         self.unreadable: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
         self.reader = find_task(job.task).reader(job.rows)
         data = self._read()
         self.task: Task
@@ -99,6 +101,8 @@ class Prepared:
         self.data = data
         self.task.learn(self.model, data.inputs)  # those that were split off do not count
         self.encoded = self.encode(data)
+        for stage in job.method.stages(train.epochs):
+            self.encoded.views(stage.views)  # refuses more than there are
 
     @property
     def wrong(self) -> np.ndarray | None:
@@ -148,6 +152,8 @@ class Prepared:
             "fingerprint": data.fingerprint,
         }
         record.data |= self.encoded.counts
+        if self.dropped:
+            record.data["dropped_elsewhere"] = dict(self.dropped)
         if self.unreadable:
             record.data["unreadable"] = dict(self.unreadable)
         if self.corruption is not None:
@@ -187,8 +193,10 @@ class Prepared:
         clean = role == "test" or job.validation_labels == "clean"
         if job.clean_label and clean and job.clean_label in read_table(source, "test").columns:
             label = job.clean_label
-        columns = LabelColumns(label, label_names=names)
+        columns = LabelColumns(label, label_names=names, drop_label=job.drop_label)
         read = find_task(job.task).examples(source, job.rows, columns, role, role)
+        if read.dropped:
+            self.dropped[name or role] = read.dropped
         return self._ready(name or role, read)
 
     def _corrupted(self, test: Examples) -> Examples:

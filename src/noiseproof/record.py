@@ -16,7 +16,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,18 @@ def make_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def empty_folder_removed(folder: Path | None) -> Iterator[None]:
+    """What is refused leaves no empty folder behind."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
 
 
 def same_data(earlier: RunRecord, record: RunRecord, folder: Path | None) -> None:

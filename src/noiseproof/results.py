@@ -19,6 +19,8 @@ from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import RunRecord, write_history
 from noiseproof.tables import PIECE, Strings, array_column, write_table
 
+Answers = dict[str, dict[str, float]]  # by the name of a set, what its rows were asked
+
 
 def set_metrics(prepared: Prepared, outputs: Mapping[str, Tensor]) -> dict[str, float]:
     """What is measured in an epoch of every set beside the training rows, from outputs (N, K)."""
@@ -160,12 +162,33 @@ def ood_metrics(record: RunRecord, prepared: Prepared, outputs: Mapping[str, Ten
         record.ood[name.removeprefix(OOD)] = {"rows": len(rows), **measured}
 
 
+def answer_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> Answers:
+    """Put into the record what only some kinds of rows can be asked, set by set.
+
+    Args:
+        record: Gets it: of the test set among the metrics, of sets from elsewhere under their name.
+        prepared: Has the sets.
+        model: The deployed one.
+
+    Returns:
+        What was measured, by the name of the set.
+    """
+    answers = {name: _asked(prepared, model, name) for name in prepared.test_sets}
+    for name, found in answers.items():
+        if name.startswith(OOD):
+            record.ood[name.removeprefix(OOD)] |= found
+        else:
+            record.metrics |= {f"{name}_{what}": value for what, value in found.items()}
+    return answers
+
+
 def mode_metrics(
     record: RunRecord,
     prepared: Prepared,
     model: nn.Module,
     encoded: Mapping[str, Encoded],
     deployed: Mapping[str, Tensor],
+    answers: Answers,
 ) -> None:
     """Measure the test sets in every way in which the deployed model can answer.
 
@@ -175,6 +198,7 @@ def mode_metrics(
         model: The deployed one; it answers as before when this is done.
         encoded: The rows of each set.
         deployed: Outputs (N, K) of each set in the mode that is deployed, which is the last.
+        answers: What `answer_metrics` found of each set in that mode.
     """
     modes = prepared.job.method.modes(model)
     for number, (mode, switch) in enumerate(modes.items(), start=1):
@@ -182,31 +206,20 @@ def mode_metrics(
         record.modes[mode] = {}
         for name, rows in prepared.test_sets.items():
             if number == len(modes):
-                outputs = deployed[name]
+                outputs, asked = deployed[name], answers[name]
             else:
                 outputs = predict_logits(model, encoded[name], prepared.job.train)
-            measured = prepared.task.measures.final(outputs, rows)
+                asked = _asked(prepared, model, name)
+            measured = prepared.task.measures.final(outputs, rows) | asked
             record.modes[mode] |= {f"{name}_{what}": value for what, value in measured.items()}
 
 
-def answer_metrics(record: RunRecord, prepared: Prepared, model: nn.Module) -> None:
-    """Put into the record what only some kinds of rows can be asked, set by set.
-
-    Args:
-        record: Gets it: of the test set among the metrics, of sets from elsewhere under their name.
-        prepared: Has the sets.
-        model: The deployed one.
-    """
-
-    def outputs_of(encoded: Encoded) -> Tensor:
-        return predict_logits(model, encoded, prepared.job.train)
-
-    for name, rows in prepared.test_sets.items():
-        found = prepared.task.answer_metrics(model, rows, outputs_of)
-        if name.startswith(OOD):
-            record.ood[name.removeprefix(OOD)] |= found
-        else:
-            record.metrics |= {f"{name}_{what}": value for what, value in found.items()}
+def _asked(prepared: Prepared, model: nn.Module, name: str) -> dict[str, float]:
+    return prepared.task.answer_metrics(
+        model,
+        prepared.test_sets[name],
+        lambda encoded: predict_logits(model, encoded, prepared.job.train),
+    )
 
 
 def write_results(

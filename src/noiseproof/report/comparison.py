@@ -20,7 +20,6 @@ from noiseproof.report.blocks import (
     quantity,
 )
 from noiseproof.report.measures import (
-    ACCURACY,
     Grid,
     Measure,
     choose_baseline,
@@ -225,7 +224,7 @@ def _rates(grid: Grid) -> Section:
             points = [
                 (rate, summary)
                 for rate, group in sorted(rates.items())
-                if (summary := summarize(grid.values(group, row, ACCURACY.of).values()))
+                if (summary := summarize(grid.values(group, row, grid.judged.of).values()))
             ]
             if len(points) < 2:
                 continue
@@ -309,7 +308,7 @@ def _seeds(grid: Grid, group: Group, row: str) -> Cell:
 
 
 def _mean(grid: Grid, group: Group, row: str) -> float | None:
-    summary = summarize(grid.values(group, row, ACCURACY.of).values())
+    summary = summarize(grid.values(group, row, grid.judged.of).values())
     return summary.mean if summary else None
 
 

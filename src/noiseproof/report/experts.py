@@ -7,12 +7,14 @@ from statistics import fmean
 from typing import Any
 
 from noiseproof.report.blocks import Block, Cell, Column, Table, Text, percent, quantity
-from noiseproof.report.measures import Measure
+from noiseproof.report.measures import ACCURACIES, Measure, first_of
 from noiseproof.report.runs import Run, as_number
 
 SHOWN = (
     ("accuracy", "accuracy", True),
     ("macro_f1", "macro F1", True),
+    ("choice_accuracy", "choices", True),
+    ("exact_match", "exact match", True),
     ("token_accuracy", "token accuracy", True),
     ("perplexity", "perplexity", False),
 )
@@ -64,14 +66,17 @@ def modes_table(run: Run) -> list[Block]:
 
 
 def mode_measures(runs: Sequence[Run]) -> list[Measure]:
-    """What a comparison shows: accuracy of every set in every mode that one of the runs has."""
+    """What a comparison shows: accuracy of every set in every mode that one of the runs has.
+
+    Of a language model that of choices, or of response tokens where there are none.
+    """
     measures = []
     for name, title in {key: value for run in runs for key, value in _sets(run).items()}.items():
         for mode in MEANINGS:
             measure = Measure(
                 mode if name == "test" else f"{title}: {mode}",
                 f"Accuracy on the set {title!r} where {MEANINGS[mode]}.",
-                _value(mode, f"{name}_accuracy"),
+                first_of([_value(mode, f"{name}_{kind}") for kind in ACCURACIES]),
                 better=1,
             )
             if any(measure.of(run) is not None for run in runs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -37,6 +37,14 @@ def metric(name: str) -> Callable[[Run], float | None]:
     return lambda run: run.metric(name)
 
 
+ACCURACIES = ("accuracy", "choice_accuracy", "token_accuracy")
+
+
+def first_of(takers: Sequence[Callable[[Run], float | None]]) -> Callable[[Run], float | None]:
+    """Takes the first number that a run has."""
+    return lambda run: next((found for of in takers if (found := of(run)) is not None), None)
+
+
 def last_epoch(run: Run) -> float | None:
     """Test accuracy in the last row of the history; of a run without one, the metric."""
     curve = run.curve("test_accuracy")
@@ -61,6 +69,13 @@ CHOSEN = Measure(
     better=1,
 )
 LAST = Measure("Last epoch", "Test accuracy after the last epoch.", last_epoch)
+RESPONSES = Measure(
+    "Right",
+    "Of a language model: test rows whose right choice is the likeliest; where there are no "
+    "choices, response tokens that it ranks first.",
+    first_of([metric(f"test_{kind}") for kind in ACCURACIES]),
+    better=1,
+)
 OTHERS = (
     Measure(
         "Best epoch (oracle)",
@@ -134,13 +149,20 @@ class Grid:
         """What is known of at least one run."""
         runs = self.found.runs
         chosen = any(run.setting("train.select") == "best" for run in runs)
-        head = [CHOSEN, LAST] if chosen else [ACCURACY]
+        head = [CHOSEN, LAST] if chosen and self.judged is ACCURACY else [self.judged]
         return [m for m in (*head, *OTHERS) if any(m.of(run) is not None for run in runs)]
+
+    @cached_property
+    def judged(self) -> Measure:
+        """What methods are compared by: accuracy, or what language models have in its place."""
+        classes = any(ACCURACY.of(run) is not None for run in self.found.runs)
+        responses = any(RESPONSES.of(run) is not None for run in self.found.runs)
+        return RESPONSES if responses and not classes else ACCURACY
 
     @cached_property
     def tested(self) -> bool:
         """Whether any run had test rows: only then are there accuracies to compare."""
-        return any(ACCURACY.of(run) is not None for run in self.found.runs)
+        return any(self.judged.of(run) is not None for run in self.found.runs)
 
     def name(self, group: Group, *, short: bool = False) -> str:
         """What a setting is called: its data and noise, and what else differs between settings.
@@ -168,10 +190,10 @@ class Grid:
         return {run.seed: value for run in runs if (value := of(run)) is not None}
 
     def difference(self, group: Group, row: str) -> Difference | None:
-        """Test accuracy against the baseline, seed by seed."""
+        """What runs are judged by against the baseline, seed by seed."""
         if self.baseline is None or row == self.baseline:
             return None
-        of = ACCURACY.of
+        of = self.judged.of
         return compare(self.values(group, row, of), self.values(group, self.baseline, of))
 
     def recovered(self, group: Group, row: str) -> float | None:
@@ -179,7 +201,7 @@ class Grid:
         clean = self.clean(group)
         if self.baseline is None or clean is None or clean == group:
             return None
-        of = ACCURACY.of
+        of = self.judged.of
         method = self.values(group, row, of)
         plain, best = self.values(group, self.baseline, of), self.values(clean, self.baseline, of)
         seeds = method.keys() & plain.keys() & best.keys()

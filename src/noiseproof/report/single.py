@@ -22,7 +22,7 @@ from noiseproof.report.blocks import (
     percent,
     quantity,
 )
-from noiseproof.report.measures import Grid, choose_baseline, noise_rate
+from noiseproof.report.measures import RESPONSES, Grid, choose_baseline, noise_rate
 from noiseproof.report.provenance import COSTS, left_out, search_table, versions
 from noiseproof.report.runs import Found, Run, as_number, flat
 
@@ -116,6 +116,8 @@ def _metrics(run: Run, grid: Grid) -> Table:
     """Every measure of the run with its meaning."""
     rows = []
     for measure in grid.measures:
+        if measure is RESPONSES:  # for comparisons: one of the others by another name
+            continue
         value = measure.of(run)
         shown = f"{percent(value)} %" if measure.share else quantity(value)
         rows.append([Cell(measure.title), Cell(shown, value=value), Cell(measure.meaning)])

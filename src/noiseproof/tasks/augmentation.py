@@ -85,9 +85,11 @@ def parse_changes(spec: str) -> tuple[Change, ...]:
     return tuple(CHANGES[name] for name in names)
 
 
-def augmented(pixels: np.ndarray, changes: tuple[Change, ...], seed: int, row: int) -> np.ndarray:
-    """One row, changed as its seed and number say.  (H, W, 3) -> (H, W, 3) uint8."""
-    random = np.random.default_rng([seed, row])
+def augmented(
+    pixels: np.ndarray, changes: tuple[Change, ...], seed: int, row: int, view: int = 0
+) -> np.ndarray:
+    """One row, changed as its seed and number say, another view otherwise.  (H, W, 3) -> same."""
+    random = np.random.default_rng([seed, row, view] if view else [seed, row])
     for change in changes:
         pixels = change(pixels, random)
     return pixels

@@ -152,6 +152,8 @@ class Task(ABC):
     default_model: ClassVar[str | None] = None
     """The model that is taken when none is named; None asks for one."""
 
+    most_views: ClassVar[int] = 1
+    """In how many views a training step can have such a row."""
     text_labels: ClassVar[bool] = False
     """Whether a label is a text of its own, not one of C classes."""
     measures: ClassVar[Measures] = ClassMeasures()

@@ -1,7 +1,10 @@
 """Precomputed features with one label each: there is no encoder, only a head.
 
-an array, a column of lists or columns of numbers -> `Vectors` (N, D)
+an array, a column of lists or columns of numbers -> `Vectors` (N, D), of an array also (N, 2, D)
 -> features (B, D) fp32, standardised inside the network, so that the scales are saved with it
+
+Of two views of a row the second is for training alone, with a method that wants both; the first
+gives the scales and is what is scored and measured.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs, Reader
-from noiseproof.encoding import Encoded
+from noiseproof.encoding import Encoded, no_second_view
 from noiseproof.errors import InputError
-from noiseproof.method import Method
+from noiseproof.method import Method, require
 from noiseproof.models import HEAD_FILE, save_model
 from noiseproof.modules import (
     WEIGHTS,
@@ -46,10 +49,10 @@ Ints = npt.NDArray[np.int64]
 
 
 class Vectors(Inputs):
-    """Rows of a matrix, which may be a memory map larger than memory; it is not copied."""
+    """Rows of an array, which may be a memory map larger than memory; it is not copied."""
 
     def __init__(self, table: np.ndarray, rows: Ints | None = None) -> None:
-        """Take the rows of a table (M, D) at these positions (N,), or all of them."""
+        """Take the rows of a table (M, D) or (M, 2, D) at these positions (N,), or all of them."""
         self.table = table
         self.rows = np.arange(len(table)) if rows is None else rows
 
@@ -60,17 +63,24 @@ class Vectors(Inputs):
     @property
     def width(self) -> int:
         """Number of features, D."""
-        return int(self.table.shape[1])
+        return int(self.table.shape[-1])
 
-    def block(self, places: Ints) -> np.ndarray:
-        """The features at these places (B, D) in fp32."""
+    @property
+    def views(self) -> int:
+        """Number of views of a row."""
+        return int(self.table.shape[1]) if self.table.ndim == 3 else 1
+
+    def block(self, places: Ints, view: int = 0) -> np.ndarray:
+        """The features at these places in one view (B, D) in fp32."""
+        rows = self.rows[places]
         with np.errstate(over="ignore"):  # too large for fp32 is infinite, which is complained of
-            return np.asarray(self.table[self.rows[places]], dtype=np.float32)
+            found = self.table[rows, view] if self.table.ndim == 3 else self.table[rows]
+            return np.asarray(found, dtype=np.float32)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All features in order, piece by piece."""
+    def blocks(self, view: int = 0) -> Iterator[np.ndarray]:
+        """All features of a view in order, piece by piece."""
         for start in range(0, len(self), PIECE):
-            yield self.block(np.arange(start, min(start + PIECE, len(self))))
+            yield self.block(np.arange(start, min(start + PIECE, len(self))), view)
 
     def take(self, rows: Ints) -> Vectors:
         """Take the rows at these positions, in the order given."""
@@ -80,15 +90,19 @@ class Vectors(Inputs):
         """Put rows of a pool in the place of these rows."""
         if pool.width != self.width:
             raise InputError(f"the pool has {pool.width} features, the rows have {self.width}")
-        table = np.concatenate([*self.blocks()])
-        table[rows] = pool.block(chosen)
-        return Vectors(table)
+        if pool.views != self.views:
+            raise InputError(f"the pool has {pool.views} views a row, the rows have {self.views}")
+        tables = [np.concatenate([*self.blocks(view)]) for view in range(self.views)]
+        for view, table in enumerate(tables):
+            table[rows] = pool.block(chosen, view)
+        return Vectors(np.stack(tables, axis=1))
 
     def content(self) -> Iterator[bytes]:
         """Give the features."""
         yield b"features %d %d" % (len(self), self.width)
-        for block in self.blocks():
-            yield block.astype("<f4").tobytes()
+        for view in range(self.views):
+            for block in self.blocks(view):
+                yield block.astype("<f4").tobytes()
 
 
 @dataclass(frozen=True)
@@ -141,10 +155,11 @@ class FeatureColumns(Reader):
 
 def _matrix(table: Table, name: str) -> np.ndarray:
     array = table.arrays[name]
-    if array.ndim != 2 or array.dtype.kind not in "fiub" or not array.shape[1]:
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[1] == 2)
+    if not shaped or array.dtype.kind not in "fiub" or not array.shape[-1]:
         raise InputError(
             f"array {name!r} of {table.name} has shape {array.shape} and type {array.dtype}; "
-            "expected numbers (rows, features)"
+            "expected numbers (rows, features), or (rows, 2, features) with two views of each row"
         )
     return array
 
@@ -201,17 +216,18 @@ def _numbers(table: Table, name: str, rows: Ints) -> np.ndarray:
 
 
 def _check_finite(table: Table, names: tuple[str, ...], vectors: Vectors, rows: Ints) -> None:
-    done = 0
-    for block in vectors.blocks():
-        bad = np.argwhere(~np.isfinite(block))
-        if len(bad):
+    for view in range(vectors.views):
+        for start, block in zip(range(0, len(rows), PIECE), vectors.blocks(view), strict=True):
+            bad = np.argwhere(~np.isfinite(block))
+            if not len(bad):
+                continue
             place, feature = (int(number) for number in bad[0])
             where = f"column {names[feature]!r}" if len(names) > 1 else f"feature {feature + 1}"
+            where += f" of view {view + 1}" if vectors.views > 1 else ""
             raise InputError(
-                f"{table.place(int(rows[done + place]))} has {block[place, feature]} in {where}, "
+                f"{table.place(int(rows[start + place]))} has {block[place, feature]} in {where}, "
                 "expected a finite number; fill or remove such rows"
             )
-        done += len(block)
 
 
 class EncodedVectors(Encoded):
@@ -223,7 +239,18 @@ class EncodedVectors(Encoded):
 
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Features (B, D) in fp32."""
-        return {INPUT: torch.from_numpy(self.vectors.block(np.asarray(rows)))}
+        return self.training_inputs(rows, 0)
+
+    def views(self, asked: int | None) -> int:
+        """At most those of the table."""
+        held = self.vectors.views
+        shape = (len(self), self.vectors.width)
+        require(asked is None or asked <= held, no_second_view(f"features {shape}"))
+        return asked or held
+
+    def training_inputs(self, rows: np.ndarray, seed: int, view: int = 0) -> dict[str, Tensor]:
+        """Features of one view (B, D) in fp32."""
+        return {INPUT: torch.from_numpy(self.vectors.block(np.asarray(rows), view))}
 
 
 # --- the network ---------------------------------------------------------------------------------
@@ -338,6 +365,7 @@ class FeatureClassification(Task):
     name: ClassVar[str] = "features"
     summary: ClassVar[str] = "precomputed features, one vector a row"
     column: ClassVar[str] = "features"
+    most_views: ClassVar[int] = 2
     default_model: ClassVar[str | None] = LINEAR
 
     @classmethod

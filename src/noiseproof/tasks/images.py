@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from noiseproof.data import Examples, Inputs, Reader
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
+from noiseproof.method import require
 from noiseproof.models import (
     load_image_classifier,
     load_image_processor,
@@ -285,11 +286,20 @@ class EncodedImages(Encoded):
         """Pixel values (B, 3, H, W)."""
         return self._scaled(self.pixels.block(np.asarray(rows)))
 
-    def training_inputs(self, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
-        """Pixel values (B, 3, H, W), each row changed as the seed and its number say."""
+    def views(self, asked: int | None) -> int:
+        """As many as asked: each is drawn anew."""
+        require(
+            asked != 2 or len(self.changes) > 0,
+            "views=2 draws two changes of every image, and augment=none changes nothing: both "
+            "views would be equal; use augment=crop+flip, or leave views out",
+        )
+        return asked or 1
+
+    def training_inputs(self, rows: np.ndarray, seed: int, view: int = 0) -> dict[str, Tensor]:
+        """Pixel values (B, 3, H, W), each row changed as seed, its number and the view say."""
         block = self.pixels.block(np.asarray(rows))
         for place, row in enumerate(np.asarray(rows).tolist() if self.changes else ()):
-            block[place] = augmented(block[place], self.changes, seed, row)
+            block[place] = augmented(block[place], self.changes, seed, row, view)
         return self._scaled(block)
 
     def _scaled(self, block: np.ndarray) -> dict[str, Tensor]:
@@ -317,6 +327,7 @@ class ImageClassification(Task):
     name: ClassVar[str] = "image"
     summary: ClassVar[str] = "images"
     column: ClassVar[str] = "image"
+    most_views: ClassVar[int] = 2
 
     @classmethod
     def reader(cls, settings: RowSettings) -> ImageColumn:
