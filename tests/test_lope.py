@@ -549,8 +549,6 @@ def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None
         assert row["theta"] == pytest.approx(layer.lora_theta.tolist(), rel=1e-5)
         assert row["drift_A"] > 0 and -1 <= row["cosine_A"] <= 1
         assert len(row["theta_first"]) == len(row["load"]) == 3  # BERT answers from [CLS]
-        updates = {row[f"update_{name}"] for name in ("ratio", "mask", "renorm", "compensate")}
-        assert len(updates) == 4 and min(updates) > 0
     for name, value in found["mean"].items():
         assert value == pytest.approx(np.mean([row[name] for row in found["layers"]]))
     assert found["even_share"] == 0.25 and found["rows"] == 25
@@ -612,6 +610,24 @@ def test_a_poisoning_expert_that_learned_nothing_is_warned_of(tiny_run: Tiny) ->
     with pytest.warns(UserWarning, match="the poisoning expert learned nothing in the stage"):
         outcome = tiny_run.fit(method, epochs=2)
     assert all(row["theta"] == [0, 0, 0] for row in outcome.run.findings["experts"]["layers"])
+
+
+def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -> None:
+    """Before it is calibrated, compensate would be renorm."""
+    outcome = tiny_run.fit(LoPE(**NOISY, compensate_k=1), epochs=4)
+    model = experts(outcome).eval()
+    model.set_inference_mode("none")
+    rows = np.arange(25)
+    with model.watching(25) as watch, torch.no_grad():
+        watch.places = rows.tolist()
+        model(**tiny_run.encoded.inputs(rows))
+    found = outcome.run.findings["experts"]["layers"]
+    for row, wanted in zip(found, watch.table(), strict=True):
+        for name in ("ratio", "mask", "renorm", "compensate"):
+            assert row[f"update_{name}"] == pytest.approx(wanted[f"update_{name}"], rel=1e-5)
+        assert row["update_mask"] < row["update_renorm"] / 1.1
+    more = [row["update_compensate"] / row["update_renorm"] for row in found]
+    assert max(abs(one - 1) for one in more) > 1e-4  # far more than the tolerance above
 
 
 def test_the_losses_of_corrupted_rows_are_told_apart(
