@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import noiseproof
+from noiseproof import engine
 from noiseproof.method import Method
 from noiseproof.methods import ELR, METHODS, TURN, CleaR, LoPE, SmallLoss
 from noiseproof.mixture import LossMixture
 from tiny import python, table, train_settings
+from two_processes import PREDICT_ROWS
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
 
@@ -96,11 +98,13 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    for name in CASES:
-        alone = fit(name, runs.one)
-        method = METHODS[alone["method"]["name"]].from_dict(alone.pop("method"))
-        train = noiseproof.TrainSettings(**alone.pop("train"))
-        noiseproof.fit(method=method, train=train, **alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "PREDICT_ROWS", PREDICT_ROWS)
+        for name in CASES:
+            alone = fit(name, runs.one)
+            method = METHODS[alone["method"]["name"]].from_dict(alone.pop("method"))
+            train = noiseproof.TrainSettings(**alone.pop("train"))
+            noiseproof.fit(method=method, train=train, **alone)
     return runs
 
 
