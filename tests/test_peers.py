@@ -188,6 +188,7 @@ def test_the_truth_is_measured_with_and_never_trained_with(job: MakeJob, tmp_pat
         lost = {*("memorization", "clean_fit", "recovery"), "detection_auroc", "detection_ap"}
         lost |= {"detection_precision", "detection_recall", "detection_auroc_by_class"}
         lost |= {"clean_prob_ece", "clean_prob_purity", "clean_prob_recall"}
+        lost |= {"train_loss_noisy", "train_loss_clean"}
         assert set(with_truth.metrics) - set(without.metrics) == lost and not without.curves
 
 
