@@ -353,7 +353,7 @@ def test_a_sample_keeps_the_shares_of_the_classes(tiny_model: Path) -> None:
     again = work_of(tiny_model, data, sample=20)
     other = work_of(tiny_model, data, sample=20, train={"seed": 1})
     assert work.data.row_ids == again.data.row_ids != other.data.row_ids
-    with pytest.raises(InputError, match="size must lie in 1 to 80"):
+    with pytest.raises(InputError, match=r"^sample must lie in 1 to 80 \(the rows\)"):
         work_of(tiny_model, data, sample=81)
 
 
