@@ -649,10 +649,10 @@ def _expected(hint: Any) -> str:
 
 
 def _default(value: object) -> str:
-    """A default as one types it.
+    """A default as one types it, in one line.
 
-    >>> _default(True), _default("{prompt}\\n")
-    ('true', '{prompt}\\\\n')
+    >>> _default(True), _default(0.5)
+    ('true', '0.5')
     """
     return json.dumps(value) if isinstance(value, bool) else str(value).replace("\n", "\\n")
 
