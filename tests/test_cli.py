@@ -599,7 +599,9 @@ def test_defaults_are_told_as_one_types_them() -> None:
     lines = " ".join(works("fit", "--help").out.split())
     assert "of the training rows. (default: true)" in lines
     assert "(default: {prompt}\\n)" in lines
-    assert "spectrum: also runs. (default: minilm)" in " ".join(works("study", "--help").out.split())
+    assert "spectrum: also runs. (default: minilm)" in " ".join(
+        works("study", "--help").out.split()
+    )
 
 
 def test_options_that_only_studies_use_are_not_offered(tmp_path: Path) -> None:
@@ -674,12 +676,13 @@ READING = [
         "unseen test label",
         f"{FIT} --test unseen.csv",
         r"'harbor' of row 2 \(line 3\) of unseen\.csv was never seen in training; did you mean "
-        r"'harbour'\?; known: garden, harbour, kitchen; correct it, or remove such rows$",
+        r"'harbour'\?; known: garden, harbour, kitchen; correct it, or leave "
+        r"such rows out with drop_label$",
     ),
     (
         "no label in a test row",
         f"{FIT} --test gap.csv",
-        r"row 2 .* no label .*; fill or remove \w+$",
+        r"row 2 .* no label .*; fill or remove them, or .* with drop_label=''$",
     ),
     ("nan label", "fit nan.parquet --out out", r"row 2 of nan\.parquet has no label in col"),
     ("no text", "fit number.jsonl --out out", r"row 2 \(line 3\) .* type int .* expected text"),
