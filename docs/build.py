@@ -99,7 +99,7 @@ def methods_page() -> str:
     lines += [
         "## What is tuned",
         "",
-        "Every method but CleaR, which is tied to LoRA, has these settings.",
+        "Every method but CleaR, which has an adapter always (`peft`), has these settings.",
         f"Learning rates where none is given: {rates}; NMTune has its own.",
         "",
         *settings_table(cards.settings(Tuned)),
@@ -235,13 +235,13 @@ def cli_page() -> str:
     ]
     for name in cli.COMMANDS:
         parser = parser_of(name)
-        description, _, example = inspect.cleandoc(parser.description).partition("\n")
-        example = example.strip().removeprefix("example: ")
-        lines += [f"## {name}", "", description, "", "```text", f"usage: {parser.usage}"]
+        description, _, example = inspect.cleandoc(parser.description).partition("\nexample: ")
+        lines += [f"## {name}", "", description.strip(), "", "```text", f"usage: {parser.usage}"]
         lines += [f"example: {example}", "```", ""]
         actions = [action for action in parser._actions if action.dest != "help"]
+        actions = [action for action in actions if action.help != argparse.SUPPRESS]
         training = [action for action in actions if action.dest.startswith("train.")]
-        lines += options([a for a in actions if not a.dest.startswith(("train.", "method."))])
+        lines += options(name, [action for action in actions if action not in training])
         if training:
             lines += [
                 "`--method NAME` or `--method NAME:PRESET` chooses the method, CleaR without it.",
@@ -249,13 +249,13 @@ def cli_page() -> str:
                 "",
                 inspect.cleandoc(TrainSettings.__doc__ or "").splitlines()[0],
                 "",
-                *options(training),
+                *options(name, training),
             ]
     return "\n".join(lines)
 
 
-def options(actions: list[Any]) -> list[str]:
-    """The table of some options."""
+def options(name: str, actions: list[Any]) -> list[str]:
+    """The table of some options of a command."""
     lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
     for action in actions:
         word = action.option_strings[0] if action.option_strings else action.dest.upper()
@@ -263,7 +263,8 @@ def options(actions: list[Any]) -> list[str]:
         if not action.option_strings or action.required:
             default = "required"
             if action.nargs == "?":
-                default = "or in --config" if action.dest == "data" else "may be left out"
+                fits = name == "fit" and action.dest == "data"
+                default = "or in --config" if fits else "may be left out"
         elif action.nargs == 0:
             default = ""
         meaning = cell(marked(action.help))
@@ -282,11 +283,13 @@ def value_of(action: Any) -> str:
 
 def shown(value: Any) -> str:
     """A default as one types it."""
-    if value is None:
+    if value is None or value == []:
         return "none"
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")
 
 
 # --- text ----------------------------------------------------------------------------------------

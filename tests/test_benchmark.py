@@ -20,7 +20,7 @@ import pytest
 from noiseproof import cli
 from noiseproof.benchmark import Board, CellState, run_cell, run_grid
 from noiseproof.errors import InputError
-from noiseproof.grid import Cell, parse_grid
+from noiseproof.grid import Cell, parse_grid, read_grid
 from noiseproof.record import RunRecord
 from tiny import environment, python, table
 
@@ -329,6 +329,9 @@ def test_a_folder_that_holds_something_else_is_refused(
         run_grid(parse_grid(values), tmp_path / "notes.txt")
     with pytest.raises(InputError, match="workers must be 1 or more, got 0"):
         run_grid(parse_grid(values), tmp_path / "grid", workers=0)
+    assert not (tmp_path / "grid").exists()
+    with pytest.raises(InputError, match=r"cannot read the grid \S+: Is a directory$"):
+        read_grid(tmp_path)
 
 
 def test_the_command_lists_runs_and_reports_failures(

@@ -594,6 +594,25 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
         assert re.search("tickets(.csv|.toml)? (does not exist|is not a run)", complaint(*words))
 
 
+def test_defaults_are_told_as_one_types_them() -> None:
+    """Not as Python writes them, and a new line does not break the table of the page."""
+    lines = " ".join(works("fit", "--help").out.split())
+    assert "of the training rows. (default: true)" in lines
+    assert "(default: {prompt}\\n)" in lines
+    assert "spectrum: also runs. (default: minilm)" in " ".join(
+        works("study", "--help").out.split()
+    )
+
+
+def test_options_that_only_studies_use_are_not_offered(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('lable = "intent"\n', encoding="utf-8")
+    for given in (("--lable", "x"), ("--config", str(config))):
+        told = complaint("fit", "t.csv", "--out", "r", *given)
+        assert "label" in told and "only-clean-rows" not in told and "probe-gradients" not in told
+    assert "available: text, label, " in told and not told.endswith("config")
+
+
 def test_the_version_and_the_commands_are_told() -> None:
     assert works("--version").out == f"noiseproof {noiseproof.__version__}\n"
     overview = works("--help").out
@@ -657,12 +676,13 @@ READING = [
         "unseen test label",
         f"{FIT} --test unseen.csv",
         r"'harbor' of row 2 \(line 3\) of unseen\.csv was never seen in training; did you mean "
-        r"'harbour'\?; known: garden, harbour, kitchen; correct it, or leave .*drop_label$",
+        r"'harbour'\?; known: garden, harbour, kitchen; correct it, or leave "
+        r"such rows out with drop_label$",
     ),
     (
         "no label in a test row",
         f"{FIT} --test gap.csv",
-        r"row 2 .* no label .*; fill or remove \w+, or let fit leave such rows out with drop_la",
+        r"row 2 .* no label .*; fill or remove them, or .* with drop_label=''$",
     ),
     ("nan label", "fit nan.parquet --out out", r"row 2 of nan\.parquet has no label in col"),
     ("no text", "fit number.jsonl --out out", r"row 2 \(line 3\) .* type int .* expected text"),

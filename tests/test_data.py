@@ -812,7 +812,7 @@ def test_nothing_is_overwritten_unless_asked_and_nothing_is_left_half_written(
     path = tmp_path / "t.csv"
     write_table(frame, path)
     assert path.read_bytes() == b"text,n,x,gap\na,1,0.5,\n"
-    assert "exists; choose another name" in complaint(write_table, frame, path)
+    assert "exists; choose another name or give --overwrite" in complaint(write_table, frame, path)
     write_table(frame.assign(text="b"), path, overwrite=True)
     assert path.read_text().endswith("b,1,0.5,\n")
     for suffix in ("csv", "jsonl", "parquet"):

@@ -211,6 +211,16 @@ def test_check_answers_1_and_writes_nothing(
     assert build.main(["--check"]) == 0
 
 
+def test_the_page_of_commands_keeps_descriptions_and_defaults_whole(build: ModuleType) -> None:
+    """A description of two paragraphs is no example, and an option that is not told has no row."""
+    page = build.cli_page()
+    examples = re.findall(r"^example: (.*)$", page, re.MULTILINE)
+    assert all(example.startswith("noiseproof ") for example in examples)
+    assert "SUPPRESS" not in page and "`[" not in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(row.endswith("|") for row in rows)
+
+
 def test_every_method_has_a_section_and_a_row_in_the_readme() -> None:
     methods = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

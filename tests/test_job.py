@@ -383,7 +383,7 @@ def test_a_sample_keeps_the_shares_of_the_classes(tiny_model: Path) -> None:
     again = work_of(tiny_model, data, sample=20)
     other = work_of(tiny_model, data, sample=20, train={"seed": 1})
     assert work.data.row_ids == again.data.row_ids != other.data.row_ids
-    with pytest.raises(InputError, match="size must lie in 1 to 80"):
+    with pytest.raises(InputError, match=r"^sample must lie in 1 to 80 \(the rows\)"):
         work_of(tiny_model, data, sample=81)
 
 
@@ -647,6 +647,21 @@ def test_a_run_that_breaks_says_so_in_its_record(
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(InputError, match="is failed"):
         noiseproof.load(tmp_path / "run")
+
+
+def test_what_the_method_refuses_before_the_first_step_leaves_no_folder(
+    fit: Fit, tmp_path: Path
+) -> None:
+    """An adapter that the model has no place for: the corrected command may use the same folder."""
+    there = tmp_path / "there"
+    there.mkdir()
+    for tune, message in (("lorra", "unknown tune 'lorra'; did you mean 'lora'"), ("cpt", "cpt")):
+        with pytest.raises(InputError, match=message):
+            fit(out=tmp_path / "run", method=CrossEntropy(tune=tune))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="lorra"):
+        fit(out=there, method=CrossEntropy(tune="lorra"))
+    assert there.is_dir() and not list(there.iterdir())
 
 
 # --- settings ------------------------------------------------------------------------------------

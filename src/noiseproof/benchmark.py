@@ -125,9 +125,11 @@ def run_grid(
         KeyboardInterrupt: Running cells have written a checkpoint; the same call continues.
     """
     folder = Path(out).expanduser()
+    if workers < 1:
+        raise InputError(f"--workers must be 1 or more, got {workers}")
     _prepare(folder)
     cells = list(grid.cells)
-    runner = _ray_runner(ray) if ray else _local_runner(workers)
+    runner = _ray_runner(ray) if ray else _Local(workers)
     try:
         if grid.searches:
             trials = {cell.folder(): cell for one in grid.searches.values() for cell in one.trials}
@@ -336,12 +338,6 @@ def run_cell(cell: Cell, folder: Path, told: Callable[[str], None]) -> None:
 
 
 # --- on this machine -----------------------------------------------------------------------------
-
-
-def _local_runner(workers: int) -> _Runner:
-    if workers < 1:
-        raise InputError(f"workers must be 1 or more, got {workers}")
-    return _Local(workers)
 
 
 class _Local(_Runner):

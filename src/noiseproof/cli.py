@@ -543,8 +543,10 @@ def _parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
         def _get_help_string(self, action: Any) -> str:
             text, value = str(action.help or ""), action.default
             untold = value is None or value is False or value == []
-            untold = untold or not action.option_strings
-            return text if untold or action.dest == "help" else f"{text} (default: {value})"
+            if untold or not action.option_strings or action.dest == "help":
+                return text
+            values = value if isinstance(value, list) else [value]
+            return f"{text} (default: {' '.join(map(_default, values))})"
 
     return ArgumentParser(
         prog=f"{PROGRAM} {name}",
@@ -646,6 +648,15 @@ def _expected(hint: Any) -> str:
     return names.get(hint, "null" if hint is types.NoneType else "a JSON list")
 
 
+def _default(value: object) -> str:
+    """A default as one types it, in one line.
+
+    >>> _default(True), _default(0.5)
+    ('true', '0.5')
+    """
+    return json.dumps(value) if isinstance(value, bool) else str(value).replace("\n", "\\n")
+
+
 def _shown(action: Any) -> str:
     """An option or argument as the user writes it."""
     return str(action.option_strings[-1] if action.option_strings else action.metavar)
@@ -663,7 +674,11 @@ def _given(action: Any, words: Sequence[str]) -> str:
 
 def _options_like(parser: ArgumentParser, word: str) -> list[str]:
     """The options of the group that a name belongs to: ``--method.``, ``--train.`` or neither."""
-    options = [option for action in parser._actions for option in action.option_strings]
+    from argparse import SUPPRESS
+
+    grouped = word.startswith(("--method.", "--train."))  # the help does not list the method's
+    told = [action for action in parser._actions if grouped or action.help != SUPPRESS]
+    options = [option for action in told for option in action.option_strings]
     start = word.split(".")[0] + "."
     near = [option for option in options if option.startswith(start)]
     return near or [o for o in options if o[:2] == "--" and "." not in o and "_" not in o]
@@ -700,10 +715,12 @@ def _take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
 def _check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) -> None:
     """Name the file of a setting that does not exist."""
     options = {option for action in parser._actions for option in action.option_strings}
+    no_settings = {"--help", "--config"}
     for word, path in settings:
         option = word.partition("=")[0]
-        if option not in options - {"--help", "--config"} and option != "--method":
-            known = [name[2:] for name in _options_like(parser, option)]
+        if option not in options - no_settings and option != "--method":
+            near = _options_like(parser, option)
+            known = [name[2:] for name in near if name not in no_settings]
             raise InputError(f"config {path}: {unknown_name('setting', option[2:], known)}")
 
 
@@ -954,7 +971,7 @@ def _print_numbers(numbers: Mapping[str, Any]) -> None:
 def _print_result(record: RunRecord, folder: Path) -> None:
     from rich.console import Console
 
-    _print_numbers(record.metrics | {"total_s": round(record.timings["total_s"], 1)})
+    _print_numbers(record.metrics | {"total_s": f"{record.timings['total_s']:.1f}"})
     console = Console()
     for name, meaning in (
         ("model", "the trained model"),

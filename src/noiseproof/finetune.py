@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def run_job(
     elif folder is not None and main and overwrite:  # not before the new data are known to be good
         clear_run(folder)
     measure = _Measure(prepared)
+    begun, refused = False, False
+
+    def told(progress: Progress) -> None:
+        nonlocal begun
+        begun = True
+        if report is not None:
+            report(progress)
+
     try:
         if folder is not None and main:
             record.write(folder)
@@ -156,7 +165,7 @@ def run_job(
             measure=measure,
             checkpoints=None if folder is None else folder / "checkpoints",
             resume=resume,
-            report=report,
+            report=told,
             tracking_folder=None if folder is None else str(folder),
             watch=watch,
             passes=prepared.passes,
@@ -181,11 +190,20 @@ def run_job(
     except Exception as error:
         record.status = "interrupted" if isinstance(error, Interrupted) else "failed"
         record.error = " ".join(str(error).split()) or type(error).__name__
+        # such as an adapter that the model has no place for: --out stays free for the next attempt
+        unused = earlier is None and not overwrite and not begun
+        refused = unused and isinstance(error, InputError)
         raise
     finally:
         record.timings |= watch.seconds()
         if folder is not None and main:
-            record.write(folder)
+            if refused:
+                (folder / "record.json").unlink(missing_ok=True)
+                if new is not None:
+                    with suppress(OSError):  # a tracker has files in it
+                        new.rmdir()
+            else:
+                record.write(folder)
     if folder is not None and main:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     state.wait_for_everyone()

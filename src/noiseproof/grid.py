@@ -161,7 +161,8 @@ def read_grid(path: Path, only: Sequence[str] = ()) -> Grid:
     except FileNotFoundError as error:
         raise InputError(f"the grid {path} does not exist; expected a TOML file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the grid {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read the grid {path}: {reason or error}") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"the grid {path} is not valid TOML: {error}") from error
     try:

@@ -184,6 +184,9 @@ class Prepared:
             self.sets["test"] = test.trusted()
         if job.sample is None:
             return data
+        rows = len(data.labels)
+        if not 1 <= job.sample <= rows:
+            raise InputError(f"sample must lie in 1 to {rows} (the rows), got {job.sample}")
         seed = derive_seed(job.train.seed, "rows")
         return data.select(stratified_sample(data.labels, job.sample, seed))
 

@@ -386,7 +386,7 @@ def check_writable(
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; choose another name or allow to overwrite it")
+        raise InputError(f"{path} exists; choose another name or give --overwrite")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
     return path
