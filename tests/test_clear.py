@@ -292,6 +292,23 @@ def test_dropout_in_the_encoder_forbids_known_features(tiny_run: Tiny) -> None:
     assert len(run.model.noiseproof_routing.frozen) == len(run.labels)
 
 
+def test_dropout_that_ends_with_the_warm_up_forbids_known_features_until_then(
+    tiny_run: Tiny,
+) -> None:
+    method = CleaR(gamma=0.5, gate_unit="network", dropout=0.1, dropout_after_warmup=False)
+    model = method.prepare_model(copy.deepcopy(tiny_run.model)).train()
+    rows = np.arange(8)
+    for epoch in (0, 3):
+        run = at_epoch(tiny_run, model, epoch=epoch)
+        run.columns["clean_prob"] = torch.ones(len(run.labels))
+        run.columns["target_logits"] = torch.zeros(len(run.labels), run.num_classes)
+        batch = batch_of(run, torch.from_numpy(rows))
+        method.compute_loss(
+            model, dataclasses.replace(batch, inputs=tiny_run.encoded.inputs(rows)), run
+        )
+        assert (model.noiseproof_routing.frozen is not None) == (epoch == 3)
+
+
 def test_a_wrapped_model_is_called_whole(tiny_run: Tiny) -> None:
     """Several processes exchange gradients in the wrapper's call; skipping it would hang them."""
     method = CleaR(gamma=1.0, lambda_consistency=0.0)

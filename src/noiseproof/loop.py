@@ -228,6 +228,7 @@ class _Loop:
             torch.Generator(),
             seed=self.settings.seed,
             encode=self._encode,
+            redrawn=self.encoded.redrawn,
             features=lambda: self.engine.features(self.encoded),
             row_losses=self.encoded.losses,
             forget=self._forget,

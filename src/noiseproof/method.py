@@ -135,6 +135,7 @@ class Run:
         generator: Random source for hooks, fresh for every epoch from the run's seed.
         seed: Seed of the run, for draws that are keyed by row.
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
+        redrawn: Whether steps see a row otherwise than `encode` does, such as an augmented image.
         features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
             trains on cached features; else it returns None.
         forget: For `Method.finalize_model`: the model answers differently now. What `predict` kept
@@ -158,6 +159,7 @@ class Run:
     generator: torch.Generator
     seed: int = 0
     encode: Encode | None = None
+    redrawn: bool = False
     features: Callable[[], Tensor | None] = lambda: None
     forget: Callable[[], None] = lambda: None
     changed: Tensor | None = None

@@ -429,12 +429,13 @@ class CleaR(Method):
     def _bypass(self, model: nn.Module, run: Run, batch: Batch) -> bool:
         """Whether the backbone's features of closed rows are known; computed on first need.
 
-        They are exact only without dropout in the encoder. A model that is wrapped for several
-        processes must be called whole in every step.
+        They are exact only without dropout in the encoder, for rows that every step sees alike. A
+        model that is wrapped for several processes must be called whole in every step.
         """
         routing = routing_of(run)
-        still = self.dropout == 0 or not self.dropout_after_warmup
-        if run.encode is None or model is not run.model or not still:
+        routed = run.epoch >= self.warmup(run.epochs)
+        still = self.dropout == 0 or (routed and not self.dropout_after_warmup)
+        if run.encode is None or run.redrawn or model is not run.model or not still:
             return False
         if routing.frozen is None:
             routing.frozen = torch.empty(0)
