@@ -397,7 +397,7 @@ class _Loop:
             model.load_state_dict(self.best, strict=False)
             self._predicted = None
         self.engine.net = model
-        deployed = self.method.finalize_model(self.run)
+        self.engine.net = deployed = self.method.finalize_model(self.run)
         if self._forgotten and self.measure:
             best = self.state.best_row
             row = self.state.history[-1 if best is None else best]

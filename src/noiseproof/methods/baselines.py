@@ -454,7 +454,8 @@ class CoTeaching(Tuned):
     Paper: Han et al., NeurIPS 2018, arXiv:1804.06872.
     Idea: differently initialised networks make different mistakes, so each filters for the other.
     Steps: per step: (1) both score the batch; (2) each picks its lowest losses, fewer as the epochs
-    go on; (3) each trains on the other's choice. The first network is deployed.
+    go on; (3) each trains on the other's choice. The first network is deployed; epochs before the
+    last are measured by the mean logits of both.
     Deviations: without ``noise_rate`` the rate is estimated once, by a mixture on the losses at the
     end of the warm-up. Under gradient accumulation rows are picked per micro-batch.
     Settings: ramp_epochs = 2, warmup_epochs = 1 (ours; the paper ramps over 10 of 200 epochs).
@@ -522,6 +523,7 @@ class CoTeaching(Tuned):
         return (first[easy_second].mean() + second[easy_first].mean()) / 2
 
     def finalize_model(self, run: Run) -> nn.Module:
-        """The first network."""
+        """The first network, which answers otherwise than both."""
         assert isinstance(run.model, Pair)
+        run.forget()
         return run.model.first
