@@ -279,6 +279,46 @@ def test_short_steps_are_counted(tiny_run: Tiny) -> None:
     assert all(math.isfinite(row[f"loss_{name}"]) for row in history for name in ("cov", "svd"))
 
 
+@pytest.mark.parametrize("micro", [None, 4])
+@pytest.mark.parametrize("seed", [2, 4])  # the short step comes late, and first
+def test_the_parts_in_the_history_are_means_over_rows(
+    micro: int | None, seed: int, tiny_run: Tiny
+) -> None:
+    """However the rows are cut, and although the last one alone has no covariances."""
+    method = NMTune(svd_k=2)
+    seen: list[tuple[int, dict[str, float]]] = []
+    original = NMTune.objective
+
+    def spy(self: NMTune, logits: Tensor, *given: Any, **named: Any) -> Any:
+        found = original(self, logits, *given, **named)
+        seen.append((len(logits), dict(found[1])))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NMTune, "objective", spy)
+        fitted = tiny_run.fit(method, epochs=1, micro_batch_size=micro, seed=seed)
+    row = fitted.history[0]
+    assert row["short_batches"] == 1
+    for name in ("ce", "mse", "cov", "svd"):
+        parts = [(rows, found[name]) for rows, found in seen if name in found]
+        wanted = sum(rows * part for rows, part in parts) / sum(rows for rows, _ in parts)
+        assert row[f"loss_{name}"] == pytest.approx(wanted), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({"batch_size": 4}, 4), ({"batch_size": 16, "micro_batch_size": 5}, 5)],
+)
+def test_passes_that_are_always_too_small_for_the_terms_are_refused(
+    settings: dict[str, int], rows: int, tiny_run: Tiny
+) -> None:
+    """Else the terms would be skipped in every step, and nothing but a counter would say so."""
+    with pytest.raises(InputError, match=f"svd_k=5 .* more than 5 rows .* at most {rows}"):
+        tiny_run.fit(NMTune(), **settings)
+    assert tiny_run.fit(NMTune(svd_k=2), epochs=1, **settings).history
+    assert tiny_run.fit(NMTune(lambda_cov=0.0, lambda_svd=0.0), epochs=1, **settings).history
+
+
 def test_a_part_that_is_not_finite_is_named() -> None:
     rows = draw(8, 6)
     labels = torch.arange(8) % 3
@@ -516,4 +556,5 @@ def test_a_batch_of_the_method_is_one_of_the_network() -> None:
         answer.logits, answer.transformed, answer.features, batch.labels
     )
     torch.testing.assert_close(loss, wanted)
-    assert run.logged == {f"loss_{name}": pytest.approx(part) for name, part in parts.items()}
+    logged = {name: total / rows for name, (total, rows) in run.sums.items()}
+    assert logged == {f"loss_{name}": pytest.approx(part) for name, part in parts.items()}

@@ -119,6 +119,7 @@ class _State:
     loss_sum: float = 0.0
     columns: list[str] = field(default_factory=list)  # their order; the file sorts its tensors
     logged: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
@@ -258,6 +259,8 @@ class _Loop:
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs
+        own = -(-settings.batch_size // self.engine.processes)
+        run.pass_rows = views * min(settings.micro_batch_size or own, own)
         self.state.stage = number
         self.method.on_stage_start(run)
         with fast_dropout(run.model):
@@ -320,7 +323,7 @@ class _Loop:
 
     def _score(self) -> None:
         started = time.perf_counter()
-        self.run.logged, self.run.warned = {}, []
+        self.run.logged, self.run.sums, self.run.warned = {}, {}, []
         self.run.columns.pop("keep", None)
         columns = self.method.on_epoch_start(self.run)
         self._check(columns)
@@ -370,6 +373,7 @@ class _Loop:
             "loss": state.loss_sum / rows,
             "learning_rate": rate,
             **run.logged,
+            **{name: total / count for name, (total, count) in run.sums.items()},
         }
         if run.warned:
             row["warning"] = "; ".join(run.warned)
@@ -530,7 +534,7 @@ class _Loop:
         tensors |= optimizer_tensors(_inner(self.optimizer))
         tensors |= {"random": random, "generator": self.run.generator.get_state()}
         self.state.columns, self.state.logged = list(self.run.columns), self.run.logged
-        self.state.warned = self.run.warned
+        self.state.sums, self.state.warned = self.run.sums, self.run.warned
         self.state.legs = self.watch.seconds()
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 
@@ -542,6 +546,7 @@ class _Loop:
         columns = with_prefix("column", tensors)
         self.run.columns = {name: columns[name] for name in self.state.columns}
         self.run.logged, self.run.warned = self.state.logged, self.state.warned
+        self.run.sums = self.state.sums
 
 
 def settings_of_stage(asked: TrainSettings, stage: Stage) -> TrainSettings:

@@ -148,7 +148,9 @@ class Run:
         epochs: Epochs of the stage.
         step: Optimizer steps done in this epoch.
         columns: Name -> (N, ...) on the CPU, replicated in every process.
+        pass_rows: Most rows that one call of the model takes in this stage, all views counted.
         logged: Numbers that the hooks reported for the history row of this epoch.
+        sums: Name -> sum over rows and number of rows, of what `average` was given in this epoch.
         warned: What the hooks warned of in this epoch, for the user and the history row.
     """
 
@@ -170,7 +172,9 @@ class Run:
     epochs: int = 1
     step: int = 0
     columns: Columns = field(default_factory=dict)
+    pass_rows: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
 
     def losses(self, before_batch: BeforeBatch | None = None) -> Tensor:
@@ -180,6 +184,15 @@ class Run:
     def log(self, **numbers: float) -> None:
         """Put numbers into the history row of this epoch."""
         self.logged.update({name: float(value) for name, value in numbers.items()})
+
+    def average(self, rows: int, **numbers: float) -> None:
+        """Put means over so many rows into the history row, as means over those of the epoch.
+
+        With several processes they are those of the first one's rows.
+        """
+        for name, value in numbers.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + rows * float(value), count + rows)
 
     def warn(self, message: str) -> None:
         """Tell the user, in one line, why the result may be worse than hoped for.

@@ -368,6 +368,17 @@ class NMTune(Tuned):
         views = self.views if self.reshapes else 1
         return [Stage("tune", epochs, learning_rate=rate, views=views)]
 
+    def on_stage_start(self, run: Run) -> None:
+        """Refuse passes that are all too short for the terms."""
+        rows, wanted = run.pass_rows, max(2, self.svd_k + 1)
+        weights = self.weights
+        require(
+            rows is None or rows >= wanted or not (weights["cov"] or weights["svd"]),
+            f"NMTune.svd_k={self.svd_k} needs more than {wanted - 1} rows in a pass, and here it "
+            f"has at most {rows}, so every step would skip the terms; raise train.batch_size or "
+            "train.micro_batch_size, or set a smaller svd_k",
+        )
+
     def on_epoch_start(self, run: Run) -> Columns:
         """At the start: the scale of the features, or column ``initial_features`` (N, D)."""
         if run.epoch > 0:
@@ -407,7 +418,9 @@ class NMTune(Tuned):
             features = one_per_row(read[-1], batch.inputs)  # (B, D)
             original = batch.columns.get("initial_features")
             loss, parts = self.objective(logits, features, original, batch.labels)
-        self._log(run, parts)
+        if parts.pop("short", 0.0):
+            run.log(short_batches=run.logged.get("short_batches", 0.0) + 1)
+        run.average(len(batch.rows), **{f"loss_{name}": value for name, value in parts.items()})
         return loss
 
     def restore_model(self, model: nn.Module) -> nn.Module:
@@ -494,16 +507,6 @@ class NMTune(Tuned):
             if self.small_batch == "drop":
                 total = total * 0.0
         return total, parts
-
-    def _log(self, run: Run, parts: Mapping[str, float]) -> None:
-        """Means over the steps of the epoch so far, and the number of short steps."""
-        steps = run.step + 1
-        for name, value in parts.items():
-            if name == "short":
-                run.log(short_batches=run.logged.get("short_batches", 0.0) + 1)
-                continue
-            mean = run.logged.get(f"loss_{name}", 0.0)
-            run.log(**{f"loss_{name}": mean + (value - mean) / steps})
 
 
 def root_mean_square(values: Tensor) -> float:
