@@ -271,6 +271,23 @@ def test_a_training_step_without_gates_is_an_error(tiny_run: Tiny) -> None:
     model(**tiny_run.encoded.inputs(np.arange(3)))  # the old gate of two rows is not used again
 
 
+@pytest.mark.parametrize("peft", ["lora", "adapter"])
+def test_a_copy_of_a_gated_model_answers_by_itself(peft: str, tiny_run: Tiny) -> None:
+    """With its own weights and its own gates, not with those of the model it was copied from."""
+    model = routed(tiny_run, peft=peft, adapter_init="linear")
+    inputs = tiny_run.encoded.inputs(np.arange(3))
+    wanted = model(**inputs).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(**inputs).logits, wanted)
+    closed = gated(copied, inputs, torch.zeros(3, LAYERS))
+    assert not torch.allclose(closed, wanted)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not bool(copied(**inputs).logits.any())
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
 @pytest.mark.parametrize("clean", [[0, 1] * 4, [0] * 8, [1] * 8, [0] + [1] * 7])
 def test_closed_rows_may_take_known_features(tiny_run: Tiny, clean: list[float]) -> None:
     """The shortcut for rows with closed gates changes neither the loss nor any gradient."""
