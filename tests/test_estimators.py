@@ -302,6 +302,8 @@ def test_the_probe_minimises_the_generalised_cross_entropy() -> None:
     assert fitted.loss_history_[0]["loss"] <= start + 1e-6  # one step an epoch, the first from 0
     entropy = quick(RobustProbeClassifier, ce_epochs=5).fit(rows, labels)
     assert entropy.loss_history_[0]["loss"] != fitted.loss_history_[0]["loss"]
+    with pytest.raises(ValueError, match="ce_epochs must be at most epochs=5, got 6"):
+        quick(RobustProbeClassifier, ce_epochs=6).fit(rows, labels)
 
 
 # --- awkward data --------------------------------------------------------------------------------

@@ -499,6 +499,10 @@ class RobustProbeClassifier(_FeatureClassifier):
         for setting in ("ce_epochs", "warmup_epochs"):
             value = getattr(self, setting)
             require(value >= 0, f"{name}.{setting} must be at least 0, got {value}")
+        require(
+            self.ce_epochs <= self.epochs,
+            f"{name}.ce_epochs must be at most epochs={self.epochs}, got {self.ce_epochs}",
+        )
         settings = _train_settings(self)
         rise = min(0.5, self.warmup_epochs / settings.epochs)
         settings = dataclasses.replace(settings, warmup_share=rise)
