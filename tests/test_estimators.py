@@ -316,6 +316,17 @@ def test_a_last_step_of_one_row_trains() -> None:
     assert [row["short_rows"] for row in fitted.loss_history_] == [1] * 5
 
 
+def test_a_step_that_is_dropped_moves_nothing() -> None:
+    """The only step of every epoch has one row too few."""
+    rows, labels = blobs(5)
+    settings: dict[str, Any] = {"small_batch": "drop", "mlp_norm": "none"}
+    fitted = quick(batch_size=16, **settings).fit(rows, labels)
+    assert [row["short_rows"] for row in fitted.loss_history_] == [5] * 5
+    start = quick(batch_size=16, **settings, epochs=1).fit(rows, labels)
+    np.testing.assert_array_equal(fitted.transform(rows), start.transform(rows))
+    assert not fitted.decision_function(rows).any()  # the head starts from 0
+
+
 def test_the_scale_of_the_features_is_theirs_to_say() -> None:
     rows, labels = blobs()
     scaled = quick(feature_scale="rms").fit(1000 * rows, labels)

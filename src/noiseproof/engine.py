@@ -390,7 +390,7 @@ class Engine:
         own = rows[:1] if spare else own
         size = self.settings.micro_batch_size or self.settings.batch_size
         parts = [own[start : start + size] for start in range(0, len(own), size)]
-        total = 0.0
+        total, run.left_out = 0.0, 0
         for place, part in enumerate(parts):
             index = torch.from_numpy(part.copy())
             batch = Batch(
@@ -406,7 +406,10 @@ class Engine:
                 weight = 0.0 if spare else len(part) * self.processes / len(rows)
                 self.accelerator.backward(loss if weight == 1 else loss * weight)
             total += float(loss.detach()) * weight / self.processes
-        return float(self.sum_over_processes(torch.tensor(total, dtype=torch.float64)))
+        left_out = 0 if spare else run.left_out
+        sums = self.sum_over_processes(torch.tensor([total, left_out], dtype=torch.float64))
+        run.left_out = int(sums[1])
+        return float(sums[0])
 
     def _all_views(self, encoded: Encoded, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
         """Inputs of a step: all rows in the first view, then all in the second (V B, ...)."""

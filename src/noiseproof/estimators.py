@@ -393,7 +393,7 @@ class NMTuneClassifier(
         def loss(module: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, float]]:
             with torch.autocast(kind, torch.bfloat16, enabled=half):
                 answer: Reshaped = module(batch.features)
-            return method.objective(
+            value, parts = method.objective(
                 answer.logits.float(),
                 answer.transformed.float(),
                 answer.features.float(),
@@ -401,6 +401,8 @@ class NMTuneClassifier(
                 views=views,
                 row_weight=batch.weight,
             )
+            dropped = "short" in parts and method.small_batch == "drop"
+            return value.detach() if dropped else value, parts
 
         groups = [{"params": list(module.parameters()), "weight_decay": self.weight_decay}]
         self._train(rows, loss, groups, settings)

@@ -351,12 +351,14 @@ class _Loop:
                 f"loss {loss} of {self.method.name} in stage {run.stage!r}, epoch {run.epoch}, "
                 f"step {run.step}; lower the learning rate or use precision fp32"
             )
-        if self.settings.max_grad_norm:
+        done = self.run.left_out < len(rows)  # Adam would move on gradients of 0 as well
+        if done and self.settings.max_grad_norm:
             self.engine.accelerator.clip_grad_norm_(
                 [p for p in self.run.model.parameters() if p.grad is not None],
                 self.settings.max_grad_norm,
             )
-        self.optimizer.step()
+        if done:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.own_rows[rows[self.engine.rank :: self.engine.processes]] = True
         return loss

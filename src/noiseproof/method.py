@@ -148,6 +148,7 @@ class Run:
         epochs: Epochs of the stage.
         step: Optimizer steps done in this epoch.
         columns: Name -> (N, ...) on the CPU, replicated in every process.
+        left_out: Rows of this step that the method left out; a step of none but such is not done.
         pass_rows: Most rows that one call of the model takes in this stage, all views counted.
         logged: Numbers that the hooks reported for the history row of this epoch.
         sums: Name -> sum over rows and number of rows, of what `average` was given in this epoch.
@@ -172,6 +173,7 @@ class Run:
     epochs: int = 1
     step: int = 0
     columns: Columns = field(default_factory=dict)
+    left_out: int = 0
     pass_rows: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)

@@ -44,7 +44,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -81,6 +81,16 @@ from noiseproof.regularizers import (
 from noiseproof.tuning import tune_model
 
 RATES = {"head": 1e-3, "full": 2e-5, "adapter": 2e-4}
+OF_THE_HEAD = (
+    "use_mlp",
+    "mlp_hidden_layers",
+    "mlp_ratio",
+    "mlp_norm",
+    "mlp_residual",
+    "residual_init",
+    "head_init",
+    "feature_scale",
+)
 SMALLEST_RMS = 0.1  # below it the covariance term, of the fourth power of the scale, is nothing
 
 
@@ -277,6 +287,16 @@ class NMTune(Tuned):
             f"NMTune.views=2 goes with tune=head, got tune={self.tune}, which trains on one view "
             "of a row; leave views out",
         )
+        idle = [
+            item.name
+            for item in fields(self)
+            if item.name in OF_THE_HEAD and getattr(self, item.name) != item.default
+        ]
+        require(
+            self.reshapes or not idle,
+            f"NMTune.{', '.join(idle)}: only for tune=head, where the encoder is frozen; got "
+            f"tune={self.tune}",
+        )
         require(
             self.use_mlp or not self.reshapes or not any(self.weights.values()),
             "NMTune without its MLP (use_mlp=False) has nothing that its terms could train; set "
@@ -420,6 +440,7 @@ class NMTune(Tuned):
             loss, parts = self.objective(logits, features, original, batch.labels)
         if parts.pop("short", 0.0):
             run.log(short_batches=run.logged.get("short_batches", 0.0) + 1)
+            run.left_out += len(batch.rows) if self.small_batch == "drop" else 0
         run.average(len(batch.rows), **{f"loss_{name}": value for name, value in parts.items()})
         return loss
 
