@@ -18,7 +18,7 @@ from torch import Tensor
 
 import noiseproof
 from noiseproof.method import Method
-from noiseproof.methods import ELR, METHODS, TURN, CleaR, SmallLoss
+from noiseproof.methods import ELR, METHODS, TURN, CleaR, NMTune, SmallLoss
 from noiseproof.mixture import LossMixture
 from tiny import python, table, train_settings
 
@@ -40,10 +40,11 @@ CASES: dict[str, Method] = {
     "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL, dropout=0.0),
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
+    "NMTune": NMTune(feature_scale="rms", mlp_norm="none", lambda_cov=0.0, lambda_svd=0.0),
 }
-INTERRUPTED = {"ELR", "CleaR with reused logits"}
-"""Run a second time, with a signal to one process in the second epoch: written columns differ
-between the processes at that moment."""
+INTERRUPTED = {"ELR", "CleaR with reused logits", "NMTune"}
+"""Run a second time, with a signal to one process in the second epoch: written columns, or
+sums over the rows of the epoch, differ between the processes at that moment."""
 
 
 def free_port() -> int:

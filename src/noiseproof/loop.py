@@ -315,6 +315,7 @@ class _Loop:
             signum = self.engine.any_process(self.stop.received)
             if signum:
                 state.seconds["train_s"] += time.perf_counter() - started
+                run.sums = self.engine.merge_sums(run.sums)
                 self._checkpoint()
                 raise Interrupted(signum)
         state.seconds["train_s"] += time.perf_counter() - started
@@ -366,6 +367,7 @@ class _Loop:
     def _end_epoch(self, stage: Stage, rows: int, rate: float, steps: int) -> None:
         run, state = self.run, self.state
         self._merge()
+        run.sums = self.engine.merge_sums(run.sums)
         self._check(run.columns)
         row: HistoryRow = {
             "stage": stage.name,
@@ -548,7 +550,7 @@ class _Loop:
         columns = with_prefix("column", tensors)
         self.run.columns = {name: columns[name] for name in self.state.columns}
         self.run.logged, self.run.warned = self.state.logged, self.state.warned
-        self.run.sums = self.state.sums
+        self.run.sums = self.state.sums if self.engine.main else {}  # those of all processes
 
 
 def settings_of_stage(asked: TrainSettings, stage: Stage) -> TrainSettings:

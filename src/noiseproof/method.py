@@ -188,10 +188,7 @@ class Run:
         self.logged.update({name: float(value) for name, value in numbers.items()})
 
     def average(self, rows: int, **numbers: float) -> None:
-        """Put means over so many rows into the history row, as means over those of the epoch.
-
-        With several processes they are those of the first one's rows.
-        """
+        """Put means over so many rows into the history row, as means over those of the epoch."""
         for name, value in numbers.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + rows * float(value), count + rows)
