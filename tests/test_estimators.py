@@ -289,6 +289,22 @@ def test_rows_of_weight_zero_are_as_if_they_were_not_there() -> None:
         assert not (heavy.predict_proba(rows) == weighed.predict_proba(rows)).all()
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_weight_below_zero_is_refused(kind: type[Any]) -> None:
+    """It would push the row's own label away, step by step."""
+    rows, labels = blobs()
+    weight = np.ones(len(rows))
+    weight[3] = -1
+    with pytest.raises(ValueError, match="at least 0, got -1 in row 3"):
+        quick(kind).fit(rows, labels, sample_weight=weight)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_rate_of_none_is_refused_in_a_line(kind: type[Any]) -> None:
+    with pytest.raises(ValueError, match="learning_rate must be a number, got None"):
+        quick(kind, learning_rate=None).fit(*blobs())
+
+
 def test_the_probe_minimises_the_generalised_cross_entropy() -> None:
     rows, labels = blobs()
     start = (1 - (1 / 3) ** 0.7) / 0.7  # equal chances

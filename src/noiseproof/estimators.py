@@ -136,6 +136,11 @@ class _FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         used = np.arange(len(table))
         if weight is not None:
             weight = _check_sample_weight(weight, table, dtype=np.float32)
+            below = np.flatnonzero(weight < 0)
+            if len(below):
+                raise InputError(
+                    f"sample_weight must be at least 0, got {weight[below[0]]:g} in row {below[0]}"
+                )
             used = np.flatnonzero(weight)
         if len(np.unique(numbers[used])) < 2:
             kind = "only one class" if len(used) else "no class"
@@ -540,6 +545,8 @@ class RobustProbeClassifier(_FeatureClassifier):
 
 def _train_settings(estimator: Any) -> TrainSettings:
     """What both classifiers are asked for, checked; the seed is drawn here."""
+    name = type(estimator).__name__
+    require(estimator.learning_rate is not None, f"{name}.learning_rate must be a number, got None")
     seed = check_random_state(estimator.random_state).randint(2**31 - 1)
     return TrainSettings(
         epochs=estimator.epochs,
