@@ -1,6 +1,8 @@
 """Fine-tune a network of one's own on images with the labels of a crowd.
 
-    python benchmarks/images.py CIFAR10 SQUEEZENET --rows 1000 --labels worse_label --method GCE
+    python benchmarks/images.py CIFAR10 SQUEEZENET --rows 1000 --labels worse_label \\
+        --methods CrossEntropy TURN:lp_ft TURN TURN:robust_probe --out runs/images
+    noiseproof report runs/images --out images.html
 
 CIFAR10 is a folder with ``cifar10_jpeg.npz`` (``train_jpeg``, ``train_offsets``, ``y_test``, ...)
 and ``cifar10n_labels.npz``; SQUEEZENET one with the weights of SqueezeNet v1.0 (Iandola et al.,
@@ -20,6 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import noiseproof
+from noiseproof.finetune import run_job
+from noiseproof.job import Job
 
 MEANS = (104.0, 117.0, 123.0)  # of blue, green, red, from 0 to 255
 FIRES = {  # name -> channels in, squeezed, expanded twice
@@ -90,12 +94,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--labels", default="worse_label")
-    parser.add_argument("--method", default="GCE")
+    parser.add_argument("--methods", nargs="+", default=["CrossEntropy"])
     parser.add_argument("--tune", default="full")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=None)
     parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--out", default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a folder for the runs; the same command goes on")
     args = parser.parse_args()
     random = np.random.default_rng(0)
     train = random.permutation(50_000)[: args.rows]
@@ -109,23 +114,30 @@ def main() -> None:
         "label": given.tolist(),
         "clean_label": clean.tolist(),
     }
-    settings = {"epochs": args.epochs, "learning_rate": args.learning_rate}
-    result = noiseproof.fit(
-        data,
-        task="image",
-        model=pretrained(args.squeezenet, 10),
-        image_size=args.image_size,
-        clean_label="clean_label",
-        test={"image": images(args.cifar10, "test", test), "clean_label": truth.tolist()},
-        method=noiseproof.METHODS[args.method](tune=args.tune),
-        train=noiseproof.TrainSettings(**settings),
-        out=args.out,
-    )
-    for row in result.history:
-        print({name: round(v, 4) for name, v in row.items() if isinstance(v, float)})
-    for name, value in result.record.metrics.items():
-        print(f"{name:22s} {value}")
-    print({name: round(value, 1) for name, value in result.record.timings.items()})
+    settings = {"epochs": args.epochs, "learning_rate": args.learning_rate, "seed": args.seed}
+    for method in args.methods:
+        out = args.out and args.out / f"{args.labels}_{method.replace(':', '-')}_{args.seed}"
+        if out and (out / "record.json").exists():
+            print(f"{method}: there is a run in {out}")
+            continue
+        name, _, preset = method.partition(":")
+        job = Job(
+            data,
+            task="image",
+            model=pretrained(args.squeezenet, 10),
+            image_size=args.image_size,
+            clean_label="clean_label",
+            test={"image": images(args.cifar10, "test", test), "clean_label": truth.tolist()},
+            method=noiseproof.METHODS[name].preset(preset or "default", tune=args.tune),
+            train=noiseproof.TrainSettings(**settings),
+        )
+        named = {"data": args.labels.removesuffix("_label"), "method": method, "seed": args.seed}
+        result = run_job(job, out=out, labels={key: str(value) for key, value in named.items()})
+        for row in result.history:
+            print({name: round(v, 4) for name, v in row.items() if isinstance(v, float)})
+        for metric, value in result.record.metrics.items():
+            print(f"{method}: {metric:22s} {value}")
+        print({name: round(value, 1) for name, value in result.record.timings.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ class Forks:
 def _trap(at: dict[str, Any], signum: int) -> Any:
     """Send this process a signal at a moment; returns what `fit` takes as ``report``.
 
-    ``{"epoch": 1, "step": 2}`` is after that step; ``{"event": "os.rename", "path": "history.csv",
-    "count": 2}`` is just before Python does that to a path of that ending for the second time.
+    ``{"epoch": 1, "step": 2}`` is after that step, of one stage alone with ``"stage"``; ``{"event":
+    "os.rename", "path": "history.csv", "count": 2}`` is just before Python does that to a path of
+    that ending for the second time.
     """
     left = int(at.get("count", 1))
 
@@ -99,10 +100,9 @@ def _trap(at: dict[str, Any], signum: int) -> Any:
                 os.kill(os.getpid(), signum)
 
     def on_step(progress: Any) -> None:
-        if progress.history is None and (progress.epoch, progress.step) == (
-            at["epoch"],
-            at["step"],
-        ):
+        here = (progress.stage, progress.epoch, progress.step)
+        there = (at.get("stage", progress.stage), at["epoch"], at["step"])
+        if progress.history is None and here == there:
             os.kill(os.getpid(), signum)
 
     if "event" in at:

@@ -44,7 +44,7 @@ def test_held_out_probabilities_do_not_know_the_own_label() -> None:
     changed[0] = 1
     after = held_out_probabilities(features, changed, 3)
     assert before[0].argmax() == after[0].argmax() == labels[0] != 1
-    with pytest.raises(InputError, match="5 folds need at least 10 rows, got 6"):
+    with pytest.raises(InputError, match="expected at least 10, got 6"):
         held_out_probabilities(features[:6], labels[:6], 3)
 
 

@@ -142,6 +142,13 @@ def test_a_head_that_is_tied_to_the_embeddings_is_refused() -> None:
         fit(method=CrossEntropy(tune="head"))
 
 
+@pytest.mark.parametrize("tune", ["adapter", "bitfit"])
+def test_adapters_of_ours_are_refused_on_an_encoder_and_its_decoder(tune: str) -> None:
+    """They stand in the layers of one stack; peft's do not mind two."""
+    with pytest.raises(InputError, match=r"an encoder and a decoder: .*use tune=lora"):
+        fit(kind="t5", method=CrossEntropy(tune=tune))
+
+
 def test_a_merged_adapter_is_a_plain_model(tmp_path: Path) -> None:
     """Whoever serves the model may not have peft."""
     fit(merge=True, out=tmp_path / "run")

@@ -657,12 +657,12 @@ READING = [
         "unseen test label",
         f"{FIT} --test unseen.csv",
         r"'harbor' of row 2 \(line 3\) of unseen\.csv was never seen in training; did you mean "
-        r"'harbour'\?; known: garden, harbour, kitchen; correct it, or remove such rows$",
+        r"'harbour'\?; known: garden, harbour, kitchen; correct it, or leave .*drop_label$",
     ),
     (
         "no label in a test row",
         f"{FIT} --test gap.csv",
-        r"row 2 .* no label .*; fill or remove \w+$",
+        r"row 2 .* no label .*; fill or remove \w+, or let fit leave such rows out with drop_la",
     ),
     ("nan label", "fit nan.parquet --out out", r"row 2 of nan\.parquet has no label in col"),
     ("no text", "fit number.jsonl --out out", r"row 2 \(line 3\) .* type int .* expected text"),

@@ -455,6 +455,7 @@ def test_a_class_without_a_training_row_does_no_harm(
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in NOT_A_MEAN_OVER_ROWS])
+@pytest.mark.filterwarnings("ignore:the poisoning expert learned nothing")  # no step is taken
 def test_eight_times_one_row_is_one_time_eight_rows(
     case: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

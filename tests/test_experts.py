@@ -21,6 +21,7 @@ from noiseproof.experts import (
     ExpertLinear,
     ExpertModel,
     Experts,
+    Reading,
     Switch,
     Watch,
     embedding_noise,
@@ -28,6 +29,7 @@ from noiseproof.experts import (
     restored_experts,
     rms_of_tokens,
     similarities,
+    update_norm,
 )
 from noiseproof.models import ADAPTERS_CONFIG, ADAPTERS_FILE
 
@@ -158,6 +160,18 @@ def test_renorm_is_a_softmax_in_which_the_poisoning_experts_have_no_chance() -> 
     torch.testing.assert_close(expert_weights(logits, settings, "renorm"), wanted)
     same = expert_weights(logits, settings, "compensate", torch.full((3,), 0.7))
     torch.testing.assert_close(same, wanted)
+
+
+@pytest.mark.parametrize("theta", [-0.9, -0.3, 0.0, 0.6, 1.0])
+def test_experts_that_are_alike_to_the_poison_alike_are_only_renormalised(theta: float) -> None:
+    """With beta=sum_to_one a common factor cancels: what compensate adds is the differences."""
+    logits = torch.randn(50, 4)
+    wanted = expert_weights(logits, Experts(), "renorm")
+    same = torch.full((3,), theta)
+    torch.testing.assert_close(expert_weights(logits, Experts(), "compensate", same), wanted)
+    different = torch.tensor([theta, theta, theta - 0.1])
+    found = expert_weights(logits, Experts(), "compensate", different)
+    assert bool((found[:, 2] < wanted[:, 2]).all())
 
 
 def test_a_router_that_chose_the_poisoning_expert_alone_gives_no_0_by_0() -> None:
@@ -328,8 +342,8 @@ def test_the_router_reads_what_dropout_left_alone(gate_input: str) -> None:
     seen: list[Tensor] = []
 
     class Listener:
-        def note(self, _: nn.Module, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
-            seen.append(logits)
+        def note(self, *given: Any) -> None:
+            seen.append(given[-1])
 
     layer.switch.watch = Listener()  # type: ignore[assignment]
     given = torch.randn(4, 6)
@@ -350,8 +364,9 @@ def test_half_precision_comes_and_goes_while_experts_stay_in_single() -> None:
     torch.testing.assert_close(found.float(), full(given), rtol=0.05, atol=0.5)
 
 
-def test_drift_says_how_far_the_shared_projection_has_moved() -> None:
-    layer = layer_of()
+@pytest.mark.parametrize("poison", [1, 2])
+def test_drift_says_how_far_the_shared_projection_has_moved(poison: int) -> None:
+    layer = layer_of(poison=poison)
     with torch.no_grad():
         layer.down_before.copy_(layer.lora_A.weight)
         layer.lora_A.weight.mul_(3)
@@ -458,9 +473,24 @@ def test_a_row_is_answered_the_same_alone_and_in_any_batch(name: str, online: bo
 
 
 @pytest.mark.parametrize("name", CAUSAL)
+def test_padding_behind_a_row_changes_no_token_of_a_decoder(name: str) -> None:
+    """Rows are padded so in training; every token counts there, not the last alone."""
+    model, _ = adapted(name, online=True)
+    inputs = text_inputs(left=False)
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        together = answer(model, inputs)
+        for row, real in enumerate(inputs["attention_mask"].bool()):
+            alone = {key: value[row : row + 1, real] for key, value in inputs.items()}
+            found = together[row, real]
+            torch.testing.assert_close(found, answer(model, alone)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
 def test_generation_with_a_cache_is_generation_without(name: str) -> None:
     """The router reads the token at hand only, so a cache changes nothing."""
     model, inputs = adapted(name, online=True)
+    inputs.pop("decoder_input_ids", None)
     for mode in MODES:
         model.set_inference_mode(mode)
         settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
@@ -470,7 +500,7 @@ def test_generation_with_a_cache_is_generation_without(name: str) -> None:
             for cache in (True, False)
         )  # fmt: skip
         assert torch.equal(cached.sequences, plain.sequences)
-        assert cached.sequences.shape == (4, 13)
+        assert cached.sequences.shape == (4, 7 if name == "t5" else 13)
         for one, other in zip(cached.logits, plain.logits, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -534,13 +564,92 @@ def test_noise_is_added_in_training_only_and_with_the_mask_of_the_call() -> None
     model.train()
     model.switch.training_mode = model.mode
     shaken = [answer(seeded(model), inputs)]
-    assert len(seen) == 1 and torch.equal(seen[0], inputs["attention_mask"])
+    assert len(seen) == 1 and torch.equal(seen[0], inputs["attention_mask"].bool())
     model.noise = None
     shaken.append(answer(seeded(model), inputs))
     assert not torch.allclose(*shaken) and len(seen) == 1
     model.noise = shake
-    answer(model, {"input_ids": inputs["input_ids"]})
+    with pytest.warns(
+        UserWarning, match=r"no attention mask is known for a batch of \(4, 7\) tokens"
+    ):
+        answer(model, {"input_ids": inputs["input_ids"]})
+    answer(model, {"input_ids": inputs["input_ids"]})  # said once
     assert bool(seen[1].all()) and seen[1].shape == inputs["input_ids"].shape
+
+
+def pair_of_texts(width: int, seed: int = 0) -> dict[str, Tensor]:
+    """Rows for an encoder, and rows of this width for its decoder, each with a mask of its own."""
+    torch.manual_seed(seed)
+    inputs = text_inputs(left=False)
+    mask = (torch.arange(width) < torch.tensor([2, width, 3, 1])[:, None]).long()
+    decoder = {"decoder_input_ids": torch.randint(3, 40, mask.shape) * mask}
+    return inputs | decoder | {"decoder_attention_mask": mask}
+
+
+@pytest.mark.parametrize("width", [4, 7])
+def test_noise_falls_on_encoder_and_decoder_each_with_its_own_mask(width: int) -> None:
+    """Both read one table of embeddings; with 7 tokens either mask would fit by its shape."""
+    model, _ = adapted("t5", dropout=0.0)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def shake(embeddings: Tensor, mask: Tensor) -> Tensor:
+        seen.append((embeddings, mask))
+        return torch.zeros_like(embeddings)
+
+    model.noise = shake
+    inputs = pair_of_texts(width)
+    answer(model.train(), inputs)
+    assert len(seen) == 2
+    table = model.model.get_input_embeddings().weight  # type: ignore[operator]
+    names = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+    for (embeddings, mask), (ids, wanted) in zip(seen, names, strict=True):
+        assert torch.equal(mask, inputs[wanted].bool())
+        assert torch.equal(embeddings, F.embedding(inputs[ids], table))
+
+
+@pytest.mark.parametrize("missing", ["attention_mask", "decoder_attention_mask"])
+def test_noise_without_a_mask_warns_of_the_tokens_that_have_none(missing: str) -> None:
+    model, _ = adapted("t5")
+    inputs = pair_of_texts(5)
+    del inputs[missing]
+    model.noise = lambda embeddings, mask: torch.zeros_like(embeddings)
+    shape = {"attention_mask": "7", "decoder_attention_mask": "5"}[missing]
+    with pytest.warns(
+        UserWarning, match=rf"no attention mask is known for a batch of \(4, {shape}"
+    ):
+        answer(model.train(), inputs)
+
+
+@pytest.mark.parametrize("width", [4, 7])
+def test_layers_of_an_encoder_and_its_decoder_count_the_tokens_that_they_read(width: int) -> None:
+    """The decoder's cross-attention asks with its own tokens and reads those of the encoder."""
+    model, _ = adapted("t5")
+    model.set_inference_mode("none")
+    inputs = pair_of_texts(width)
+    watch = watched(model, inputs, 4)
+    for number, name in enumerate(model.layers):
+        cross, decoder = "EncDecAttention" in name, name.startswith("decoder")
+        own = decoder and not (cross and name.endswith(".v"))
+        mask = inputs["decoder_attention_mask" if own else "attention_mask"]
+        assert watch.sums[:, number, 0].tolist() == mask.sum(dim=1).tolist(), name
+    assert len(model.layers) == 12
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_row_of_an_encoder_and_its_decoder_is_answered_the_same_alone(online: bool) -> None:
+    model, _ = adapted("t5", online=online)
+    inputs = pair_of_texts(5)
+    for mode in MODES:
+        model.set_inference_mode(mode)
+        together = answer(model, inputs)
+        for row in range(4):
+            real = {kind: inputs[f"{kind}attention_mask"][row].bool() for kind in ("", "decoder_")}
+            alone = {
+                key: value[row : row + 1, real["decoder_" if key.startswith("decoder") else ""]]
+                for key, value in inputs.items()
+            }
+            found = together[row, real["decoder_"]]
+            torch.testing.assert_close(found, answer(model, alone)[0], rtol=1e-3, atol=1e-4)
 
 
 # --- watching ------------------------------------------------------------------------------------
@@ -550,9 +659,9 @@ def watched(model: ExpertModel, inputs: dict[str, Tensor], size: int, pad: int =
     """What the layers see in batches of this size, with so many more columns of padding."""
     rows = len(inputs["input_ids"])
     padded = {key: F.pad(value, (0, pad)) for key, value in inputs.items()}
-    with model.watching() as watch:
+    with model.watching(rows) as watch:
         for start in range(0, rows, size):
-            watch.rows = list(range(start, min(rows, start + size)))
+            watch.places = list(range(start, min(rows, start + size)))
             answer(model, {key: value[start : start + size] for key, value in padded.items()})
     return watch
 
@@ -565,20 +674,22 @@ def test_similarities_depend_neither_on_padding_nor_on_the_size_of_batches() -> 
         other = watched(model, inputs, size, pad)
         for name in model.layers:
             torch.testing.assert_close(other.theta(name), reference.theta(name))
-        scores = other.row_scores()
-        assert scores == pytest.approx(reference.row_scores(), rel=1e-5) and len(scores) == 4
+        np.testing.assert_allclose(other.row_scores(), reference.row_scores(), rtol=1e-5)
+        assert other.row_scores().shape == (4,)
         for one, two in zip(other.table(), reference.table(), strict=True):
             assert one.pop("layer") == two.pop("layer")
-            assert one.pop("theta") == pytest.approx(two.pop("theta"), abs=1e-6)
+            for key in ("theta", "theta_first", "load"):
+                assert one.pop(key) == pytest.approx(two.pop(key), abs=1e-6)
             assert one == pytest.approx(two, rel=1e-4)
     before = reference.table()
     answer(model, inputs)
     assert reference.table() == before  # it is closed and sees no more
 
 
-def test_the_table_of_a_layer_is_what_its_weights_say() -> None:
+@pytest.mark.parametrize(("poison", "online"), [(1, False), (1, True), (2, False)])
+def test_the_table_of_a_layer_is_what_its_weights_say(poison: int, online: bool) -> None:
     """Against the formulas, over real tokens only."""
-    model, inputs = adapted("bert")
+    model, inputs = adapted("bert", poison=poison, online=online)
     model.set_inference_mode("none")
     name, layer = next(iter(model.layers.items()))
     seen: list[Tensor] = []
@@ -588,26 +699,84 @@ def test_the_table_of_a_layer_is_what_its_weights_say() -> None:
     given = seen[0][inputs["attention_mask"].bool()]
     with torch.no_grad():
         weights = torch.softmax(layer.lora_gate(given), dim=-1)
-        hidden = layer.lora_A(given)
-        update = layer(given) - layer.base_layer(given)
-        ratio = update.norm(dim=1) / layer.base_layer(given).norm(dim=1)
-        theta = similarities(hidden, layer.gram(), 3).mean(dim=0)
-    poison, load = weights[:, 3], (weights[:, :3] / (1 - weights[:, 3:])).mean(dim=0)
+        base = layer.base_layer(given)
+        ratios = {}
+        for mode in MODES:
+            layer.switch.mode = mode
+            ratios[mode] = float(((layer(given) - base).norm(dim=1) / base.norm(dim=1)).mean())
+        theta = similarities(layer.lora_A(given), layer.gram(), 3)
+        first = similarities(layer.lora_A(seen[0][:, 0]), layer.gram(), 3).mean(dim=0)
+    others = weights[:, 3:].sum(dim=1)
+    load = (weights[:, :3] / (1 - others[:, None])).mean(dim=0)
     assert row["layer"] == name
-    assert row["poison_weight"] == pytest.approx(float(poison.mean()), rel=1e-5)
-    assert row["poison_weight_std"] == pytest.approx(float(poison.std(correction=0)), rel=1e-4)
-    assert row["above_even_share"] == pytest.approx(float((poison > 0.25).float().mean()))
+    assert row["poison_weight"] == pytest.approx(float(others.mean()), rel=1e-5)
+    assert row["poison_weight_std"] == pytest.approx(float(others.std(correction=0)), rel=1e-4)
+    above = (others > poison / (3 + poison)).float().mean()
+    assert row["above_even_share"] == pytest.approx(float(above))
     entropy = -(weights * weights.log()).sum(dim=1).mean()
     assert row["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    assert row["load"] == pytest.approx(load.tolist(), rel=1e-5)
     variation = load.std(correction=0) / load.mean()
     assert row["load_variation"] == pytest.approx(float(variation), rel=1e-3)
-    assert row["update_ratio"] == pytest.approx(float(ratio.mean()), rel=1e-3)
-    assert row["theta"] == pytest.approx(theta.tolist(), rel=1e-3, abs=1e-6)
+    found = {mode: row[f"update_{mode}"] for mode in MODES if mode != "none"}
+    assert found | {"none": row["update_ratio"]} == pytest.approx(ratios, rel=1e-3)
+    assert row["theta"] == pytest.approx(theta.mean(dim=0).tolist(), rel=1e-3, abs=1e-6)
+    assert row["theta_first"] == pytest.approx(first.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_rows_in_one_piece_and_tokens_without_a_row_are_counted() -> None:
+    """Some models hand over all tokens of a batch at once, or only those of one of their parts."""
+    model, _ = adapted("bert")
+    layer = next(iter(model.layers.values()))
+    given = torch.randn(2, 5, 16)
+    tables = []
+    for read in (given, given.flatten(0, 1), given.flatten(0, 1)[:9]):
+        with model.watching(2) as watch, torch.no_grad():
+            watch.places = [1, 0]
+            model.switch.reading = Reading(MASK)
+            if len(read) == 9:  # no mask fits
+                with pytest.warns(UserWarning, match="no attention mask is known"):
+                    layer(read)
+            else:
+                layer(read)
+        tables.append((watch.sums[:, 0, 0].tolist(), watch.table()[0]))
+    model.switch.reading = None
+    assert [tokens for tokens, _ in tables] == [[2, 5], [2, 5], [4.5, 4.5]]
+    keys = ("poison_weight", "entropy", "update_ratio")
+    for key in keys:
+        assert tables[1][1][key] == pytest.approx(tables[0][1][key], rel=1e-6)
+    with torch.no_grad():
+        weights = torch.softmax(layer.lora_gate(given.flatten(0, 1)[:9]), dim=-1)
+    assert tables[2][1]["poison_weight"] == pytest.approx(float(weights[:, 3].mean()), rel=1e-5)
+
+
+def test_the_first_token_is_the_first_that_is_real() -> None:
+    """Decoders are padded on the left."""
+    model, inputs = adapted("llama")
+    reference = watched(model, inputs, 4).table()
+    seen: list[Tensor] = []
+    layer = next(iter(model.layers.values()))
+    handle = layer.register_forward_hook(lambda _, given, output: seen.append(given[0]))
+    answer(model, inputs)
+    handle.remove()
+    place = inputs["attention_mask"].argmax(dim=1)
+    given = seen[0][torch.arange(4), place]
+    wanted = similarities(layer.lora_A(given), layer.gram(), 3).mean(dim=0)
+    assert place.tolist() == [0, 3, 1, 5]
+    assert reference[0]["theta_first"] == pytest.approx(wanted.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_the_size_of_an_update_is_that_of_a_loop_over_experts() -> None:
+    layer = layer_of()
+    weights, hidden = torch.rand(7, 4), torch.randn(7, 4)
+    ups = layer.up()
+    wanted = sum(weights[:, [i]] * (hidden @ up.T) for i, up in enumerate(ups)).norm(dim=1)  # type: ignore[union-attr]
+    torch.testing.assert_close(update_norm(weights, hidden, layer.gram()), wanted)
 
 
 def test_without_a_real_token_there_is_nothing_to_calibrate_with() -> None:
     model, _ = adapted("bert")
-    with model.watching() as watch:
+    with model.watching(2) as watch:
         pass
     with pytest.raises(InputError, match="no real token was seen"):
         watch.theta(next(iter(model.layers)))

@@ -211,6 +211,36 @@ def test_the_injected_noise_is_recorded_as_it_happened(whole: Whole) -> None:
     assert samples["label"].tolist() == given[samples["row_id"]].tolist()
 
 
+@pytest.mark.parametrize("noise", ["none", "text:0.5", "symmetric:0.3", "text:0.5+symmetric:0.3"])
+def test_rows_with_noise_are_known_wherever_it_fell(noise: str, tiny_model: Path) -> None:
+    """Splitting rows off and leaving some out must not shift which ones they are."""
+    rows = table(40)
+    work = work_of(tiny_model, rows, noise=noise, clean_label="clean_label",
+                   validation=0.25)  # fmt: skip
+    places = [int(row) for row in work.data.row_ids]
+    texts = [row[0] for row in work.data.inputs.as_texts()]
+    labels = [work.data.label_names[label] for label in work.data.labels]
+    changed = [text != rows["text"][row] for text, row in zip(texts, places, strict=True)]
+    wrong = [label != rows["label"][row] for label, row in zip(labels, places, strict=True)]
+    assert (
+        work.noisy is not None
+        and work.noisy.tolist() == (np.array(changed) | np.array(wrong)).tolist()
+    )
+    assert any(changed) == ("text" in noise) and any(wrong) == ("symmetric" in noise)
+
+
+def test_losses_are_told_apart_by_noise_in_label_or_text(fit: Fit, tiny_model: Path) -> None:
+    rows = table(30)
+    for noise in ("symmetric:0.2", "text:0.4", "text:0.4+symmetric:0.2"):
+        result = fit(rows, noise=noise)
+        noisy = work_of(tiny_model, rows, noise=noise).noisy
+        assert noisy is not None and 0 < noisy.sum() < 30
+        for name, part in (("noisy", noisy), ("clean", ~noisy)):
+            wanted = result.samples["loss"][part].mean()
+            assert result.record.metrics[f"train_loss_{name}"] == pytest.approx(wanted, rel=1e-5)
+    assert not any("train_loss" in name for name in fit(rows).record.metrics)
+
+
 def test_the_identifier_is_the_same_before_and_after(whole: Whole) -> None:
     """A grid decides by it which runs are missing."""
     assert whole.seen and {record.status for record in whole.seen} == {"running"}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import noiseproof
+from language import language_model
 from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
@@ -24,11 +25,13 @@ from noiseproof.experts import MODES, ExpertModel
 from noiseproof.job import CORRUPTED, Job
 from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
-from noiseproof.methods import LoPE
+from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
 from noiseproof.models import ADAPTERS_FILE
 from noiseproof.preparation import OOD, Prepared
-from tiny import Tiny, last_json, python, table, train_settings
+from noiseproof.report.experts import verdict
+from rows import response_rows
+from tiny import FILLER, TOPICS, Tiny, last_json, python, table, train_settings
 
 NOISY: dict[str, Any] = {"noise_rate": 0.3, "theta_examples": 20}
 """Settings with which some of 25 rows are corrupted."""
@@ -305,6 +308,74 @@ def test_a_row_is_corrupted_by_its_number_and_the_seed_alone() -> None:
     assert changed(own, 400) == changed(own, 400, seed=5) == changed(method, 400, seed=1)
 
 
+CORRUPTING = """
+import json
+from noiseproof.methods import LoPE
+transform = LoPE(noise_rate=0.9).stages(2)[0].transform
+rows = [transform(("one two three four", "five six"), row, 0, 3) for row in reversed(range(40))]
+print(json.dumps(rows[::-1]))
+"""
+
+
+@pytest.mark.parametrize("salt", ["0", "1"])
+def test_another_process_corrupts_rows_alike_in_any_order(salt: str) -> None:
+    """Python salts the hashes of words in every process; workers must agree all the same."""
+    transform = LoPE(noise_rate=0.9).stages(2)[0].transform
+    assert transform is not None
+    given = ("one two three four", "five six")
+    wanted = [list(transform(given, row, 0, 3)) for row in range(40)]
+    done = python("-c", CORRUPTING, PYTHONHASHSEED=salt)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last_json(done.stdout) == wanted
+    hit = [row != list(given) for row in wanted]
+    assert 20 < sum(hit) < 40  # the others are what they were
+
+
+def test_what_is_measured_is_never_corrupted(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither texts nor embeddings, in noisy stages too; until the router is asked at the end."""
+    test = tiny_run.task.encode(table(12, seed=1)["text"].tolist())
+    read: list[tuple[int, ...]] = []
+    shaken: list[bool] = []
+    over = False
+    compute, finalize = Engine.compute, LoPE.finalize_model
+
+    def spy(engine: Engine, encoded: Any, compute_rows: Any, *given: Any) -> Tensor:
+        def rows(inputs: dict[str, Tensor]) -> Tensor:
+            if not over:
+                mask = inputs["attention_mask"].bool()
+                read.extend(tuple(ids[real].tolist()) for ids, real in
+                            zip(inputs["input_ids"], mask, strict=True))  # fmt: skip
+                shaken.append(engine.net.training)
+            values: Tensor = compute_rows(inputs)
+            return values
+
+        return compute(engine, encoded, rows, *given)
+
+    def finalize_model(method: LoPE, run: Run) -> nn.Module:
+        nonlocal over
+        over = True
+        return finalize(method, run)
+
+    def measure(predict_on: Any, run: Run) -> dict[str, float]:
+        return {"sum": float(predict_on(test).sum() + run.predict().sum())}
+
+    monkeypatch.setattr(Engine, "compute", spy)
+    monkeypatch.setattr(LoPE, "finalize_model", finalize_model)
+    method = LoPE(**NOISY | {"noise_rate": 0.9}, noise_stages=(POISON, ADAPT))
+    tiny_run.fit(method, epochs=3, extra={"measure": measure}, **{"evaluate": "epoch"})
+
+    def given(encoded: Any) -> list[tuple[int, ...]]:
+        rows = [encoded.inputs(np.array([row])) for row in range(len(encoded))]
+        return [
+            tuple(row["input_ids"][0][row["attention_mask"][0].bool()].tolist()) for row in rows
+        ]
+
+    wanted = given(test) + given(tiny_run.encoded)
+    assert sorted(read) == sorted(wanted * 3) and not any(shaken)
+
+
 def test_the_noise_of_the_method_is_not_the_noise_of_the_data() -> None:
     """Equal draws would corrupt the same rows twice, and leave the others alone twice."""
     from noiseproof.noise import parse_noise
@@ -349,10 +420,12 @@ def test_only_the_labels_or_only_the_texts_can_be_corrupted(spy: Spy, tiny_run: 
     tiny_run.fit(LoPE(**NOISY, target_noise_rate=0.0), epochs=2)
     assert spy.labels[POISON, 0] == labels
     assert spy.texts[POISON, 0] != spy.texts[ADAPT, 0]
-    tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.4), epochs=2)
+    outcome = tiny_run.fit(LoPE(noise_ops=(), noise_rate=0.0, target_noise_rate=0.4), epochs=2)
     assert spy.texts[POISON, 0] == spy.texts[ADAPT, 0]
     wrong = sum(label != labels[row] for row, label in spy.labels[POISON, 0].items())
-    assert wrong == 10  # to the row, as in all label noise here
+    assert abs(wrong - 10) < 4 * 6**0.5
+    hit = outcome.run.columns["corrupted"].nonzero().flatten().tolist()
+    assert len(hit) == wrong  # whatever was drawn is another class
 
 
 @pytest.mark.parametrize("stages", [(), (ADAPT,), (POISON, ADAPT)])
@@ -373,8 +446,6 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
     mode: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In training only: what is predicted, measured and calibrated is not disturbed."""
-    from noiseproof.methods import lope
-
     calls: list[tuple[str, Tensor, Tensor]] = []
     original = lope.embedding_noise
 
@@ -389,22 +460,60 @@ def test_embeddings_shake_in_the_first_stage_and_never_after(
     for kind, mask, made in calls:
         assert kind == mode and bool(made[mask.bool()].any()) and not made[~mask.bool()].any()
     assert experts(outcome).noise is None
-    shares = [row.get("embedding_noise") for row in outcome.history]
-    assert shares[2:] == [None, None] and all(share and share > 0 for share in shares[:2])
+    share = outcome.run.findings["noise"]["embedding_noise"]
+    assert share == pytest.approx(float(outcome.run.columns["embedding_noise"].mean()))
+    assert bool((outcome.run.columns["embedding_noise"] > 0).all())  # of every row
     if mode == "relative":
-        assert shares[0] == pytest.approx(0.05 / 3**0.5, rel=0.05)
+        assert share == pytest.approx(0.05 / 3**0.5, rel=0.05)
+
+
+def test_an_encoder_and_its_decoder_are_both_shaken_and_not_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T5 from end to end: its two stacks read through modules of their own."""
+    made: list[tuple[Tensor, Tensor]] = []
+    original = lope.embedding_noise
+
+    def noise(embeddings: Tensor, mask: Tensor, draws: Any, kind: str, alpha: float) -> Tensor:
+        found = original(embeddings, mask, draws, kind, alpha)
+        made.append((mask, found))
+        return found
+
+    monkeypatch.setattr(lope, "embedding_noise", noise)
+    result = noiseproof.fit(
+        response_rows(),
+        task="causal-lm",
+        model=language_model("t5"),
+        method=LoPE(**NOISY, emb_noise_mode="absolute"),
+        train=train_settings(epochs=2),
+        max_new_tokens=3,
+    )
+    assert len(made) == 2 * 4  # two stacks in every step of the stage poison
+    for (asked, first), (said, second) in zip(made[::2], made[1::2], strict=True):
+        assert asked.shape != said.shape or not torch.equal(asked, said)
+        for mask, found in ((asked, first), (said, second)):
+            assert bool(found[mask].any()) and not found[~mask].any()
+        assert not torch.equal(first[:, 0], second[:, 0])
+    rows = result.record.findings["experts"]["layers"]
+    assert len(rows) == 12 and not any("theta_first" in row for row in rows)
+    assert result.predictor.predict(["the old boat"])
 
 
 def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shaken: list[Tensor] = []
-    original = LoPE._shake
+    original = LoPE._shaker
 
-    def shake(*given: Any) -> Tensor:
-        made = original(*given)
-        shaken.append(made.flatten(1).any(dim=1))
-        return made
+    def shaker(*given: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        shake = original(*given)
 
-    monkeypatch.setattr(LoPE, "_shake", shake)
+        def spy(*given: Tensor) -> Tensor:
+            made = shake(*given)
+            shaken.append(made.flatten(1).any(dim=1))
+            return made
+
+        return spy
+
+    monkeypatch.setattr(LoPE, "_shaker", shaker)
     tiny_run.fit(LoPE(**NOISY | {"poison_epochs": 4}, emb_noise_prob=0.5), epochs=5)
     rows = torch.cat(shaken)
     assert len(rows) == 100 and abs(int(rows.sum()) - 50) < 4 * 5
@@ -439,11 +548,118 @@ def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None
     for row, layer in zip(found["layers"], model.layers.values(), strict=True):
         assert row["theta"] == pytest.approx(layer.lora_theta.tolist(), rel=1e-5)
         assert row["drift_A"] > 0 and -1 <= row["cosine_A"] <= 1
+        assert len(row["theta_first"]) == len(row["load"]) == 3  # BERT answers from [CLS]
+    for name, value in found["mean"].items():
+        assert value == pytest.approx(np.mean([row[name] for row in found["layers"]]))
     assert found["even_share"] == 0.25 and found["rows"] == 25
     assert found["poison_weight"] == pytest.approx(
         np.mean([row["poison_weight"] for row in found["layers"]])
     )
     assert 0 <= found["noise_auroc"] <= 1 and 0 <= found["raised_share"] <= 1
+
+
+def test_a_router_that_looks_at_nothing_is_found_out(tiny_run: Tiny) -> None:
+    """All weights 1 / N: neither clean nor corrupted texts stand out, and the report says so."""
+    outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
+    model = experts(outcome)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.lora_gate.weight.zero_()
+    LoPE(**NOISY).finalize_model(outcome.run)
+    found = outcome.run.findings["experts"]
+    assert found["poison_weight"] == found["even_share"] == 0.25
+    assert (found["noise_auroc"], found["raised_share"]) == (0.5, 0)
+    assert found["mean"]["above_even_share"] == 0
+    assert found["mean"]["load_variation"] == pytest.approx(0, abs=1e-9)
+    assert found["mean"]["entropy"] == pytest.approx(np.log(4))
+    assert "masking is only rescaling" in verdict(found)
+
+
+def test_a_router_that_knows_noise_is_found_out_too(tiny_run: Tiny) -> None:
+    """It gives the poison what is not a word of the vocabulary, such as damaged words are."""
+    outcome = tiny_run.fit(LoPE(**NOISY), epochs=2)
+    model = experts(outcome)
+    table_of = model.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    tokens = tiny_run.task.tokenizer.convert_ids_to_tokens(range(len(table_of)))
+    known = {*FILLER, *(word for words in TOPICS.values() for word in words)}
+    damaged = torch.tensor([token not in known for token in tokens]).float()
+    direction = torch.linalg.lstsq(table_of - table_of.mean(dim=0), damaged - 0.5).solution
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.lora_gate.weight.zero_()
+        next(iter(model.layers.values())).lora_gate.weight[3] = 3 * direction
+    LoPE(**NOISY).finalize_model(outcome.run)
+    found = outcome.run.findings["experts"]
+    assert found["noise_auroc"] > 0.8 and found["raised_share"] > 0.7
+    assert found["weight_on_corrupted"] > 0
+    assert "Corrupted texts rely more on it" in verdict(found)
+
+
+def test_a_row_is_compared_with_its_own_corrupted_copy(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With noise that changes nothing, every pair must be equal to the last bit."""
+    monkeypatch.setattr(lope.TextNoise, "apply", lambda noise, texts, random: texts)
+    found = tiny_run.fit(LoPE(noise_rate=0.3), epochs=2).run.findings["experts"]
+    assert (found["weight_on_corrupted"], found["raised_share"]) == (0, 0)
+    assert found["rows"] == 25 and found["noise_auroc"] == 0.5
+
+
+def test_a_poisoning_expert_that_learned_nothing_is_warned_of(tiny_run: Tiny) -> None:
+    method = LoPE(**NOISY, train_poison=("A", "head"))
+    with pytest.warns(UserWarning, match="the poisoning expert learned nothing in the stage"):
+        outcome = tiny_run.fit(method, epochs=2)
+    assert all(row["theta"] == [0, 0, 0] for row in outcome.run.findings["experts"]["layers"])
+
+
+def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -> None:
+    """Before it is calibrated, compensate would be renorm."""
+    outcome = tiny_run.fit(LoPE(**NOISY, compensate_k=1), epochs=4)
+    model = experts(outcome).eval()
+    model.set_inference_mode("none")
+    rows = np.arange(25)
+    with model.watching(25) as watch, torch.no_grad():
+        watch.places = rows.tolist()
+        model(**tiny_run.encoded.inputs(rows))
+    found = outcome.run.findings["experts"]["layers"]
+    for row, wanted in zip(found, watch.table(), strict=True):
+        for name in ("ratio", "mask", "renorm", "compensate"):
+            assert row[f"update_{name}"] == pytest.approx(wanted[f"update_{name}"], rel=1e-5)
+        assert row["update_mask"] < row["update_renorm"] / 1.1
+    more = [row["update_compensate"] / row["update_renorm"] for row in found]
+    assert max(abs(one - 1) for one in more) > 1e-4  # far more than the tolerance above
+
+
+def test_the_losses_of_corrupted_rows_are_told_apart(
+    spy: Spy, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last epoch of the stage poison, as its steps saw them."""
+    seen: dict[tuple[str, int], dict[int, float]] = {}
+    original = lope.losses_of
+
+    def losses_of(model: nn.Module, batch: Batch) -> Tensor:
+        losses = original(model, batch)
+        rows = zip(batch.rows.tolist(), losses.tolist(), strict=True)
+        seen.setdefault((now.stage, now.epoch), {}).update(rows)
+        return losses
+
+    begin = LoPE.on_epoch_start
+
+    def on_epoch_start(method: LoPE, run: Run) -> Any:
+        nonlocal now
+        now = run
+        return begin(method, run)
+
+    now: Run
+    monkeypatch.setattr(lope, "losses_of", losses_of)
+    monkeypatch.setattr(LoPE, "on_epoch_start", on_epoch_start)
+    outcome = tiny_run.fit(LoPE(**TWO), epochs=4)
+    hit = set(outcome.run.columns["corrupted"].nonzero().flatten().tolist())
+    last, found = seen[POISON, 1], outcome.run.findings["noise"]
+    assert len(last) == 25 and 0 < len(hit) < 25 and found["corrupted_share"] == len(hit) / 25
+    for name, rows in (("corrupted", hit), ("others", set(last) - hit)):
+        wanted = np.mean([last[row] for row in rows])
+        assert found[f"loss_{name}"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_online_similarities_and_a_partial_compensation_run_to_the_end(tiny_run: Tiny) -> None:
@@ -462,7 +678,7 @@ def test_without_a_poisoning_expert_it_is_hydralora(tiny_run: Tiny) -> None:
     outcome = tiny_run.fit(method, epochs=2)
     model = experts(outcome)
     assert model.mode == "none" and not method.modes(model)
-    assert "experts" not in outcome.run.findings
+    assert not outcome.run.findings
     assert not any("lora_BD" in name for name in model.trained)
     assert [row["stage"] for row in outcome.history] == [ADAPT, ADAPT]
 
@@ -541,7 +757,7 @@ def test_the_record_holds_every_mode_and_what_the_router_does(run_of: Callable[.
     assert list(record["modes"]) == ["none", "mask", "renorm", "compensate"]
     deployed = record["modes"]["compensate"]
     assert deployed["test_accuracy"] == record["metrics"]["test_accuracy"]
-    assert set(record["findings"]) == {"experts"}
+    assert set(record["findings"]) == {"experts", "noise"}
 
 
 def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 
-from noiseproof import peers
 from noiseproof.checkpoint import Interrupted
 from noiseproof.errors import InputError
 from noiseproof.finetune import run_job
@@ -31,10 +30,11 @@ from noiseproof.peers import (
     TrainerLabelSmoothing,
     TrainerLoRA,
     Work,
-    _Rows,
+    contract,
     find_peer,
     run_peer,
 )
+from noiseproof.peers.trainer import _Rows
 from noiseproof.prediction import load
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord
@@ -188,6 +188,7 @@ def test_the_truth_is_measured_with_and_never_trained_with(job: MakeJob, tmp_pat
         lost = {*("memorization", "clean_fit", "recovery"), "detection_auroc", "detection_ap"}
         lost |= {"detection_precision", "detection_recall", "detection_auroc_by_class"}
         lost |= {"clean_prob_ece", "clean_prob_purity", "clean_prob_recall"}
+        lost |= {"train_loss_noisy", "train_loss_clean"}
         assert set(with_truth.metrics) - set(without.metrics) == lost and not without.curves
 
 
@@ -303,7 +304,7 @@ def separable(monkeypatch: pytest.MonkeyPatch) -> None:
         classes = np.arange(len(encoded)) % 3  # the classes of the table take turns
         return np.eye(3)[classes] * 3 + random.normal(size=(len(encoded), 3)) * 0.3
 
-    monkeypatch.setattr("noiseproof.peers.frozen_features", features)
+    monkeypatch.setattr("noiseproof.peers.contract.frozen_features", features)
 
 
 @pytest.mark.usefixtures("separable")
@@ -330,7 +331,7 @@ def test_the_issues_are_those_that_cleanlab_names(job: MakeJob, tmp_path: Path) 
 
     record = run_peer(job(train={"epochs": 1}), CleanlabProbe(), out=tmp_path / "run")
     prepared = Prepared(job())
-    features = peers.frozen_features(None, prepared.encoded, None)
+    features = contract.frozen_features(None, prepared.encoded, None)
     learner = CleanLearning(LogisticRegression(max_iter=1000), seed=0)
     learner.find_label_issues_kwargs = {"n_jobs": 1}
     issues = learner.find_label_issues(features, prepared.data.labels)
@@ -488,12 +489,12 @@ def test_the_best_epoch_by_validation_is_deployed(
     changes = {"epochs": 5, "learning_rate": 2e-3}
     last = run_peer(job(validation=0.2, train=changes), peer, out=tmp_path / "last")
     scores = [0.3, 0.5, 0.5, 0.4, 0.1]  # the second epoch is the best, the third as good
-    measured = peers.set_metrics
+    measured = contract.set_metrics
 
     def told(prepared: Any, logits: Any) -> dict[str, float]:
         return measured(prepared, logits) | {"validation_accuracy": scores.pop(0)}
 
-    monkeypatch.setattr(peers, "set_metrics", told)
+    monkeypatch.setattr(contract, "set_metrics", told)
     changes["select"] = "best"
     best = run_peer(job(validation=0.2, train=changes), peer, out=tmp_path / "best")
     history = [pd.read_csv(tmp_path / name / "history.csv") for name in ("last", "best")]

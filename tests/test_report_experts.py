@@ -13,10 +13,14 @@ from reports import write_run
 
 LOPE = {"name": "LoPE", "inference_mode": "compensate"}
 LAYER = {"layer": "layer.0.<query>", "poison_weight": 0.4, "poison_weight_std": 0.1,
-         "above_even_share": 0.75, "update_ratio": 0.05, "drift_A": 0.2,
+         "above_even_share": 0.75, "load_variation": 0.31, "update_ratio": 0.05,
+         "update_mask": 0.01, "update_compensate": 0.04, "drift_A": 0.2, "drift_poison": 0.15,
          "theta": [0.5, -0.25, 0.0]}  # fmt: skip
+MEAN = {name: value for name, value in LAYER.items() if isinstance(value, float)}
 EXPERTS = {"poison_weight": 0.4, "even_share": 0.25, "rows": 100, "noise_auroc": 0.5,
-           "layers": [LAYER]}  # fmt: skip
+           "layers": [LAYER], "mean": MEAN | {"update_compensate": 0.07}}  # fmt: skip
+NOISE = {"corrupted_share": 0.05, "loss_corrupted": 1.25, "loss_others": 0.5,
+         "embedding_noise": 0.029}  # fmt: skip
 
 
 def modes(**accuracies: float) -> dict[str, Any]:
@@ -89,9 +93,29 @@ def test_language_models_are_compared_by_choices_else_by_tokens(tmp_path: Path) 
 def test_the_router_is_shown_layer_by_layer_under_its_verdict(tmp_path: Path) -> None:
     part = section(written(tmp_path, findings={"experts": EXPERTS}), "Poisoning expert")
     assert "masking is only rescaling" in part and "40.0 % of the weight" in part
-    last = [line for line in part.splitlines() if line.startswith("|")][-1]
-    assert last.endswith("| 40.0 | 10.0 | 75.0 | 5.0 | 20.0 | 0.50, \N{MINUS SIGN}0.25, 0.00 |")
-    assert "<query>" not in last  # a text from outside is text
+    layer, mean = [line for line in part.splitlines() if line.startswith("|")][-2:]
+    assert layer.endswith("| 40.0 | 10.0 | 75.0 | 31.0 | 5.0 | 4.0 | 20.0 | 15.0 | 0.50, "
+                          "\N{MINUS SIGN}0.25, 0.00 |")  # fmt: skip
+    assert mean.startswith("| Mean | 40.0") and "| 5.0 | 7.0 | 20.0 | 15.0 |" in mean
+    assert "<query>" not in layer  # a text from outside is text
+
+
+def test_records_without_a_mean_or_the_later_numbers_are_shown_too(tmp_path: Path) -> None:
+    layer = {name: value for name, value in LAYER.items() if name != "update_compensate"}
+    part = section(written(tmp_path, findings={"experts": EXPERTS | {"layers": [layer],
+                                                                     "mean": None}}),
+                   "Poisoning expert")  # fmt: skip
+    (last,) = [line for line in part.splitlines() if line.startswith("| layer.0")]
+    assert "| 5.0 | \N{EN DASH} | 20.0 |" in last and "| Mean |" not in part
+
+
+def test_the_losses_of_rows_with_noise_are_told_where_they_are_known(tmp_path: Path) -> None:
+    metrics = {"test_accuracy": 0.9, "train_loss_noisy": 2.0, "train_loss_clean": 0.25}
+    found = {"experts": EXPERTS, "noise": NOISE}
+    part = section(written(tmp_path, findings=found, metrics=metrics), "Poisoning expert")
+    assert "hit 5.0 % of the rows; when they were last trained on so, their loss was 1.25" in part
+    assert "that of the others 0.50. Noise on embeddings had 2.9 % of their size." in part
+    assert "rows with noise in label or text have a mean loss of 2.00, the others 0.25." in part
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from forks import INTERRUPTED, Forks
 from noiseproof.checkpoint import load_checkpoint
 from noiseproof.method import Method
-from noiseproof.methods import ELR, CleaR, CrossEntropy
+from noiseproof.methods import ELR, CleaR, CrossEntropy, LoPE
 from noiseproof.mixture import LossMixture
 from tiny import table, train_settings
 
@@ -30,7 +30,17 @@ METHODS: dict[str, Method] = {
     "CleaR with scoring passes": CleaR(warmup_epochs=1, scoring_passes=2, mixture=SMALL),
     "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL),
     "ELR": ELR(tune="lora"),
+    "LoPE": LoPE(noise_rate=0.3, theta_examples=20),
 }
+
+
+def place(name: str, number: int) -> dict[str, Any]:
+    """Where an epoch is, counted over all stages of a method: its stage and number there."""
+    for stage in METHODS[name].stages(EPOCHS):
+        if number < stage.epochs:
+            return {"stage": stage.name, "epoch": number}
+        number -= stage.epochs
+    raise IndexError(number)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +102,13 @@ def assert_same_result(run: Path, reference: Path) -> None:
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     one, two = (json.loads((folder / "record.json").read_text()) for folder in (run, reference))
     assert one["status"] == two["status"] == "done"
-    assert one["metrics"] == two["metrics"] and one["per_class"] == two["per_class"]
+    for key in ("metrics", "per_class", "modes", "findings"):
+        assert one[key] == two[key], key
     assert not (run / "checkpoints").exists()
 
 
-def moments(random: random.Random) -> dict[str, dict[str, Any]]:
-    """Where to kill, in the order of a run; drawn anew for every method."""
+def moments(name: str, random: random.Random) -> dict[str, dict[str, Any]]:
+    """Where to kill a run of a method, in the order of a run."""
     last = random.choice(
         [
             {"event": "open", "path": "model/adapter_config.json"},
@@ -108,13 +119,13 @@ def moments(random: random.Random) -> dict[str, dict[str, Any]]:
     )
     return {
         "before the first record": {"event": "os.rename", "path": "record.json"},
-        "in the first epoch": {"epoch": 0, "step": random.randrange(1, STEPS + 1)},
+        "in the first epoch": place(name, 0) | {"step": random.randrange(1, STEPS + 1)},
         "before the first checkpoint is there": {
             "event": "os.rename",
             "path": "000001.safetensors",
         },
         "between two checkpoints": {"event": "os.remove", "path": "000001.safetensors"},
-        "in the last epoch": {"epoch": EPOCHS - 1, "step": random.randrange(1, STEPS + 1)},
+        "in the last epoch": place(name, EPOCHS - 1) | {"step": random.randrange(1, STEPS + 1)},
         "while the results are written": last,
         "before the run is called done": {"event": "os.rename", "path": "record.json", "count": 2},
     }
@@ -128,10 +139,9 @@ def test_a_run_that_is_killed_again_and_again_comes_to_the_same_result(
     a run that looks whole and is another one. SIGKILL leaves no time to tidy up.
     """
     case, folder = cases(name), tmp_path / "run"
-    places = moments(random.Random(name))
-    for moment, place in places.items():
-        status = forks.run(case.log, case.into(folder, resume=True), at=place)
-        assert status == -signal.SIGKILL, f"{moment} ({place}): ended with {status}\n{tail(case)}"
+    for moment, at in moments(name, random.Random(name)).items():
+        status = forks.run(case.log, case.into(folder, resume=True), at=at)
+        assert status == -signal.SIGKILL, f"{moment} ({at}): ended with {status}\n{tail(case)}"
     assert forks.run(case.log, case.into(folder, resume=True)) == 0, tail(case)
     assert_same_result(folder, case.reference)
 
@@ -174,14 +184,14 @@ def test_a_signal_in_an_epoch_leaves_a_checkpoint_inside_the_epoch(
     """
     case, folder = cases(name), tmp_path / "run"
     signum = signal.SIGTERM if step == 2 else signal.SIGINT
-    at = {"epoch": 1, "step": step}
+    at = place(name, 1) | {"step": step}
     status = forks.run(case.log, case.into(folder), at=at, signal=int(signum))
     assert status == INTERRUPTED, tail(case)
     record = json.loads((folder / "record.json").read_text())
     assert record["status"] == "interrupted" and signum.name in record["error"]
     loaded = load_checkpoint(folder / "checkpoints")
     assert loaded is not None
-    assert (loaded[1]["epoch"], loaded[1]["step"]) == (1, step)
+    assert (loaded[1]["epoch"], loaded[1]["step"]) == (at["epoch"], step)
     assert len(loaded[1]["history"]) == 1
     assert forks.run(case.log, case.into(folder, resume=True)) == 0, tail(case)
     assert_same_result(folder, case.reference)

@@ -30,7 +30,7 @@ from noiseproof.method import Method, Run, Stage
 from noiseproof.methods import GCE, TURN
 from noiseproof.methods.turn import LEAST_AGREEMENT, MOST_OVERLAP, class_name, probe_signals
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.models import plain_model, start_head
+from noiseproof.models import encode_batch, plain_model, start_head
 from noiseproof.tuning import usual_rate
 from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, weights
 
@@ -633,6 +633,55 @@ def test_heads_of_every_kind_are_probed_on_what_enters_them(name: str) -> None:
                if not torch.equal(value, before[key])}  # fmt: skip
     wanted = {"distilbert": {"pre_classifier", "classifier"}}.get(name, {"classifier"})
     assert changed == wanted
+
+
+@pytest.mark.parametrize("position", ["mean", "first"])
+def test_a_head_of_ones_own_reads_pooled_states(position: str, tiny_run: Tiny) -> None:
+    """Logits are linear in the pooled states; the probe is trained on them, encoded once."""
+    method = TURN(**QUICK | {"probe_features": position}, tune_epochs=0)
+    outcome = tiny_run.fit(method)
+    model = outcome.model.eval()
+    inputs = tiny_run.encoded.inputs(np.arange(5))
+    with torch.no_grad():
+        features = encode_batch(model, inputs, position)[:, :, 0]  # (5, D)
+        wanted = features @ model.classifier.weight.T + model.classifier.bias
+        torch.testing.assert_close(model(**inputs).logits, wanted)
+    assert not bool(model.classifier.weight.eq(0).all())
+    encoder = {name: value for name, value in weights(tiny_run.model).items() if "bert." in name}
+    assert encoder and all(
+        torch.equal(weights(model)[name], value) for name, value in encoder.items()
+    )
+
+
+@pytest.mark.parametrize("position", ["mean", "first"])
+def test_a_head_of_ones_own_comes_back_with_its_encoder(
+    position: str, tiny_model: Path, tiny_table: pd.DataFrame, tmp_path: Path
+) -> None:
+    """transformers has no class for it; noiseproof puts both together, tuned encoder included."""
+    result = noiseproof.fit(
+        tiny_table,
+        model=str(tiny_model),
+        method=TURN(**QUICK | {"probe_features": position}),
+        train=train_settings(epochs=1),
+        out=tmp_path / "run",
+    )
+    texts = tiny_table["text"].tolist()[:6]
+    before = noiseproof.load(tmp_path / "run").predict_proba(texts)
+    np.testing.assert_allclose(before, result.predictor.predict_proba(texts), rtol=1e-5, atol=1e-6)
+    assert result.record.spec["method"]["probe_features"] == position
+    assert "probe_features" not in TURN().to_dict()  # so that older runs keep their identifiers
+
+
+def test_a_head_of_ones_own_needs_tokens_and_no_adapters() -> None:
+    with pytest.raises(InputError, match="probe_features=mean goes with tune=full or head"):
+        TURN(probe_features="mean", tune="lora")
+    with pytest.raises(InputError, match="probe_features=mean needs an encoder"):
+        noiseproof.fit(
+            {"x": np.eye(6), "label": [0, 1] * 3},
+            task="features",
+            features="x",
+            method=TURN(probe_features="mean"),
+        )
 
 
 def test_a_head_can_start_random_or_be_left_as_it_is(tiny_run: Tiny) -> None:

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import noiseproof
+from noiseproof import engine
 from noiseproof.method import Method
-from noiseproof.methods import ELR, METHODS, TURN, CleaR, NMTune, SmallLoss
+from noiseproof.methods import ELR, METHODS, TURN, CleaR, LoPE, NMTune, SmallLoss
 from noiseproof.mixture import LossMixture
 from tiny import python, table, train_settings
+from two_processes import PREDICT_ROWS
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
 
@@ -40,9 +42,10 @@ CASES: dict[str, Method] = {
     "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL, dropout=0.0),
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
+    "LoPE": LoPE(noise_rate=0.3, theta_examples=20, lora_dropout=0.0, dropout=0.0),
     "NMTune": NMTune(feature_scale="rms", mlp_norm="none", lambda_cov=0.0, lambda_svd=0.0),
 }
-INTERRUPTED = {"ELR", "CleaR with reused logits", "NMTune"}
+INTERRUPTED = {"ELR", "CleaR with reused logits", "LoPE", "NMTune"}
 """Run a second time, with a signal to one process in the second epoch: written columns, or
 sums over the rows of the epoch, differ between the processes at that moment."""
 
@@ -96,11 +99,13 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    for name in CASES:
-        alone = fit(name, runs.one)
-        method = METHODS[alone["method"]["name"]].from_dict(alone.pop("method"))
-        train = noiseproof.TrainSettings(**alone.pop("train"))
-        noiseproof.fit(method=method, train=train, **alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "PREDICT_ROWS", PREDICT_ROWS)
+        for name in CASES:
+            alone = fit(name, runs.one)
+            method = METHODS[alone["method"]["name"]].from_dict(alone.pop("method"))
+            train = noiseproof.TrainSettings(**alone.pop("train"))
+            noiseproof.fit(method=method, train=train, **alone)
     return runs
 
 
@@ -119,6 +124,22 @@ def saved_weights(run: Path) -> dict[str, Tensor]:
 def record(run: Path) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((run / "record.json").read_text(encoding="utf-8"))
     return read
+
+
+def assert_close(found: Any, wanted: Any) -> None:
+    """Equal JSON values, but for the last digits of numbers."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_close(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, two in zip(found, wanted, strict=True):
+            assert_close(one, two)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    else:
+        assert found == wanted
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,6 +178,8 @@ def test_two_processes_measure_what_one_measures(name: str, runs: Runs) -> None:
     for key, value in one["metrics"].items():
         assert two["metrics"][key] == pytest.approx(value, abs=1e-4), key
     assert (one["model"]["processes"], two["model"]["processes"]) == (1, 2)
+    for key in ("modes", "findings"):
+        assert_close(two[key], one[key])
     history, again = (pd.read_csv(x / name / "history.csv") for x in (runs.one, runs.two))
     pd.testing.assert_frame_equal(history, again, check_exact=False, rtol=1e-3, atol=1e-4)
 

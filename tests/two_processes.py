@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 import noiseproof
+from noiseproof import engine
 from noiseproof.methods import METHODS
+
+PREDICT_ROWS = 4  # several prediction batches, so that each process lacks what others predict
 
 
 def run(fit: dict[str, Any]) -> None:
@@ -51,5 +54,6 @@ def run(fit: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    engine.PREDICT_ROWS = PREDICT_ROWS
     for asked in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(asked)

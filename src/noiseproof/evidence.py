@@ -31,7 +31,10 @@ def held_out_probabilities(
     [1.0, 0.0]
     """
     if len(labels) < 2 * folds:
-        raise InputError(f"{folds} folds need at least {2 * folds} rows, got {len(labels)}")
+        raise InputError(
+            f"too few rows to hold some out: expected at least {2 * folds}, got {len(labels)}; an "
+            "audit of so few is done faster by eye"
+        )
     scores = held_out_scores(features, labels, num_classes, folds)
     losses = [torch.nn.functional.cross_entropy(scores / t, labels) for t in TEMPERATURES]
     best = TEMPERATURES[int(torch.stack(losses).argmin())]

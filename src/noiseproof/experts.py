@@ -11,7 +11,8 @@ numbered normal first. At inference the poisoning experts can be left out in sev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,24 +224,79 @@ def rms_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
 # --- layers --------------------------------------------------------------------------------------
 
 
+class Reading:
+    """Which tokens are real in one call of a model, while its parts run one after the other.
+
+    Attributes:
+        mask: Real tokens (B, T) of the stack that runs; None where nobody said.
+        decoder_mask: Those of a decoder, which runs behind an encoder.
+        source: What the encoder gave the decoder (B, S, d).
+        source_mask: Its real tokens (B, S).
+    """
+
+    def __init__(self, mask: Tensor | None, decoder_mask: Tensor | None = None) -> None:
+        self.mask, self.decoder_mask = mask, decoder_mask
+        self.source: Tensor | None = None
+        self.source_mask: Tensor | None = None
+
+    def enter_decoder(self, source: Tensor | None) -> None:
+        """The decoder runs from here on."""
+        self.source, self.source_mask, self.mask = source, self.mask, self.decoder_mask
+
+    def real(self, read: Tensor) -> Tensor | None:
+        """The mask of what a module reads, (B, T, d) -> (B, T); None where none fits.
+
+        Decoders have modules that read the encoder's output: these are told by the tensor itself,
+        as both may have equally many tokens. Rows may come in one piece: (B T, d) -> (B T,).
+        """
+        own = (self.source_mask,) if read is self.source else (self.mask, self.source_mask)
+        shape = read.shape[:-1]
+        for mask in own:
+            if mask is not None and (mask.shape == shape or shape == (mask.numel(),)):
+                return mask.reshape(shape)
+        return None
+
+
 class Switch:
     """What all layers of a model share; plain, no parameter and no buffer.
 
     Attributes:
         mode: How poisoning experts count in eval mode.
         training_mode: How they count in training.
-        mask: Real tokens (B, T) of the call; None is all.
+        reading: Which tokens are real in the call that runs; None outside of calls.
         watch: Gets what each layer sees, in a call for the sake of that.
         loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
             nothing.
+        warned: Whether it was said that masks are missing.
     """
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.training_mode = "none"
-        self.mask: Tensor | None = None
+        self.reading: Reading | None = None
         self.watch: Watch | None = None
         self.loads: list[Tensor] | None = None
+        self.warned = False
+
+    def real(self, read: Tensor) -> Tensor:
+        """Real tokens of what a module reads, bool.  (B, T, d) -> (B, T).
+
+        All of them, with a warning, where no mask is known.
+        """
+        mask = None if self.reading is None else self.reading.real(read)
+        if mask is not None:
+            return mask.bool()
+        if not self.warned:
+            self.warned = True
+            shape = tuple(read.shape[:-1])
+            warnings.warn(
+                f"no attention mask is known for a batch of {shape} tokens: noise on embeddings "
+                "falls on padding too, and experts are measured on it; give the model "
+                "attention_mask, and decoder_attention_mask if it has an encoder and a decoder",
+                UserWarning,
+                stacklevel=2,
+            )
+        return torch.ones(read.shape[:-1], dtype=torch.bool, device=read.device)
 
 
 class DroppedProduct(torch.autograd.Function):
@@ -337,9 +393,9 @@ class ExpertLinear(nn.Module):
         theta = self._theta(hidden, mode)
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
         if self.switch.watch is not None:
-            self.switch.watch.note(self, output, hidden, logits)
+            self.switch.watch.note(self, input, output, hidden, logits)
         if self.switch.loads is not None:
-            self.switch.loads.append(self._load(logits))
+            self.switch.loads.append(self._load(logits[self.switch.real(input)]))
         used = self.settings.count if mode == "none" else self.settings.normal
         if rate and self.settings.dropout_mode == "per_expert":
             more = [self._down(given, rate) for _ in range(used - 1)]
@@ -370,7 +426,8 @@ class ExpertLinear(nn.Module):
             poison = [up.double() for up in self.up()[self.settings.normal :]]
             pairs = {"A": (old, new)}
             if poison:
-                pairs["poison"] = (poison[0] @ old, poison[0] @ new)
+                both = torch.cat(poison)  # (PE d_out, r)
+                pairs["poison"] = (both @ old, both @ new)
             found = {}
             for name, (one, other) in pairs.items():
                 norms = (one.norm() * other.norm()).clamp_min(1e-30)
@@ -387,12 +444,8 @@ class ExpertLinear(nn.Module):
         return found
 
     def _load(self, logits: Tensor) -> Tensor:
-        """Mean share of each normal expert among them, over real tokens.  -> (NE,)."""
-        load = torch.softmax(logits[..., : self.settings.normal], dim=-1)
-        mask = self.switch.mask
-        if mask is None or mask.shape != load.shape[:-1]:
-            return load.flatten(0, -2).mean(dim=0)
-        return load[mask.bool()].mean(dim=0)
+        """Mean share of each normal expert among them.  (M, N) -> (NE,)."""
+        return torch.softmax(logits[:, : self.settings.normal], dim=-1).mean(dim=0)
 
     def _logits(self, read: Tensor) -> Tensor:
         """What the router says, always in fp32."""
@@ -409,81 +462,107 @@ class ExpertLinear(nn.Module):
             return similarities(hidden, gram, self.settings.normal)
 
 
+SUMS = ("tokens", "poison", "poison_square", "above", "entropy", *MODES)
+"""What `seen_by` says of a token, before load and similarity of every normal expert."""
+
+
+def seen_by(layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+    """What a layer does with each token, as numbers.  -> (.., K) fp32.
+
+    `SUMS` in order: 1; weight of the poisoning experts, its square, and whether it exceeds their
+    even share; entropy of all weights; norm of what the experts add in each mode, by that of the
+    frozen module (compensate needs a calibrated layer). Then the share of each normal expert among
+    them (NE,), and its similarity to the poison (NE,).
+
+    Args:
+        layer: With its router and experts.
+        output: Of the frozen module (.., d_out).
+        hidden: A x (.., r).
+        logits: Of the router (.., N).
+    """
+    settings, hidden = layer.settings, hidden.float()
+    normal, gram = settings.normal, layer.gram()
+    weights = torch.softmax(logits.float(), dim=-1)
+    poison = weights[..., normal:].sum(dim=-1)
+    above = (poison > settings.poison / settings.count).float()
+    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)
+    load = torch.softmax(logits[..., :normal].float(), dim=-1)
+    theta = similarities(hidden, gram, normal) if settings.poison else torch.zeros_like(load)
+    scale = settings.alpha / settings.rank / output.float().norm(dim=-1).clamp_min(SHORTEST)
+    similar = theta if settings.online else layer.lora_theta
+    by_mode = [expert_weights(logits, settings, mode, similar) for mode in MODES]
+    updates = [scale * update_norm(mixed, hidden, gram) for mixed in by_mode]
+    single = [torch.ones_like(poison), poison, poison.square(), above, entropy, *updates]
+    return torch.cat([torch.stack(single, dim=-1), load, theta], dim=-1)
+
+
+def update_norm(weights: Tensor, hidden: Tensor, gram: Tensor) -> Tensor:
+    """Norm of sum_i w_i B_i h, from the Gram matrices.  -> (..).
+
+    Args:
+        weights: w (.., N).
+        hidden: h (.., r).
+        gram: G_ij = B_i' B_j (N, N, r, r).
+    """
+    mixed = (weights.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)  # (.., N r)
+    whole = gram.permute(0, 2, 1, 3).reshape(mixed.shape[-1], -1)  # (N r, N r)
+    return ((mixed @ whole) * mixed).sum(dim=-1).clamp_min(0).sqrt()
+
+
 class Watch:
-    """What layers see in some calls, summed over the real tokens.
+    """What layers see of some rows: sums over the real tokens of every row and layer.
 
     Attributes:
-        rows: Row numbers of the call, set by the caller.
-        poison: Row number -> layer -> mean weight of the poisoning experts over tokens.
-        calls: Rows of a call -> name of a layer -> sums. Processes may share a call.
+        places: Where the rows of the call at hand stand among all, 0 to R - 1; set by the caller.
+        sums: (R, layers, K), -inf where nothing was seen: `SUMS`, load (NE,), similarity (NE,), and
+            similarity of the row's first token (NE,).
     """
 
-    def __init__(self, names: dict[int, str]) -> None:
-        self._names = names  # id of a layer -> its name
-        self.rows: list[int] = []
-        self.poison: dict[int, dict[str, float]] = {}
-        self.calls: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    def __init__(self, layers: Mapping[str, ExpertLinear], rows: int) -> None:
+        self._numbers = {id(layer): number for number, layer in enumerate(layers.values())}
+        self._names = list(layers)
+        self._settings = next(iter(layers.values())).settings
+        self._device = torch.device("cpu")
+        self.places: list[int] = []
+        width = len(SUMS) + 3 * self._settings.normal
+        self.sums = torch.full((rows, len(layers), width), -torch.inf, dtype=torch.float64)
 
-    def note(self, layer: ExpertLinear, output: Tensor, hidden: Tensor, logits: Tensor) -> None:
-        """Add one call of one layer."""
-        normal, count = layer.settings.normal, layer.settings.count
-        name = self._names[id(layer)]
+    def note(
+        self, layer: ExpertLinear, read: Tensor, output: Tensor, hidden: Tensor, logits: Tensor
+    ) -> None:
+        """Add one call of one layer: what it read (B, T, d_in); for the rest see `seen_by`.
+
+        Tokens that belong to no row, such as those that a mixture of experts of the model's own
+        sends to one of them, are shared out evenly.
+        """
+        real, rows = layer.switch.real(read), len(self.places)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            weights = torch.softmax(logits.double(), dim=-1)
-            poison = weights[..., normal:].sum(dim=-1)  # (B, T)
-            mask = layer.switch.mask
-            real = torch.ones_like(poison, dtype=torch.bool)
-            if mask is not None and mask.shape == poison.shape:
-                real = mask.bool()
-            if poison.ndim == 2 and len(self.rows) == len(poison):
-                means = (poison * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
-                for row, value in zip(self.rows, means.tolist(), strict=True):
-                    self.poison.setdefault(row, {})[name] = value
-            chosen = poison[real]
-            entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=-1)[real]
-            load = weights[..., :normal] / (1 - poison).clamp_min(1e-12).unsqueeze(-1)
-            theta = similarities(hidden, layer.gram(), normal) if layer.settings.poison else None
-            update = torch.stack([F.linear(hidden.float(), up.float()) for up in layer.up()], -2)
-            scale = layer.settings.alpha / layer.settings.rank
-            mixed = scale * (weights.float().unsqueeze(-1) * update).sum(dim=-2)
-            ratio = mixed.norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-12)
-            sums = {
-                "tokens": float(real.sum()),
-                "w": float(chosen.sum()),
-                "w2": float(chosen.square().sum()),
-                "above": float((chosen > layer.settings.poison / count).sum()),
-                "entropy": float(entropy.sum()),
-                "update": float(ratio[real].double().sum()),
-                "load": load[real].sum(dim=0),
-                "theta": 0.0 if theta is None else theta[real].double().sum(dim=0),
-            }
-        self.calls.setdefault(tuple(self.rows), {})[name] = sums
+            values = seen_by(layer, output, hidden, logits)
+            values = torch.where(real.unsqueeze(-1), values, 0.0).flatten(0, -2)  # (M, K)
+            if len(values) % rows:
+                values = values.sum(dim=0).expand(rows, -1) / rows
+            values = values.reshape(rows, -1, values.shape[-1])  # (B, T, K)
+            first = (values[..., 0] > 0).int().argmax(dim=1)  # padding may come before it
+            theta = values[..., -self._settings.normal :]
+            theta = theta.take_along_dim(first[:, None, None], dim=1)[:, 0]
+            sums = torch.cat([values.sum(dim=1), theta], dim=1).cpu().double()
+        self._device = hidden.device
+        self.sums[self.places, self._numbers[id(layer)]] = sums
 
     def gather(self) -> None:
-        """Take in what the other processes saw."""
+        """Take in what the other processes saw; rows that several saw are the same in all."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
-        seen: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(seen, (self.poison, self.calls))
-        self.poison, self.calls = {}, {}
-        for poison, calls in seen:
-            self.poison |= poison
-            self.calls |= calls
+        shared = self.sums.to(self._device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        self.sums = shared.cpu()
 
-    @property
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """Sums over all calls, by layer."""
-        found: dict[str, dict[str, Any]] = {}
-        for _, layers in sorted(self.calls.items(), key=lambda item: item[0]):
-            for name, sums in layers.items():
-                total = found.setdefault(name, {})
-                for key, value in sums.items():
-                    total[key] = total.get(key, 0.0) + value
-        return found
-
-    def row_scores(self) -> dict[int, float]:
-        """Mean weight of the poisoning experts by row, over tokens and layers."""
-        return {row: float(np.mean(list(own.values()))) for row, own in self.poison.items()}
+    def row_scores(self) -> np.ndarray:
+        """Mean weight of the poisoning experts over tokens and layers, of every row (R,)."""
+        sums = self.sums.clamp_min(0)
+        tokens, poison = (sums[..., SUMS.index(name)] for name in ("tokens", "poison"))
+        scores: np.ndarray = (poison / tokens.clamp_min(1)).mean(dim=1).numpy()
+        return scores
 
     def theta(self, name: str) -> Tensor:
         """Mean similarities (NE,) of a layer.
@@ -491,32 +570,47 @@ class Watch:
         Raises:
             InputError: No real token was seen.
         """
-        found = self.layers.get(name)
-        if not found or not found["tokens"]:
+        mean = self._means()[self._names.index(name)]
+        if not mean[SUMS.index("tokens")] > 0:
             raise InputError("no real token was seen to calibrate the experts with")
-        mean: Tensor = found["theta"] / found["tokens"]
-        return mean
+        return mean[len(SUMS) :].view(3, -1)[1]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per layer: mean, deviation and spread of the weights, JSON values."""
+        """One row per layer, JSON values: the means of `SUMS`, spread, load and similarities.
+
+        ``update_ratio`` is that of the mode none, ``update_mask`` and so on are of the others;
+        ``theta_first`` is the similarity at the first token of a row, [CLS] in most encoders.
+        """
         rows = []
-        for name, sums in self.layers.items():
-            tokens = max(1.0, sums["tokens"])
-            mean = sums["w"] / tokens
-            load = sums["load"] / tokens
-            row = {
-                "layer": name,
-                "poison_weight": mean,
-                "poison_weight_std": max(0.0, sums["w2"] / tokens - mean**2) ** 0.5,
-                "above_even_share": sums["above"] / tokens,
-                "entropy": sums["entropy"] / tokens,
-                "load_variation": float(load.std(correction=0) / load.mean()),
-                "update_ratio": sums["update"] / tokens,
-            }
-            if isinstance(sums["theta"], Tensor):
-                row["theta"] = (sums["theta"] / tokens).tolist()
-            rows.append(row)
+        for name, mean in zip(self._names, self._means(), strict=True):
+            found = dict(zip(SUMS, mean.tolist(), strict=False))
+            load, theta, first = mean[len(SUMS) :].view(3, -1)
+            weight = found["poison"]
+            rows.append(
+                {
+                    "layer": name,
+                    "poison_weight": weight,
+                    "poison_weight_std": max(0.0, found["poison_square"] - weight**2) ** 0.5,
+                    "above_even_share": found["above"],
+                    "entropy": found["entropy"],
+                    "load": load.tolist(),
+                    "load_variation": float(load.std(correction=0) / load.mean()),
+                    "update_ratio": found["none"],
+                    **{f"update_{mode}": found[mode] for mode in MODES if mode != "none"},
+                    "theta": theta.tolist(),
+                    "theta_first": first.tolist(),
+                }
+            )
         return rows
+
+    def _means(self) -> Tensor:
+        """Means over all real tokens, by layer (layers, K); the number of tokens as it is."""
+        sums = torch.where(self.sums.isneginf(), 0.0, self.sums)  # (R, layers, K)
+        count = sums.shape[-1] - self._settings.normal
+        tokens = sums[..., 0].sum(dim=0)[:, None]
+        means = sums[..., 1:count].sum(dim=0) / tokens.clamp_min(1)
+        rows = (sums[..., 0] > 0).sum(dim=0)[:, None]
+        return torch.cat([tokens, means, sums[..., count:].sum(dim=0) / rows.clamp_min(1)], dim=1)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -564,8 +658,11 @@ class ExpertModel(nn.Module):
         self.save_poison, self.has_poison = True, settings.poison > 0
         self.seal: dict[str, str] = {}
         self.noise: Callable[[Tensor, Tensor], Tensor] | None = None
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.register_forward_hook(self._embedded)
+        for embeddings in token_embeddings(model):
+            embeddings.register_forward_hook(self._embedded)
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         trained = set(self.trained)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -577,11 +674,12 @@ class ExpertModel(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """Output of the model."""
-        self.switch.mask = inputs.get("attention_mask")
+        masks = (inputs.get("attention_mask"), inputs.get("decoder_attention_mask"))
+        self.switch.reading = Reading(*masks)
         try:
             return self.model(**inputs)
         finally:
-            self.switch.mask = None
+            self.switch.reading = None
 
     def generate(self, *args: Any, **settings: Any) -> Any:
         """Generate as the model does."""
@@ -629,9 +727,9 @@ class ExpertModel(nn.Module):
         self.switch.mode = mode
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
-        """Note what the layers see for a while."""
-        watch = Watch({id(layer): name for name, layer in self.layers.items()})
+    def watching(self, rows: int) -> Iterator[Watch]:
+        """Note what the layers see of so many rows, for a while."""
+        watch = Watch(self.layers, rows)
         self.switch.watch = watch
         try:
             yield watch
@@ -667,10 +765,11 @@ class ExpertModel(nn.Module):
     def _embedded(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         if self.noise is None or not self.training:
             return None
-        mask = self.switch.mask
-        if mask is None or mask.shape != output.shape[:2]:
-            mask = torch.ones(output.shape[:2], dtype=torch.long, device=output.device)
-        return output + self.noise(output, mask)
+        return output + self.noise(output, self.switch.real(output))
+
+    def _enter_decoder(self, _module: nn.Module, _args: Any, given: dict[str, Any]) -> None:
+        if self.switch.reading is not None:
+            self.switch.reading.enter_decoder(given.get("encoder_hidden_states"))
 
 
 def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
@@ -693,6 +792,14 @@ def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
     fill_adapter(adapted, folder, adapted._saved_names(), "model")
     adapted.set_inference_mode(mode)
     return adapted.eval()
+
+
+def token_embeddings(model: Any) -> list[nn.Module]:
+    """The modules that turn tokens into vectors; encoder and decoder may each have their own."""
+    parts = [model]
+    if model.config.is_encoder_decoder:
+        parts += [model.get_encoder(), model.get_decoder()]
+    return list(dict.fromkeys(part.get_input_embeddings() for part in parts))
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ class Prepared:
             )
         self.parameters = count_parameters(self.model.parameters())
         self.corruption: Corruption | None = None
+        self._changed: np.ndarray | None = None  # rows whose texts noise changed (N,) bool
         data = self._ready("training", data)
         self.sets = {name: self._ready(name, rows) for name, rows in self.sets.items()}
         self.task.learn(self.model, data.inputs)
@@ -89,7 +90,7 @@ class Prepared:
             rest, split = stratified_split(
                 data.labels, job.validation_share, derive_seed(train.seed, "validation")
             )
-            self.sets["validation"], data = data.select(split), data.select(rest)
+            self.sets["validation"], data = data.select(split), self._select(data, rest)
         elif job.validation is not None:
             self.sets["validation"] = self._read_other(
                 job.validation, "validation", data.label_names
@@ -108,6 +109,15 @@ class Prepared:
         """Which training rows are labelled wrongly (N,) bool; None where the truth is unknown."""
         clean = self.data.clean_labels
         return None if clean is None else self.data.labels != clean
+
+    @property
+    def noisy(self) -> np.ndarray | None:
+        """Which training rows have a wrong label or a text that noise changed; None as above."""
+        wrong = self.wrong
+        if wrong is None or self._changed is None:
+            return self._changed if wrong is None else wrong
+        noisy: np.ndarray = wrong | self._changed
+        return noisy
 
     @property
     def num_classes(self) -> int:
@@ -216,7 +226,13 @@ class Prepared:
         if not len(right):
             raise InputError("only_clean_rows leaves no row: every label is wrong; use less noise")
         self.passes = len(data) / len(right)
-        return data.select(right)
+        return self._select(data, right)
+
+    def _select(self, data: Examples, rows: np.ndarray) -> Examples:
+        """Training rows at these positions, with what is known of them."""
+        if self._changed is not None:
+            self._changed = self._changed[rows]
+        return data.select(rows)
 
     def _corrupt(self, data: Examples) -> Examples:
         noise = parse_noise(self.job.noise)
@@ -245,6 +261,7 @@ class Prepared:
         known = data.clean_labels is not None
         data = data.with_labels(corruption.labels, old_are_clean=not known)
         if noise.needs_texts:
+            self._changed = corruption.extras.get("text_changed")
             inputs = data.inputs.with_texts(corruption.extras["texts"])
             data = dataclasses.replace(data, inputs=inputs)
             if inputs.right is not None:  # texts that are labels got wrong

@@ -109,7 +109,7 @@ def epoch_metrics(record: RunRecord, prepared: Prepared, row: Mapping[str, Any])
 
 
 def detection_metrics(record: RunRecord, prepared: Prepared, samples: Any) -> None:
-    """Put into the record how well the wrong rows were found.
+    """Put into the record how well the wrong rows were found, and losses with and without noise.
 
     Args:
         record: Gets metrics and curves.
@@ -118,6 +118,10 @@ def detection_metrics(record: RunRecord, prepared: Prepared, samples: Any) -> No
     """
     loss, suspicious = samples["loss"].to_numpy(), samples["suspicious"].to_numpy()
     record.metrics["suspicious"] = int(suspicious.sum())
+    noisy = prepared.noisy
+    if noisy is not None:
+        for name, rows in (("noisy", noisy), ("clean", ~noisy)):
+            record.metrics[f"train_loss_{name}"] = float(loss[rows].mean()) if rows.any() else None
     if prepared.wrong is None:
         return
     quality = metrics.detection(loss, prepared.wrong, flagged=suspicious)

@@ -25,11 +25,11 @@ paper 2e-4 for 7 billion parameters). Presets: default, paper, sft, the layer al
 controls (hydralora-noise, hydralora-neftune, no-noise).
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
-Cost: with epoch_budget=total that of LoRA with as many epochs, and one more pass over at most
-theta_examples rows; with per_stage twice that. Weights depend on the token, so nothing is merged;
-beside LoRA of peft with as many active parameters (docs/results/lope-cost.json) a step took 1.0
-times as long in an encoder, 1.1 times in its layers alone, and kept .90 of the memory; generation
-had .90 of the speed, .83 of that of merged LoRA.
+Cost: with epoch_budget=total that of LoRA with as many epochs, one more pass over at most
+theta_examples rows and two over at most 200; with per_stage twice that. Weights depend on the
+token, so nothing is merged; beside LoRA of peft with as many active parameters
+(docs/results/lope-cost.json) a step took 1.0 times as long in an encoder, 1.1 times in its layers
+alone, and kept .90 of the memory; generation had .90 of the speed, .83 of that of merged LoRA.
 Model: model/ holds experts, routers and head; noiseproof.load puts them into the encoder.
 """
 
@@ -58,7 +58,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
-from noiseproof.models import set_dropout
+from noiseproof.models import feature_position, set_dropout, trial_inputs
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 from noiseproof.tuning import usual_rate
@@ -164,6 +164,7 @@ class LoPE(Method):
 
     tasks: ClassVar[tuple[str, ...]] = ("text", "causal-lm")
     merges: ClassVar[bool] = False
+    writes: ClassVar[tuple[str, ...]] = ("noisy_loss", "embedding_noise")
 
     def __post_init__(self) -> None:
         """Every setting is in range, and they fit each other."""
@@ -361,6 +362,14 @@ class LoPE(Method):
         model = experts_of(run)
         if run.epoch == 0 and run.stage == ADAPT and self.num_poison_experts:
             model.keep_down()
+            poisons = (
+                up for layer in model.layers.values() for up in layer.up()[self.num_experts :]
+            )
+            if not any(bool(up.any()) for up in poisons):
+                run.warn(
+                    "the poisoning expert learned nothing in the stage poison, so masking it "
+                    "changes nothing; put BD into train_poison, or raise the learning rate"
+                )
             if self._restores_head:
                 model.restore_head()
         noisy = run.stage in self.noise_stages
@@ -373,22 +382,27 @@ class LoPE(Method):
         if not self.responses and rate > 0:
             epoch = run.epoch if self.noise_resample == "epoch" else 0
             seed = int(row_random("lope-labels", self._seed(run.seed), 0, epoch).integers(2**32))
-            found = Symmetric(rate).apply(run.labels.numpy(), run.num_classes, seed)
-            labels, flipped = torch.from_numpy(found.labels), torch.from_numpy(found.mask)
+            drawn = Symmetric(rate).apply(run.labels.numpy(), run.num_classes, seed)
+            labels, flipped = torch.from_numpy(drawn.labels), torch.from_numpy(drawn.mask)
         changed = flipped if run.changed is None else run.changed | flipped
         run.log(corrupted_share=float(changed.double().mean()))
-        return {"noisy_label": labels, "corrupted": changed}
+        blank = torch.zeros(len(labels))
+        found = {"noisy_label": labels, "corrupted": changed, "noisy_loss": blank}
+        return found | ({"embedding_noise": blank.clone()} if self._shakes else {})
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Cross-entropy, on the labels and with the embedding noise of a noisy stage."""
         experts = experts_of(run)
         noisy = run.stage in self.noise_stages
-        experts.noise = partial(self._shake, run, batch.rows) if noisy and self._shakes else None
+        experts.noise = self._shaker(run, batch) if noisy and self._shakes else None
         if noisy and "noisy_label" in batch.columns:
             batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
         experts.switch.loads = [] if self.balance_weight else None
-        loss = losses_of(model, batch).mean()
+        losses = losses_of(model, batch)
         experts.noise = None
+        if noisy:
+            run.write("noisy_loss", batch, losses)
+        loss = losses.mean()
         if self.balance_weight:
             loads = torch.stack(experts.switch.loads or [])  # (layers, NE)
             spread = loads.var(dim=1, correction=0) / loads.mean(dim=1).square()
@@ -400,6 +414,8 @@ class LoPE(Method):
         """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
         model = experts_of(run)
         check_seal(model)
+        if "noisy_loss" in run.columns:
+            run.findings["noise"] = noise_seen(run.columns)
         if not self.num_poison_experts:  # it answers as it did in training
             return model
         model.switch.mode = "none"
@@ -474,22 +490,29 @@ class LoPE(Method):
 
         return transform
 
-    def _shake(self, run: Run, rows: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Noise for the embeddings of one batch; what a row gets depends on it and the epoch."""
+    def _shaker(self, run: Run, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+        """What gives noise for the embeddings of one batch, by row and epoch.
+
+        Encoder and decoder ask one after the other, and a row's draws go on.
+        """
         draws = [
             row_random("lope-embeddings", self._seed(run.seed), row, run.epoch)
-            for row in rows.tolist()
+            for row in batch.rows.tolist()
         ]
         hit = torch.tensor([random.random() < self.emb_noise_prob for random in draws])
-        noise = (
-            embedding_noise(embeddings, mask, draws, self.emb_noise_mode, self.emb_noise_alpha)
-            * hit.to(embeddings.device)[:, None, None]
-        )
-        if run.step == 0:
+        ratios = []
+
+        def shake(embeddings: Tensor, mask: Tensor) -> Tensor:
+            kind, alpha = self.emb_noise_mode, self.emb_noise_alpha
+            noise = embedding_noise(embeddings, mask, draws, kind, alpha)
+            noise = noise * hit.to(embeddings.device)[:, None, None]
             with torch.no_grad():
-                ratio = rms_of_tokens(noise, mask) / rms_of_tokens(embeddings, mask)
-            run.log(embedding_noise=float(ratio.mean()))
-        return noise
+                size = rms_of_tokens(embeddings, mask).clamp_min(1e-12)
+                ratios.append(rms_of_tokens(noise, mask) / size)
+            run.write("embedding_noise", batch, torch.stack(ratios).mean(dim=0))
+            return noise
+
+        return shake
 
     # --- looking at the router -------------------------------------------------------------------
 
@@ -497,45 +520,73 @@ class LoPE(Method):
         self, run: Run, rows: np.ndarray, transform: Callable[..., tuple[str, ...]] | None = None
     ) -> Watch:
         """What the layers see of these rows, over all processes."""
-        model = experts_of(run)
-        with model.watching() as watch:
+        place = {int(row): number for number, row in enumerate(rows)}
+        with experts_of(run).watching(len(rows)) as watch:
 
             def before(some: Tensor) -> None:
-                watch.rows = some.tolist()
+                numbers = some.tolist()
+                watch.places = numbers if transform else [place[row] for row in numbers]
 
             run.predict(before, torch.from_numpy(rows.copy()), transform)
         watch.gather()
         return watch
 
     def _diagnosis(self, run: Run, watch: Watch, rows: np.ndarray) -> dict[str, Any]:
-        """Layer by layer what the router does, and whether it knows corrupted texts."""
+        """Layer by layer what the router does, and whether it knows corrupted texts.
+
+        Args:
+            run: Its model is calibrated.
+            watch: What calibrated it.
+            rows: Row numbers that are looked at once as they are and once corrupted.
+        """
         model = experts_of(run)
-        table = watch.table()
-        for row in table:
-            row |= model.layers[row["layer"]].drift()
-        found: dict[str, Any] = {
-            "layers": table,
-            "poison_weight": float(np.mean([row["poison_weight"] for row in table])),
-            "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
-        }
         noise = TextNoise(1.0, strength=self.char_strength, window=self.shuffle_window)
 
         def corrupt(texts: tuple[str, ...], row: int, epoch: int, seed: int) -> tuple[str, ...]:
             return noise.apply(texts, row_random("lope-diagnosis", seed, row))
 
-        clean = watch.row_scores()
-        if not set(rows.tolist()) <= set(clean):  # few rows have calibrated
-            clean = self._watch(run, rows).row_scores()
-        noisy = self._watch(run, rows, corrupt).row_scores()  # by place in rows
-        pairs = np.array([(clean[int(row)], noisy[place]) for place, row in enumerate(rows)])
-        wrong = np.repeat([False, True], len(pairs))
+        seen, corrupted = self._watch(run, rows), self._watch(run, rows, corrupt)
+        first = not self.responses and feature_position(model, trial_inputs(model)) == "first"
+        table = watch.table()
+        for row, again in zip(table, seen.table(), strict=True):
+            row |= {name: again[name] for name in again if name.startswith("update_")}
+            row |= model.layers[row["layer"]].drift()
+            if not first:
+                del row["theta_first"]
+        numbers = [name for name, value in table[0].items() if isinstance(value, float)]
+        mean = {name: float(np.mean([row[name] for row in table])) for name in numbers}
+        found: dict[str, Any] = {
+            "layers": table,
+            "mean": mean,
+            "poison_weight": mean["poison_weight"],
+            "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
+        }
+        clean, noisy = seen.row_scores(), corrupted.row_scores()
+        scores = np.concatenate([clean, noisy])
+        wrong = np.repeat([False, True], len(rows))
         found |= {
-            "rows": len(pairs),
-            "weight_on_corrupted": float((pairs[:, 1] - pairs[:, 0]).mean()),
-            "raised_share": float((pairs[:, 1] > pairs[:, 0]).mean()),
-            "noise_auroc": detection(pairs.T.reshape(-1), wrong)["auroc"],
+            "rows": len(rows),
+            "weight_on_corrupted": float((noisy - clean).mean()),
+            "raised_share": float((noisy > clean).mean()),
+            "noise_auroc": detection(scores, wrong)["auroc"],
         }
         return found
+
+
+def noise_seen(columns: Columns) -> dict[str, float | None]:
+    """What the last noisy epoch was like: how many rows it hit, losses, strength of the shaking.
+
+    Args:
+        columns: ``corrupted`` (N,) bool, ``noisy_loss`` (N,), and ``embedding_noise`` (N,) where
+            embeddings were shaken.
+    """
+    hit, loss = columns["corrupted"], columns["noisy_loss"].double()
+    parts = {"loss_corrupted": loss[hit], "loss_others": loss[~hit]}
+    found: dict[str, float | None] = {"corrupted_share": float(hit.double().mean())}
+    found |= {name: float(part.mean()) if len(part) else None for name, part in parts.items()}
+    if "embedding_noise" in columns:
+        found["embedding_noise"] = float(columns["embedding_noise"].double().mean())
+    return found
 
 
 def experts_of(run: Run) -> ExpertModel:

@@ -45,7 +45,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -57,15 +56,14 @@ from noiseproof.losses import cross_entropy
 from noiseproof.method import Batch, Columns, Run, Stage, require, require_range
 from noiseproof.methods.baselines import Tuned
 from noiseproof.models import (
-    HEAD_FILE,
+    PooledClassifier,
     encoder_layers,
-    encoder_of,
     encoder_width,
     head_modules,
     is_head,
     last_token,
-    mean_pooled,
     plain_model,
+    saved_head,
     set_dropout,
     set_trainable,
 )
@@ -175,29 +173,10 @@ class Reshaping(nn.Module):
         return Reshaped(self.linear(transformed), features, transformed)
 
 
-class ReshapedClassifier(nn.Module):
+class ReshapedClassifier(PooledClassifier):
     """The encoder of a transformers classifier with `Reshaping` as its head, on mean features."""
 
-    def __init__(self, model: nn.Module, head: Reshaping) -> None:
-        super().__init__()
-        self.base_model_prefix, encoder = encoder_of(model)
-        self.add_module(self.base_model_prefix, encoder)
-        self.classifier = head
-        self.config: Any = plain_model(model).config
-
-    def forward(self, **inputs: Tensor) -> Reshaped:
-        """Inputs of the encoder, (B, T) each -> logits (B, C), F and Z (B, D)."""
-        found: Reshaped = self.classifier(mean_pooled(self, inputs))
-        return found
-
-    def save_pretrained(self, folder: str, **settings: Any) -> None:
-        """Write the encoder as transformers does, and the head beside it."""
-        from safetensors.torch import save_file
-
-        _, encoder = encoder_of(self)
-        encoder.save_pretrained(folder, **settings)  # type: ignore[operator]
-        tensors = {name: value.contiguous() for name, value in self.classifier.state_dict().items()}
-        save_file(tensors, str(Path(folder) / HEAD_FILE))
+    classifier: Reshaping
 
 
 @dataclass(frozen=True)
@@ -448,9 +427,7 @@ class NMTune(Tuned):
         """Put the saved head behind the encoder of a loaded model."""
         if not self.reshapes:
             return model
-        from safetensors.torch import load_file
-
-        tensors = load_file(str(Path(str(model.name_or_path)) / HEAD_FILE))
+        tensors = saved_head(model)
         classes, width = tensors["linear.weight"].shape
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # was said when it was trained

@@ -15,6 +15,8 @@ Deviations: the paper's form is the preset strict, which raises on a class that 
 default continues: mixtures that mean nothing leave the rows of their class as they were, no class
 falls below ``min_class_fraction``, and classes are not balanced where that would cost most rows.
 The published method tunes the whole model and knows images only; adapters and text are ours.
+``probe_features=mean`` (ours) puts a linear head on the mean of the last hidden states, for
+encoders whose pooler no task has trained, such as sentence encoders.
 Settings: probe_epochs = 20, GCE, per class, threshold = 0.6, smallest count, every epoch (readings
 of the paper, which has 4 epochs in step 3); q = 0.7 (GCE's paper); scoring by cross-entropy and all
 guards (ours); probe_learning_rate = 0.03 (ours: with the 0.01 of a re-implementation, a probe with
@@ -25,11 +27,14 @@ noise rate, no clean rows.
 Cost: one pass for the features, one scoring pass per epoch of step 3 after the first, and fewer
 rows to train on; the probe costs next to nothing. In forward passes over N rows (a backward pass
 counts two): 1 + (epochs - 1) + 3 epochs |kept| / N, against 3 epochs.
+Model: model/ is as usual; after probe_features=mean or first its head is model/head.safetensors,
+and noiseproof.load puts them together, as transformers has no class for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +53,13 @@ from noiseproof.method import (
 )
 from noiseproof.methods.baselines import Tuned
 from noiseproof.mixture import LossMixture, MixtureFit, fit_loss_mixture
-from noiseproof.models import plain_model, start_head
+from noiseproof.models import (
+    PooledClassifier,
+    encoder_width,
+    plain_model,
+    saved_head,
+    start_head,
+)
 from noiseproof.selection import (
     best_first,
     candidates,
@@ -63,6 +74,24 @@ CHECKED_ROWS = 20_000  # for the check of the features; the cost grows with rows
 LEAST_AGREEMENT = 0.05  # kappa of held-out predictions and labels ...
 MOST_OVERLAP = 0.06  # ... and expected share of rows on the wrong side of the mixture; measured
 INSTEAD = "CleaR and ELR do not rely on a probe; lp_ft selects no rows; or use another encoder"
+
+
+class Scores(NamedTuple):
+    """What `LinearHead` answers.
+
+    Attributes:
+        logits: (B, C).
+    """
+
+    logits: Tensor
+
+
+class LinearHead(nn.Linear):
+    """A linear layer that answers as a classifier does."""
+
+    def forward(self, input: Tensor) -> Scores:  # type: ignore[override]
+        """(B, D) -> logits (B, C)."""
+        return Scores(super().forward(input))
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,8 @@ class TURN(Tuned):
         probe_warmup_epochs: Epochs in which the probe's rate rises, at most half of them.
         probe_init: Start of the head's last layer: zero, normal (deviation 0.01), or keep (as
             loaded).
+        probe_features: What the head reads: model (as the model's own head does), mean (the mean of
+            the last hidden states over the real tokens), or first (the first of them).
         precondition: When the features do not separate the classes: warn, stop, or off.
         cleanse: False keeps every row, which is plain probing, then fine-tuning (LP-FT).
         score_loss: Loss that the mixture splits: ce or gce.
@@ -111,6 +142,7 @@ class TURN(Tuned):
     probe_batch_size: int = 128
     probe_warmup_epochs: int = 1
     probe_init: str = "zero"
+    probe_features: str = "model"
     precondition: str = "warn"
     cleanse: bool = True
     score_loss: str = "ce"
@@ -127,11 +159,14 @@ class TURN(Tuned):
     tune_loss: str = "ce"
     tune_from: str = "probe"
 
+    later: ClassVar[tuple[str, ...]] = ("probe_features",)
+
     def check(self) -> None:
         """Every setting is in range, and something is left to train."""
         for name, choices in (
             ("probe_loss", ("gce", "ce")),
             ("probe_init", ("zero", "normal", "keep")),
+            ("probe_features", ("model", "mean", "first")),
             ("precondition", ("warn", "stop", "off")),
             ("score_loss", ("ce", "gce")),
             ("on_empty", ("raise", "skip", "no_balance")),
@@ -151,6 +186,11 @@ class TURN(Tuned):
             0 <= self.probe_ce_epochs <= self.probe_epochs,
             f"TURN.probe_ce_epochs must lie in [0, probe_epochs={self.probe_epochs}], "
             f"got {self.probe_ce_epochs}",
+        )
+        require(
+            self.probe_features == "model" or self.tune in ("full", "head"),
+            f"TURN.probe_features={self.probe_features} goes with tune=full or head, got "
+            f"tune={self.tune}; leave probe_features out",
         )
         require(self.probe_batch_size >= 1, "TURN.probe_batch_size must be at least 1")
         require(
@@ -193,9 +233,29 @@ class TURN(Tuned):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Start the head, then add what ``tune`` names; adapters keep a copy of the head."""
+        if self.probe_features != "model":
+            require(
+                not getattr(plain_model(model), "encoder_gives_tensor", False),
+                f"TURN.probe_features={self.probe_features} needs an encoder with hidden states, "
+                f"not {type(plain_model(model)).__name__}; leave probe_features out",
+            )
+            config: Any = plain_model(model).config
+            head = LinearHead(encoder_width(model), config.num_labels)
+            model = PooledClassifier(model, head, self.probe_features)
         if self.probe_init != "keep":
             start_head(model, 0.0 if self.probe_init == "zero" else 0.01)
         return super().prepare_model(model)
+
+    def restore_model(self, model: nn.Module) -> nn.Module:
+        """Put the saved head behind the encoder of a loaded model."""
+        if self.probe_features == "model":
+            return model
+        tensors = saved_head(model)
+        classes, width = tensors["weight"].shape
+        with torch.random.fork_rng(devices=[]):  # torch draws a start of its own
+            head = LinearHead(width, classes)
+        head.load_state_dict(tensors)
+        return PooledClassifier(model, head, self.probe_features).eval()
 
     def stages(self, epochs: int) -> list[Stage]:
         """The probe, with settings of its own, and the last step, with those of the run."""

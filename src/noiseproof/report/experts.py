@@ -28,8 +28,11 @@ ROUTER = (
     ("Weight of poison", "poison_weight", "Mean weight of the poisoning expert over tokens."),
     ("sd", "poison_weight_std", "Standard deviation of that weight over tokens."),
     ("Above even", "above_even_share", "Tokens on which it has more than its even share."),
-    ("Update", "update_ratio", "Norm of what the experts add, by that of the frozen layer."),
+    ("Load spread", "load_variation", "Deviation of the normal experts' shares, by their mean."),
+    ("Update", "update_ratio", "Norm of what all experts add, by that of the frozen layer."),
+    ("Deployed", "", "The same in the mode that is deployed."),
     ("A moved", "drift_A", "Change of the shared A in the stage adapt, by its norm."),
+    ("Poison moved", "drift_poison", "Change of what the poisoning expert does, as A moved."),
 )
 SAME = 0.1  # a weight within a tenth of the even share counts as even
 
@@ -90,8 +93,14 @@ def router_blocks(run: Run) -> list[Block]:
     said = verdict(found)
     if said:
         blocks.append(Text(said))
+    told = losses_told(run)
+    if told:
+        blocks.append(Text(told))
     layers = [row for row in found.get("layers", ()) if isinstance(row, Mapping)]
     if layers:
+        mean = found.get("mean")
+        shown = [*layers, {**mean, "layer": "Mean"}] if isinstance(mean, Mapping) else layers
+        deployed = f"update_{run.setting('method.inference_mode', '')}"
         columns = [Column("Layer", numeric=False)]
         columns += [Column(title, meaning) for title, _, meaning in ROUTER]
         columns += [Column("Similarity", "Mean cosine of a normal expert's output and the "
@@ -99,7 +108,7 @@ def router_blocks(run: Run) -> list[Block]:
         blocks.append(
             Table(
                 columns,
-                [_layer(row) for row in layers],
+                [_layer(row, deployed) for row in shown],
                 "Percent, but for similarity (by expert, -1 to 1); over the tokens of the training "
                 "rows that calibrate.",
                 "Layer by layer",
@@ -107,6 +116,32 @@ def router_blocks(run: Run) -> list[Block]:
             )
         )
     return blocks
+
+
+def losses_told(run: Run) -> str:
+    """How the losses of rows with noise differ, made on purpose and of the data; may be empty."""
+    said = []
+    noise = run.record.findings.get("noise")
+    noise = noise if isinstance(noise, Mapping) else {}
+    share, hit, others, shaken = (
+        as_number(noise.get(name))
+        for name in ("corrupted_share", "loss_corrupted", "loss_others", "embedding_noise")
+    )
+    if share is not None and hit is not None and others is not None:
+        said.append(
+            f"The noise made on purpose hit {percent(share)} % of the rows; when they were last "
+            f"trained on so, their loss was {quantity(hit, 2)}, that of the others "
+            f"{quantity(others, 2)}."
+        )
+    if shaken:
+        said.append(f"Noise on embeddings had {percent(shaken)} % of their size.")
+    noisy, clean = (run.metric(f"train_loss_{name}") for name in ("noisy", "clean"))
+    if noisy is not None and clean is not None:
+        said.append(
+            "Under the final model, training rows with noise in label or text have a mean loss of "
+            f"{quantity(noisy, 2)}, the others {quantity(clean, 2)}."
+        )
+    return " ".join(said)
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -161,8 +196,8 @@ def _order(mode: str) -> int:
     return names.index(mode) if mode in names else len(names)
 
 
-def _layer(row: Mapping[str, Any]) -> Sequence[Cell]:
-    values = [as_number(row.get(name)) for _, name, _ in ROUTER]
+def _layer(row: Mapping[str, Any], deployed: str) -> Sequence[Cell]:
+    values = [as_number(row.get(name or deployed)) for _, name, _ in ROUTER]
     cells = [Cell(percent(value), value=value) for value in values]
     theta = [as_number(value) for value in row.get("theta", ())]
     shown = ", ".join(quantity(value, 2) for value in theta)

@@ -90,7 +90,7 @@ class EncodedDialogues(Encoded):
         shifted = [np.concatenate([[self.start], response[:-1]]) for response in responses]
         return {
             **self._inputs(prompts),
-            "decoder_input_ids": _padded(shifted, self.pad, _width(shifted)),
+            **{f"decoder_{name}": tensor for name, tensor in self._inputs(shifted).items()},
             TARGETS: _padded(responses, IGNORED, _width(shifted)),
         }
 
