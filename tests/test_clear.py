@@ -271,6 +271,23 @@ def test_a_training_step_without_gates_is_an_error(tiny_run: Tiny) -> None:
     model(**tiny_run.encoded.inputs(np.arange(3)))  # the old gate of two rows is not used again
 
 
+@pytest.mark.parametrize("peft", ["lora", "adapter"])
+def test_a_copy_of_a_gated_model_answers_by_itself(peft: str, tiny_run: Tiny) -> None:
+    """With its own weights and its own gates, not with those of the model it was copied from."""
+    model = routed(tiny_run, peft=peft, adapter_init="linear")
+    inputs = tiny_run.encoded.inputs(np.arange(3))
+    wanted = model(**inputs).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(**inputs).logits, wanted)
+    closed = gated(copied, inputs, torch.zeros(3, LAYERS))
+    assert not torch.allclose(closed, wanted)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not bool(copied(**inputs).logits.any())
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
 @pytest.mark.parametrize("clean", [[0, 1] * 4, [0] * 8, [1] * 8, [0] + [1] * 7])
 def test_closed_rows_may_take_known_features(tiny_run: Tiny, clean: list[float]) -> None:
     """The shortcut for rows with closed gates changes neither the loss nor any gradient."""
@@ -290,6 +307,23 @@ def test_dropout_in_the_encoder_forbids_known_features(tiny_run: Tiny) -> None:
     assert run.model.noiseproof_routing.frozen is None
     _, _, run = routed_step(tiny_run, half, known=True, dropout=0.1, dropout_after_warmup=False)
     assert len(run.model.noiseproof_routing.frozen) == len(run.labels)
+
+
+def test_dropout_that_ends_with_the_warm_up_forbids_known_features_until_then(
+    tiny_run: Tiny,
+) -> None:
+    method = CleaR(gamma=0.5, gate_unit="network", dropout=0.1, dropout_after_warmup=False)
+    model = method.prepare_model(copy.deepcopy(tiny_run.model)).train()
+    rows = np.arange(8)
+    for epoch in (0, 3):
+        run = at_epoch(tiny_run, model, epoch=epoch)
+        run.columns["clean_prob"] = torch.ones(len(run.labels))
+        run.columns["target_logits"] = torch.zeros(len(run.labels), run.num_classes)
+        batch = batch_of(run, torch.from_numpy(rows))
+        method.compute_loss(
+            model, dataclasses.replace(batch, inputs=tiny_run.encoded.inputs(rows)), run
+        )
+        assert (model.noiseproof_routing.frozen is not None) == (epoch == 3)
 
 
 def test_a_wrapped_model_is_called_whole(tiny_run: Tiny) -> None:

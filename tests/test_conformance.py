@@ -20,7 +20,8 @@ from torch import Tensor
 
 import noiseproof
 from conftest import FitCache
-from noiseproof.engine import derive_seed
+from noiseproof.engine import Engine, derive_seed
+from noiseproof.errors import InputError
 from noiseproof.losses import cross_entropy, forward_correction, marginal_cross_entropy
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import (
@@ -377,6 +378,23 @@ def hook_columns(
     return run.columns
 
 
+def test_a_lone_row_that_cannot_be_scored_does_not_stop_the_run(
+    case: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out of the mixture; more of them mean that training is lost."""
+    original = Engine.predict
+
+    def broken(self: Engine, encoded: Any, *given: Any, **named: Any) -> Tensor:
+        logits = original(self, encoded, *given, **named)
+        if encoded is tiny_run.encoded and len(logits) == len(tiny_run.labels):
+            logits[3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Engine, "predict", broken)
+    outcome = tiny_run.fit(CASES[case], epochs=3)
+    assert all_finite(outcome.run.columns) and all_finite(weights(outcome.model))
+
+
 @pytest.mark.parametrize("case", [c for c, m in CASES.items() if c != "CleaR(reuse)"])
 def test_columns_follow_their_rows_when_the_rows_are_permuted(case: str, tiny_run: Tiny) -> None:
     """A hook that mixes up rows scores one row with the loss of another."""
@@ -571,6 +589,22 @@ def test_forward_correction_reads_the_matrix_from_true_to_given_class() -> None:
     given = torch.softmax(logits, dim=1) @ torch.tensor(matrix)  # (B, C) of given labels
     wanted = -given[torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])].log().mean()
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_correction_takes_no_anchor_that_cannot_be_scored() -> None:
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [float("nan"), 0.0], [0.0, 3.0]])
+    run = Run(Answers(logits), torch.tensor([0, 0, 0, 1]), 2, lambda: logits, torch.Generator())
+    run.epoch = 2
+    likelihood = ForwardCorrection(percentile=100).on_epoch_start(run)["likelihood"]
+    torch.testing.assert_close(likelihood[0, 0], torch.softmax(logits[0], 0)[0])
+    assert bool(torch.isfinite(likelihood).all())
+
+
+@pytest.mark.parametrize("rows", [((0.9, 0.1), (1.0,)), ((0.9, 0.1), ("a", "b"))])
+def test_rows_of_forward_correction_that_are_no_matrix_are_refused(rows: Any) -> None:
+    run = Run(Answers(torch.zeros(2, 2)), torch.tensor([0, 1]), 2, None, torch.Generator())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"ForwardCorrection.transition"):
+        ForwardCorrection(transition=rows).on_epoch_start(run)
 
 
 def test_forward_correction_is_the_pure_function_bit_for_bit(

@@ -289,6 +289,22 @@ def test_rows_of_weight_zero_are_as_if_they_were_not_there() -> None:
         assert not (heavy.predict_proba(rows) == weighed.predict_proba(rows)).all()
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_weight_below_zero_is_refused(kind: type[Any]) -> None:
+    """It would push the row's own label away, step by step."""
+    rows, labels = blobs()
+    weight = np.ones(len(rows))
+    weight[3] = -1
+    with pytest.raises(ValueError, match="at least 0, got -1 in row 3"):
+        quick(kind).fit(rows, labels, sample_weight=weight)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_rate_of_none_is_refused_in_a_line(kind: type[Any]) -> None:
+    with pytest.raises(ValueError, match="learning_rate must be a number, got None"):
+        quick(kind, learning_rate=None).fit(*blobs())
+
+
 def test_the_probe_minimises_the_generalised_cross_entropy() -> None:
     rows, labels = blobs()
     start = (1 - (1 / 3) ** 0.7) / 0.7  # equal chances
@@ -302,6 +318,8 @@ def test_the_probe_minimises_the_generalised_cross_entropy() -> None:
     assert fitted.loss_history_[0]["loss"] <= start + 1e-6  # one step an epoch, the first from 0
     entropy = quick(RobustProbeClassifier, ce_epochs=5).fit(rows, labels)
     assert entropy.loss_history_[0]["loss"] != fitted.loss_history_[0]["loss"]
+    with pytest.raises(ValueError, match="ce_epochs must be at most epochs=5, got 6"):
+        quick(RobustProbeClassifier, ce_epochs=6).fit(rows, labels)
 
 
 # --- awkward data --------------------------------------------------------------------------------
@@ -312,6 +330,17 @@ def test_a_last_step_of_one_row_trains() -> None:
     fitted = quick(batch_size=16).fit(rows, labels)
     assert np.isfinite(fitted.predict_proba(rows)).all()
     assert [row["short_rows"] for row in fitted.loss_history_] == [1] * 5
+
+
+def test_a_step_that_is_dropped_moves_nothing() -> None:
+    """The only step of every epoch has one row too few."""
+    rows, labels = blobs(5)
+    settings: dict[str, Any] = {"small_batch": "drop", "mlp_norm": "none"}
+    fitted = quick(batch_size=16, **settings).fit(rows, labels)
+    assert [row["short_rows"] for row in fitted.loss_history_] == [5] * 5
+    start = quick(batch_size=16, **settings, epochs=1).fit(rows, labels)
+    np.testing.assert_array_equal(fitted.transform(rows), start.transform(rows))
+    assert not fitted.decision_function(rows).any()  # the head starts from 0
 
 
 def test_the_scale_of_the_features_is_theirs_to_say() -> None:

@@ -23,7 +23,9 @@ from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.job import Job
 from noiseproof.loop import Progress
-from noiseproof.methods import GCE, TURN, CrossEntropy, NMTune
+from noiseproof.method import Batch, Run, logits_of
+from noiseproof.methods import GCE, TURN, CleaR, CrossEntropy, NMTune
+from noiseproof.methods.clear import routing_of
 from noiseproof.models import load_image_processor
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord
@@ -367,6 +369,31 @@ def test_training_alone_is_augmented(monkeypatch: pytest.MonkeyPatch) -> None:
     fit(method=CrossEntropy(tune="head"))
     fit(augment="none")
     assert not seen  # features of a frozen encoder are those of the rows as they are
+
+
+@pytest.mark.parametrize("augment", ["none", "crop+flip"])
+def test_a_row_around_the_adapters_is_augmented_too(
+    augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortcut of CleaR for closed gates would train the head on rows as they are."""
+    apart: list[float] = []
+    original = CleaR._logits
+
+    def spy(self: CleaR, model: nn.Module, batch: Batch, run: Run, gate: Tensor) -> Tensor:
+        found = original(self, model, batch, run, gate)
+        routing = routing_of(run)
+        routing.set(gate)
+        with torch.no_grad():
+            whole = logits_of(model, batch)
+        known = routing.frozen is not None and len(routing.frozen) > 0
+        assert not known or augment == "none"
+        apart.append(float((whole - found.detach()).abs().max()))
+        return found
+
+    monkeypatch.setattr(CleaR, "_logits", spy)
+    method = CleaR(warmup_epochs=1, gate_unit="network", gamma=0.5)
+    fit(method=method, augment=augment, train={"epochs": 2})
+    assert max(apart) < 1e-5
 
 
 def test_an_interrupted_run_goes_on_with_the_same_pictures(tmp_path: Path) -> None:

@@ -680,6 +680,10 @@ def test_what_the_method_refuses_before_the_first_step_leaves_no_folder(
         ({"validation": "v.csv", "validation_labels": "good"}, "must be clean or noisy, got good"),
         ({"validation": 0.1, "validation_labels": "clean"}, "so its labels are noisy"),
         ({"train": train_settings(select="best")}, "train.select=best needs validation rows"),
+        (
+            {"train": train_settings(select="best", evaluate="end"), "validation": 0.2},
+            "train.select=best compares the epochs",
+        ),
         ({"noise_seed": -1}, "noise_seed must lie in"),
         ({"method": SmallLoss(warmup_epochs=3)}, "train.epochs=3, warmup_epochs=3"),
         ({"train": train_settings(tracker="excel")}, "unknown tracker 'excel'; available: none"),

@@ -525,6 +525,32 @@ def test_the_test_numbers_of_co_teaching_are_those_of_the_model_that_is_deployed
     assert result.record.metrics["test_nll"] == pytest.approx(nll, rel=1e-4)
 
 
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_the_rows_of_co_teaching_are_judged_by_the_model_that_is_deployed(
+    select: str, tiny_model: Path, tiny_table: pd.DataFrame
+) -> None:
+    """Else memorisation and suspicions are those of two networks, of which one is thrown away."""
+    rows = tiny_table.reset_index(drop=True)
+    settings = train_settings(select=select)
+    result = noiseproof.fit(
+        rows,
+        test=table(40, seed=9),
+        validation=table(20, seed=8),
+        validation_labels="clean",
+        clean_label="clean_label",
+        model=str(tiny_model),
+        method=CoTeaching(),
+        train=settings,
+    )
+    found = result.predictor.predict_proba(rows["text"].tolist(), settings=train_settings())
+    names = result.predictor.label_names
+    given, clean = (rows[name].map(names.index).to_numpy() for name in ("label", "clean_label"))
+    own = found[np.arange(len(rows)), given]
+    np.testing.assert_allclose(result.samples["loss"], -np.log(own), rtol=1e-3)
+    wanted = (found.argmax(axis=1) == given)[given != clean].mean()
+    assert result.record.metrics["memorization"] == pytest.approx(wanted)
+
+
 # --- interruption, inside this process -----------------------------------------------------------
 
 

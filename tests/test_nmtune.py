@@ -279,6 +279,73 @@ def test_short_steps_are_counted(tiny_run: Tiny) -> None:
     assert all(math.isfinite(row[f"loss_{name}"]) for row in history for name in ("cov", "svd"))
 
 
+@pytest.mark.parametrize("micro", [None, 4])
+@pytest.mark.parametrize("seed", [2, 4])  # the short step comes late, and first
+def test_the_parts_in_the_history_are_means_over_rows(
+    micro: int | None, seed: int, tiny_run: Tiny
+) -> None:
+    """However the rows are cut, and although the last one alone has no covariances."""
+    method = NMTune(svd_k=2)
+    seen: list[tuple[int, dict[str, float]]] = []
+    original = NMTune.objective
+
+    def spy(self: NMTune, logits: Tensor, *given: Any, **named: Any) -> Any:
+        found = original(self, logits, *given, **named)
+        seen.append((len(logits), dict(found[1])))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NMTune, "objective", spy)
+        fitted = tiny_run.fit(method, epochs=1, micro_batch_size=micro, seed=seed)
+    row = fitted.history[0]
+    assert row["short_batches"] == 1
+    for name in ("ce", "mse", "cov", "svd"):
+        parts = [(rows, found[name]) for rows, found in seen if name in found]
+        wanted = sum(rows * part for rows, part in parts) / sum(rows for rows, _ in parts)
+        assert row[f"loss_{name}"] == pytest.approx(wanted), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({"batch_size": 4}, 4), ({"batch_size": 16, "micro_batch_size": 5}, 5)],
+)
+def test_passes_that_are_always_too_small_for_the_terms_are_refused(
+    settings: dict[str, int], rows: int, tiny_run: Tiny
+) -> None:
+    """Else the terms would be skipped in every step, and nothing but a counter would say so."""
+    with pytest.raises(InputError, match=f"svd_k=5 .* more than 5 rows .* at most {rows}"):
+        tiny_run.fit(NMTune(), **settings)
+    assert tiny_run.fit(NMTune(svd_k=2), epochs=1, **settings).history
+    assert tiny_run.fit(NMTune(lambda_cov=0.0, lambda_svd=0.0), epochs=1, **settings).history
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+def test_a_step_that_is_dropped_moves_nothing(micro: int | None, tiny_run: Tiny) -> None:
+    """Adam has moments and would go on without a gradient."""
+    seen: list[tuple[int, Tensor]] = []
+
+    @dataclass(frozen=True)
+    class Watched(NMTune):
+        def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+            weight = run.model.get_submodule("classifier").linear.weight  # type: ignore[union-attr]
+            seen.append((len(batch.rows), weight.detach().clone()))  # type: ignore[operator]
+            return super().compute_loss(model, batch, run)
+
+    method = Watched(small_batch="drop", svd_k=2)
+    fitted = tiny_run.fit(method, epochs=2, seed=2, micro_batch_size=micro)
+    last = fitted.model.get_submodule("classifier").linear.weight.detach()  # type: ignore[union-attr]
+    after = [*(weight for _, weight in seen[1:]), last]
+    moved = [(rows, not torch.equal(*pair)) for (rows, _), *pair in _steps(seen, after)]
+    assert (1, False) in moved and (1, True) not in moved
+    assert sum(change for _, change in moved) == 6  # of the steps with 8 rows
+
+
+def _steps(
+    seen: list[tuple[int, Tensor]], after: list[Tensor]
+) -> list[tuple[tuple[int, Tensor], Tensor, Tensor]]:
+    return [(one, one[1], then) for one, then in zip(seen, after, strict=True)]
+
+
 def test_a_part_that_is_not_finite_is_named() -> None:
     rows = draw(8, 6)
     labels = torch.arange(8) % 3
@@ -406,6 +473,14 @@ def test_the_distance_to_the_first_features_is_there_when_asked_for(
         ({"lambda_cov": -1.0}, r"NMTune\.lambda_cov must lie in"),
         ({"mse_reduction": "sum"}, r"NMTune\.mse_reduction must be one of element_mean, row_sum"),
         ({"use_mlp": False}, "nothing that its terms could train"),
+        (
+            {"tune": "lora", "feature_scale": "rms"},
+            "feature_scale: only for tune=head",
+        ),
+        (
+            {"tune": "full", "use_mlp": False, "mlp_ratio": 2.0},
+            "use_mlp, mlp_ratio: only for",
+        ),
         ({"mlp_ratio": 0.0}, r"NMTune\.mlp_ratio must lie in"),
         ({"tune": "head", "rank": 0}, r"NMTune\.rank"),
     ],
@@ -516,4 +591,5 @@ def test_a_batch_of_the_method_is_one_of_the_network() -> None:
         answer.logits, answer.transformed, answer.features, batch.labels
     )
     torch.testing.assert_close(loss, wanted)
-    assert run.logged == {f"loss_{name}": pytest.approx(part) for name, part in parts.items()}
+    logged = {name: total / rows for name, (total, rows) in run.sums.items()}
+    assert logged == {f"loss_{name}": pytest.approx(part) for name, part in parts.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 import noiseproof
 from noiseproof import engine
 from noiseproof.method import Method
-from noiseproof.methods import ELR, METHODS, TURN, CleaR, LoPE, SmallLoss
+from noiseproof.methods import ELR, METHODS, TURN, CleaR, LoPE, NMTune, SmallLoss
 from noiseproof.mixture import LossMixture
 from tiny import python, table, train_settings
 from two_processes import PREDICT_ROWS
@@ -43,10 +43,11 @@ CASES: dict[str, Method] = {
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
     "LoPE": LoPE(noise_rate=0.3, theta_examples=20, lora_dropout=0.0, dropout=0.0),
+    "NMTune": NMTune(feature_scale="rms", mlp_norm="none", lambda_cov=0.0, lambda_svd=0.0),
 }
-INTERRUPTED = {"ELR", "CleaR with reused logits", "LoPE"}
-"""Run a second time, with a signal to one process in the second epoch: written columns differ
-between the processes at that moment."""
+INTERRUPTED = {"ELR", "CleaR with reused logits", "LoPE", "NMTune"}
+"""Run a second time, with a signal to one process in the second epoch: written columns, or
+sums over the rows of the epoch, differ between the processes at that moment."""
 
 
 def free_port() -> int:

@@ -43,6 +43,9 @@ class Encoded(ABC):
     one_output: bool = True
     """Whether the model gives one vector per row, so that a head can run on cached features."""
 
+    redrawn: bool = False
+    """Whether `training_inputs` change from epoch to epoch, as those of augmented images do."""
+
     source: tuple[Any, Callable[[Any], Encoded]] | None = None
     """The inputs that the rows were encoded from, and what encodes such."""
 

@@ -390,7 +390,8 @@ class Engine:
         own = rows[:1] if spare else own
         size = self.settings.micro_batch_size or self.settings.batch_size
         parts = [own[start : start + size] for start in range(0, len(own), size)]
-        total = 0.0
+        total, run.left_out = 0.0, 0
+        sums = dict(run.sums)
         for place, part in enumerate(parts):
             index = torch.from_numpy(part.copy())
             batch = Batch(
@@ -406,7 +407,12 @@ class Engine:
                 weight = 0.0 if spare else len(part) * self.processes / len(rows)
                 self.accelerator.backward(loss if weight == 1 else loss * weight)
             total += float(loss.detach()) * weight / self.processes
-        return float(self.sum_over_processes(torch.tensor(total, dtype=torch.float64)))
+        if spare:  # that row is another process's
+            run.left_out, run.sums = 0, sums
+        both = torch.tensor([total, run.left_out], dtype=torch.float64)
+        both = self.sum_over_processes(both)
+        run.left_out = int(both[1])
+        return float(both[0])
 
     def _all_views(self, encoded: Encoded, rows: np.ndarray, seed: int) -> dict[str, Tensor]:
         """Inputs of a step: all rows in the first view, then all in the second (V B, ...)."""
@@ -428,6 +434,19 @@ class Engine:
             mine = torch.where(own_rows.view(shape), column, torch.zeros_like(column))
             merged = self.sum_over_processes(mine)
             column.copy_(torch.where((owners > 0).view(shape), merged, column))
+
+    def merge_sums(self, sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+        """Sums and numbers of rows by name, over all processes; each may have names of its own."""
+        if self.processes == 1:
+            return sums
+        from accelerate.utils import gather_object
+
+        merged: dict[str, tuple[float, int]] = {}
+        for own in gather_object([sums]):
+            for name, (total, rows) in own.items():
+                before = merged.get(name, (0.0, 0))
+                merged[name] = (before[0] + total, before[1] + rows)
+        return merged
 
     def any_process(self, flag: int) -> int:
         """The largest flag of all processes."""

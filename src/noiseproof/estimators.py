@@ -136,6 +136,11 @@ class _FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         used = np.arange(len(table))
         if weight is not None:
             weight = _check_sample_weight(weight, table, dtype=np.float32)
+            below = np.flatnonzero(weight < 0)
+            if len(below):
+                raise InputError(
+                    f"sample_weight must be at least 0, got {weight[below[0]]:g} in row {below[0]}"
+                )
             used = np.flatnonzero(weight)
         if len(np.unique(numbers[used])) < 2:
             kind = "only one class" if len(used) else "no class"
@@ -393,7 +398,7 @@ class NMTuneClassifier(
         def loss(module: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, float]]:
             with torch.autocast(kind, torch.bfloat16, enabled=half):
                 answer: Reshaped = module(batch.features)
-            return method.objective(
+            value, parts = method.objective(
                 answer.logits.float(),
                 answer.transformed.float(),
                 answer.features.float(),
@@ -401,6 +406,8 @@ class NMTuneClassifier(
                 views=views,
                 row_weight=batch.weight,
             )
+            dropped = "short" in parts and method.small_batch == "drop"
+            return value.detach() if dropped else value, parts
 
         groups = [{"params": list(module.parameters()), "weight_decay": self.weight_decay}]
         self._train(rows, loss, groups, settings)
@@ -499,6 +506,10 @@ class RobustProbeClassifier(_FeatureClassifier):
         for setting in ("ce_epochs", "warmup_epochs"):
             value = getattr(self, setting)
             require(value >= 0, f"{name}.{setting} must be at least 0, got {value}")
+        require(
+            self.ce_epochs <= self.epochs,
+            f"{name}.ce_epochs must be at most epochs={self.epochs}, got {self.ce_epochs}",
+        )
         settings = _train_settings(self)
         rise = min(0.5, self.warmup_epochs / settings.epochs)
         settings = dataclasses.replace(settings, warmup_share=rise)
@@ -534,6 +545,8 @@ class RobustProbeClassifier(_FeatureClassifier):
 
 def _train_settings(estimator: Any) -> TrainSettings:
     """What both classifiers are asked for, checked; the seed is drawn here."""
+    name = type(estimator).__name__
+    require(estimator.learning_rate is not None, f"{name}.learning_rate must be a number, got None")
     seed = check_random_state(estimator.random_state).randint(2**31 - 1)
     return TrainSettings(
         epochs=estimator.epochs,

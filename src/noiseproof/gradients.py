@@ -81,6 +81,7 @@ def measure_gradients(
         columns={name: column.clone() for name, column in run.columns.items()},
         generator=torch.Generator(),
         logged={},
+        sums={},
         warned=[],
     )
     with evaluation_mode(run.model), torch.enable_grad(), torch.random.fork_rng():

@@ -172,6 +172,11 @@ class Job:
             "train.select=best needs validation rows; give validation, or use select=last",
         )
         require(
+            self.train.select != "best" or self.train.evaluate == "epoch",
+            "train.select=best compares the epochs, and train.evaluate=end measures the last one "
+            "alone; use evaluate=epoch, or select=last",
+        )
+        require(
             not self.merge or self.method.merges,
             f"what {self.method.name} trains depends on the token and cannot be merged; leave "
             "merge out",

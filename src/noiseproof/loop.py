@@ -119,6 +119,7 @@ class _State:
     loss_sum: float = 0.0
     columns: list[str] = field(default_factory=list)  # their order; the file sorts its tensors
     logged: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
@@ -228,6 +229,7 @@ class _Loop:
             torch.Generator(),
             seed=self.settings.seed,
             encode=self._encode,
+            redrawn=self.encoded.redrawn,
             features=lambda: self.engine.features(self.encoded),
             row_losses=self.encoded.losses,
             forget=self._forget,
@@ -257,6 +259,8 @@ class _Loop:
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
         run.stage, run.epochs = stage.name, stage.epochs
+        own = -(-settings.batch_size // self.engine.processes)
+        run.pass_rows = views * min(settings.micro_batch_size or own, own)
         self.state.stage = number
         self.method.on_stage_start(run)
         with fast_dropout(run.model):
@@ -311,6 +315,7 @@ class _Loop:
             signum = self.engine.any_process(self.stop.received)
             if signum:
                 state.seconds["train_s"] += time.perf_counter() - started
+                run.sums = self.engine.merge_sums(run.sums)
                 self._checkpoint()
                 raise Interrupted(signum)
         state.seconds["train_s"] += time.perf_counter() - started
@@ -319,7 +324,7 @@ class _Loop:
 
     def _score(self) -> None:
         started = time.perf_counter()
-        self.run.logged, self.run.warned = {}, []
+        self.run.logged, self.run.sums, self.run.warned = {}, {}, []
         self.run.columns.pop("keep", None)
         columns = self.method.on_epoch_start(self.run)
         self._check(columns)
@@ -347,12 +352,14 @@ class _Loop:
                 f"loss {loss} of {self.method.name} in stage {run.stage!r}, epoch {run.epoch}, "
                 f"step {run.step}; lower the learning rate or use precision fp32"
             )
-        if self.settings.max_grad_norm:
+        done = self.run.left_out < len(rows)  # Adam would move on gradients of 0 as well
+        if done and self.settings.max_grad_norm:
             self.engine.accelerator.clip_grad_norm_(
                 [p for p in self.run.model.parameters() if p.grad is not None],
                 self.settings.max_grad_norm,
             )
-        self.optimizer.step()
+        if done:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.own_rows[rows[self.engine.rank :: self.engine.processes]] = True
         return loss
@@ -360,6 +367,7 @@ class _Loop:
     def _end_epoch(self, stage: Stage, rows: int, rate: float, steps: int) -> None:
         run, state = self.run, self.state
         self._merge()
+        run.sums = self.engine.merge_sums(run.sums)
         self._check(run.columns)
         row: HistoryRow = {
             "stage": stage.name,
@@ -369,6 +377,7 @@ class _Loop:
             "loss": state.loss_sum / rows,
             "learning_rate": rate,
             **run.logged,
+            **{name: total / count for name, (total, count) in run.sums.items()},
         }
         if run.warned:
             row["warning"] = "; ".join(run.warned)
@@ -396,7 +405,7 @@ class _Loop:
             model.load_state_dict(self.best, strict=False)
             self._predicted = None
         self.engine.net = model
-        deployed = self.method.finalize_model(self.run)
+        self.engine.net = deployed = self.method.finalize_model(self.run)
         if self._forgotten and self.measure:
             best = self.state.best_row
             row = self.state.history[-1 if best is None else best]
@@ -529,7 +538,7 @@ class _Loop:
         tensors |= optimizer_tensors(_inner(self.optimizer))
         tensors |= {"random": random, "generator": self.run.generator.get_state()}
         self.state.columns, self.state.logged = list(self.run.columns), self.run.logged
-        self.state.warned = self.run.warned
+        self.state.sums, self.state.warned = self.run.sums, self.run.warned
         self.state.legs = self.watch.seconds()
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 
@@ -541,6 +550,7 @@ class _Loop:
         columns = with_prefix("column", tensors)
         self.run.columns = {name: columns[name] for name in self.state.columns}
         self.run.logged, self.run.warned = self.state.logged, self.state.warned
+        self.run.sums = self.state.sums if self.engine.main else {}  # those of all processes
 
 
 def settings_of_stage(asked: TrainSettings, stage: Stage) -> TrainSettings:

@@ -135,6 +135,7 @@ class Run:
         generator: Random source for hooks, fresh for every epoch from the run's seed.
         seed: Seed of the run, for draws that are keyed by row.
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
+        redrawn: Whether steps see a row otherwise than `encode` does, such as an augmented image.
         features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
             trains on cached features; else it returns None.
         forget: For `Method.finalize_model`: the model answers differently now. What `predict` kept
@@ -147,7 +148,10 @@ class Run:
         epochs: Epochs of the stage.
         step: Optimizer steps done in this epoch.
         columns: Name -> (N, ...) on the CPU, replicated in every process.
+        left_out: Rows of this step that the method left out; a step of none but such is not done.
+        pass_rows: Most rows that one call of the model takes in this stage, all views counted.
         logged: Numbers that the hooks reported for the history row of this epoch.
+        sums: Name -> sum over rows and number of rows, of what `average` was given in this epoch.
         warned: What the hooks warned of in this epoch, for the user and the history row.
     """
 
@@ -158,6 +162,7 @@ class Run:
     generator: torch.Generator
     seed: int = 0
     encode: Encode | None = None
+    redrawn: bool = False
     features: Callable[[], Tensor | None] = lambda: None
     forget: Callable[[], None] = lambda: None
     changed: Tensor | None = None
@@ -168,7 +173,10 @@ class Run:
     epochs: int = 1
     step: int = 0
     columns: Columns = field(default_factory=dict)
+    left_out: int = 0
+    pass_rows: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
 
     def losses(self, before_batch: BeforeBatch | None = None) -> Tensor:
@@ -178,6 +186,12 @@ class Run:
     def log(self, **numbers: float) -> None:
         """Put numbers into the history row of this epoch."""
         self.logged.update({name: float(value) for name, value in numbers.items()})
+
+    def average(self, rows: int, **numbers: float) -> None:
+        """Put means over so many rows into the history row, as means over those of the epoch."""
+        for name, value in numbers.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + rows * float(value), count + rows)
 
     def warn(self, message: str) -> None:
         """Tell the user, in one line, why the result may be worse than hoped for.

@@ -24,6 +24,18 @@ def lowest(scores: Tensor, share: float) -> Tensor:
     return mask
 
 
+def finite_losses(losses: Tensor) -> Tensor:
+    """Replace losses that are not finite by the largest that is.  (N,) -> (N,).
+
+    >>> finite_losses(torch.tensor([1.0, float("nan"), 2.0, float("inf")])).tolist()
+    [1.0, 2.0, 2.0, 2.0]
+    """
+    usable = torch.isfinite(losses)
+    if bool(usable.all()) or not bool(usable.any()):
+        return losses
+    return torch.where(usable, losses, losses[usable].max())
+
+
 def estimate_transition(
     probabilities: Tensor, labels: Tensor | None = None, percentile: float = 97.0
 ) -> Tensor:

@@ -38,7 +38,7 @@ from noiseproof.method import (
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
 from noiseproof.noise import load_transition
-from noiseproof.selection import estimate_transition, lowest
+from noiseproof.selection import estimate_transition, finite_losses, lowest
 from noiseproof.tuning import PROMPTS, tune_model, usual_rate, virtual_tokens
 
 T = TypeVar("T", bound="Tuned")
@@ -302,7 +302,8 @@ class ForwardCorrection(Tuned):
             return {}
         else:
             probabilities = torch.softmax(run.predict(), dim=1)
-            matrix = estimate_transition(probabilities, run.labels, self.percentile)
+            usable = torch.isfinite(probabilities).all(dim=1)
+            matrix = estimate_transition(probabilities[usable], run.labels[usable], self.percentile)
         run.log(transition_trace=float(matrix.diagonal().mean()))
         return {"likelihood": matrix.float().T[run.labels].contiguous()}
 
@@ -317,7 +318,10 @@ class ForwardCorrection(Tuned):
 
 def _matrix(given: str | tuple[tuple[float, ...], ...], num_classes: int) -> Tensor:
     matrix = load_transition(Path(given)) if isinstance(given, str) else given
-    tensor = torch.as_tensor(matrix, dtype=torch.float64)
+    try:
+        tensor = torch.as_tensor(matrix, dtype=torch.float64)
+    except (TypeError, ValueError):  # rows of different lengths, or no numbers
+        tensor = torch.zeros(0)
     rows_sum = tensor.sum(dim=1) if tensor.ndim == 2 else torch.zeros(1)
     require(
         tensor.shape == (num_classes, num_classes)
@@ -422,7 +426,8 @@ class SmallLoss(Tuned):
         keep = fit.clean_prob > self.threshold
         if self.clean_share is not None:
             keep = lowest(loss, self.clean_share)
-        return {"loss": loss, "clean_prob": fit.clean_prob, "keep": keep}
+        keep &= torch.isfinite(loss)
+        return {"loss": finite_losses(loss), "clean_prob": fit.clean_prob, "keep": keep}
 
 
 class PairOutput(NamedTuple):
@@ -454,7 +459,8 @@ class CoTeaching(Tuned):
     Paper: Han et al., NeurIPS 2018, arXiv:1804.06872.
     Idea: differently initialised networks make different mistakes, so each filters for the other.
     Steps: per step: (1) both score the batch; (2) each picks its lowest losses, fewer as the epochs
-    go on; (3) each trains on the other's choice. The first network is deployed.
+    go on; (3) each trains on the other's choice. The first network is deployed; epochs before the
+    last are measured by the mean logits of both.
     Deviations: without ``noise_rate`` the rate is estimated once, by a mixture on the losses at the
     end of the warm-up. Under gradient accumulation rows are picked per micro-batch.
     Settings: ramp_epochs = 2, warmup_epochs = 1 (ours; the paper ramps over 10 of 200 epochs).
@@ -522,6 +528,7 @@ class CoTeaching(Tuned):
         return (first[easy_second].mean() + second[easy_first].mean()) / 2
 
     def finalize_model(self, run: Run) -> nn.Module:
-        """The first network."""
+        """The first network, which answers otherwise than both."""
         assert isinstance(run.model, Pair)
+        run.forget()
         return run.model.first

@@ -63,6 +63,7 @@ from noiseproof.methods.clear_gates import (
 )
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import HeadOnly, feature_position, merged, set_dropout
+from noiseproof.selection import finite_losses
 from noiseproof.tokens import TARGETS
 from noiseproof.tuning import PLAIN_TUNING, PROMPTS, tune_model, usual_rate
 
@@ -311,9 +312,10 @@ class CleaR(Method):
             loss = (1 - self.loss_ema) * loss + self.loss_ema * run.columns["loss"]
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
         run.log(**fit.summary(), selected=float((fit.clean_prob > self.threshold).float().mean()))
-        columns = {"loss": loss, "clean_prob": fit.clean_prob}
+        columns = {"loss": finite_losses(loss), "clean_prob": fit.clean_prob}
         if self.lambda_consistency:
-            columns["target_logits"] = logits
+            usable = torch.isfinite(logits).all(dim=1, keepdim=True)
+            columns["target_logits"] = torch.where(usable, logits, 0.0)  # a uniform target
         return columns
 
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
@@ -429,12 +431,13 @@ class CleaR(Method):
     def _bypass(self, model: nn.Module, run: Run, batch: Batch) -> bool:
         """Whether the backbone's features of closed rows are known; computed on first need.
 
-        They are exact only without dropout in the encoder. A model that is wrapped for several
-        processes must be called whole in every step.
+        They are exact only without dropout in the encoder, for rows that every step sees alike. A
+        model that is wrapped for several processes must be called whole in every step.
         """
         routing = routing_of(run)
-        still = self.dropout == 0 or not self.dropout_after_warmup
-        if run.encode is None or model is not run.model or not still:
+        routed = run.epoch >= self.warmup(run.epochs)
+        still = self.dropout == 0 or (routed and not self.dropout_after_warmup)
+        if run.encode is None or run.redrawn or model is not run.model or not still:
             return False
         if routing.frozen is None:
             routing.frozen = torch.empty(0)

@@ -185,7 +185,7 @@ def route(model: nn.Module, routing: Routing) -> None:
     routing.units = 1 + max(part.unit for part in parts)
     _try(model, routing)
     model.noiseproof_routing = routing  # type: ignore[assignment]
-    model.forward = _routed(model.forward, model, routing)
+    model.forward = RoutedForward(model.forward, model, routing)
 
 
 def unroute(model: nn.Module) -> None:
@@ -303,12 +303,19 @@ def _try(model: nn.Module, routing: Routing) -> None:
         )
 
 
-def _routed(forward: Callable[..., Any], model: nn.Module, routing: Routing) -> Callable[..., Any]:
-    def routed_forward(**inputs: Any) -> Any:
+class RoutedForward:
+    """The forward of a gated model. An object, so that a copy of the model calls its own parts."""
+
+    def __init__(self, forward: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
+        self.forward, self.model, self.routing = forward, model, routing
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Answer with the gates that were set, or with those of ``eval_gate``."""
+        routing, forward = self.routing, self.forward
         if routing.pending:
             routing.pending = False
             return forward(**inputs)
-        if model.training:
+        if self.model.training:
             raise RuntimeError("CleaR: no gates were set for this training step")
         passes = routing.eval_passes if routing.eval_gate == "mean" else 1
         routing.gate = routing.eval_gates(inputs, 0)
@@ -319,5 +326,3 @@ def _routed(forward: Callable[..., Any], model: nn.Module, routing: Routing) -> 
         if passes > 1:
             output.logits = output.logits / passes
         return output
-
-    return routed_forward

@@ -44,7 +44,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -79,6 +79,16 @@ from noiseproof.regularizers import (
 from noiseproof.tuning import tune_model
 
 RATES = {"head": 1e-3, "full": 2e-5, "adapter": 2e-4}
+OF_THE_HEAD = (
+    "use_mlp",
+    "mlp_hidden_layers",
+    "mlp_ratio",
+    "mlp_norm",
+    "mlp_residual",
+    "residual_init",
+    "head_init",
+    "feature_scale",
+)
 SMALLEST_RMS = 0.1  # below it the covariance term, of the fourth power of the scale, is nothing
 
 
@@ -256,6 +266,16 @@ class NMTune(Tuned):
             f"NMTune.views=2 goes with tune=head, got tune={self.tune}, which trains on one view "
             "of a row; leave views out",
         )
+        idle = [
+            item.name
+            for item in fields(self)
+            if item.name in OF_THE_HEAD and getattr(self, item.name) != item.default
+        ]
+        require(
+            self.reshapes or not idle,
+            f"NMTune.{', '.join(idle)}: only for tune=head, where the encoder is frozen; got "
+            f"tune={self.tune}",
+        )
         require(
             self.use_mlp or not self.reshapes or not any(self.weights.values()),
             "NMTune without its MLP (use_mlp=False) has nothing that its terms could train; set "
@@ -347,6 +367,17 @@ class NMTune(Tuned):
         views = self.views if self.reshapes else 1
         return [Stage("tune", epochs, learning_rate=rate, views=views)]
 
+    def on_stage_start(self, run: Run) -> None:
+        """Refuse passes that are all too short for the terms."""
+        rows, wanted = run.pass_rows, max(2, self.svd_k + 1)
+        weights = self.weights
+        require(
+            rows is None or rows >= wanted or not (weights["cov"] or weights["svd"]),
+            f"NMTune.svd_k={self.svd_k} needs more than {wanted - 1} rows in a pass, and here it "
+            f"has at most {rows}, so every step would skip the terms; raise train.batch_size or "
+            "train.micro_batch_size, or set a smaller svd_k",
+        )
+
     def on_epoch_start(self, run: Run) -> Columns:
         """At the start: the scale of the features, or column ``initial_features`` (N, D)."""
         if run.epoch > 0:
@@ -386,7 +417,10 @@ class NMTune(Tuned):
             features = one_per_row(read[-1], batch.inputs)  # (B, D)
             original = batch.columns.get("initial_features")
             loss, parts = self.objective(logits, features, original, batch.labels)
-        self._log(run, parts)
+        if parts.pop("short", 0.0):
+            run.log(short_batches=run.logged.get("short_batches", 0.0) + 1)
+            run.left_out += len(batch.rows) if self.small_batch == "drop" else 0
+        run.average(len(batch.rows), **{f"loss_{name}": value for name, value in parts.items()})
         return loss
 
     def restore_model(self, model: nn.Module) -> nn.Module:
@@ -471,16 +505,6 @@ class NMTune(Tuned):
             if self.small_batch == "drop":
                 total = total * 0.0
         return total, parts
-
-    def _log(self, run: Run, parts: Mapping[str, float]) -> None:
-        """Means over the steps of the epoch so far, and the number of short steps."""
-        steps = run.step + 1
-        for name, value in parts.items():
-            if name == "short":
-                run.log(short_batches=run.logged.get("short_batches", 0.0) + 1)
-                continue
-            mean = run.logged.get(f"loss_{name}", 0.0)
-            run.log(**{f"loss_{name}": mean + (value - mean) / steps})
 
 
 def root_mean_square(values: Tensor) -> float:

@@ -65,6 +65,7 @@ from noiseproof.selection import (
     candidates,
     class_quota,
     draw_per_class,
+    finite_losses,
     held_out_agreement,
 )
 
@@ -325,7 +326,7 @@ class TURN(Tuned):
         if run.epoch == 0 and self.probe_epochs and self.precondition != "off":
             self._check_probe(run, logits, entropy, fit)
         usable = torch.isfinite(loss)  # a lone row that is not: never kept
-        loss = torch.where(usable, loss, loss[usable].max())
+        loss = finite_losses(loss)
         clean = torch.where(usable, fit.clean_prob, 0.0)
         marked = usable & candidates(
             clean, loss, run.labels, self.threshold, self.min_class_fraction

@@ -270,6 +270,7 @@ class EncodedImages(Encoded):
 
     def __init__(self, pixels: Pixels, processor: Any, changes: tuple[Change, ...]) -> None:
         self.pixels, self.changes = pixels, changes
+        self.redrawn = len(changes) > 0
         height, width = pixels.size
         cost = max(1, height // PATCH) * max(1, width // PATCH)
         self.lengths = np.full(len(pixels), cost, dtype=np.int64)
