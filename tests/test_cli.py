@@ -684,6 +684,11 @@ READING = [
         f"{FIT} --test gap.csv",
         r"row 2 .* no label .*; fill or remove them, or .* with drop_label=''$",
     ),
+    (
+        "no room for words",
+        f"{FIT} --train.max_length 2",
+        r"train\.max_length must be more than 2, the tokens .* around a text, got 2$",
+    ),
     ("nan label", "fit nan.parquet --out out", r"row 2 of nan\.parquet has no label in col"),
     ("no text", "fit number.jsonl --out out", r"row 2 \(line 3\) .* type int .* expected text"),
     ("column twice", "fit twice.csv --out out", r"several columns named 'label' .*; rename"),

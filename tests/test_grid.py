@@ -166,6 +166,7 @@ def test_every_method_can_stand_in_a_grid(name: str) -> None:
         ({"noise": "none"}, "noise must be a list of one or more values, got 'none'"),
         ({"seeds": []}, "seeds must be a list of one or more values, got []"),
         ({"seed": [0]}, "unknown setting 'seed'; did you mean 'seeds'"),
+        ({"seed": [0]}, "part, tune, models, noise, peft, val"),  # no name twice
         ({"baseline": "Plain"}, "unknown baseline 'Plain'; did you mean 'plain'"),
         ({"part": [{"methods": ["Plain"]}]}, "unknown methods 'Plain'; did you mean 'plain'"),
         ({"part": [{"sed": [1]}]}, "unknown setting of a part 'sed'; did you mean 'seeds'"),

@@ -362,7 +362,7 @@ def _known(what: str, given: Any, known: Any) -> None:
     """Refuse the first name that is not known."""
     for name in given:
         if name not in known:
-            raise InputError(unknown_name(what, str(name), [str(one) for one in known]))
+            raise InputError(unknown_name(what, str(name), dict.fromkeys(map(str, known))))
 
 
 # --- search --------------------------------------------------------------------------------------

@@ -156,6 +156,12 @@ class TextClassification(Task):
         else:
             texts = cast("Sequence[str]", inputs)
         limit = min(self.max_length, int(self.tokenizer.model_max_length))
+        special = int(self.tokenizer.num_special_tokens_to_add(pair=pairs is not None))
+        if limit <= special:
+            raise InputError(
+                f"train.max_length must be more than {special}, the tokens that the tokenizer puts "
+                f"around a text, got {self.max_length}"
+            )
         key = _key(texts, pairs, self.tokenizer, limit)
         path = cache_folder() / "tokens" / f"{key}.arrow"
         if not path.exists():
