@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noiseproof.experts import ExpertLinear, ExpertModel, Experts, Switch, shape_of
+from noiseproof.experts.layers import ExpertLinear, Switch, shape_of
+from noiseproof.experts.mixing import Experts
+from noiseproof.experts.model import ExpertModel
 
 DROPOUT = 0.05
 Numbers = dict[str, float | int | str]

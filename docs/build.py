@@ -213,13 +213,13 @@ def parser_of(name: str) -> Any:
     def capture(parser: Any, words: list[str]) -> Any:
         raise _Captured(parser)
 
-    parse, cli._parse = cli._parse, capture
+    parse, cli.commands.parse = cli.commands.parse, capture
     try:
         cli.COMMANDS[name]([])
     except _Captured as captured:
         return captured.args[0]
     finally:
-        cli._parse = parse
+        cli.commands.parse = parse
     raise AssertionError(f"command {name} parses nothing")
 
 

@@ -28,14 +28,8 @@ from noiseproof.adapters import (
 from noiseproof.errors import InputError
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
-from noiseproof.models import (
-    ADAPTERS_CONFIG,
-    ADAPTERS_FILE,
-    encoder_layers,
-    encoder_of,
-    load_saved_model,
-    save_model,
-)
+from noiseproof.models import encoder_layers, encoder_of
+from noiseproof.saving import ADAPTERS_CONFIG, ADAPTERS_FILE, load_saved_model, save_model
 from noiseproof.tuning import tune_model
 from tiny import Tiny, same_weights, table, train_settings, trained_values, weights
 

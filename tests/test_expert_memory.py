@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from noiseproof.experts import DroppedProduct, ExpertLinear, Experts, Switch
+from noiseproof.experts.layers import DroppedProduct, ExpertLinear, Switch
+from noiseproof.experts.mixing import Experts
 
 RATE = 0.3
 

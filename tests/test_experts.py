@@ -16,22 +16,19 @@ from torch.nn import functional as F
 
 from families import classifier, config, text_inputs
 from noiseproof.errors import InputError
-from noiseproof.experts import (
+from noiseproof.experts.layers import ExpertLinear, Reading, Switch
+from noiseproof.experts.mixing import (
     MODES,
-    ExpertLinear,
-    ExpertModel,
     Experts,
-    Reading,
-    Switch,
-    Watch,
     embedding_noise,
     expert_weights,
-    restored_experts,
     rms_of_tokens,
     similarities,
     update_norm,
 )
-from noiseproof.models import ADAPTERS_CONFIG, ADAPTERS_FILE
+from noiseproof.experts.model import ExpertModel, restored_experts
+from noiseproof.experts.watching import Watch
+from noiseproof.saving import ADAPTERS_CONFIG, ADAPTERS_FILE
 
 LOGITS = torch.tensor([0.2, 0.3, 0.1, 0.4]).log()  # w, the last one of the poisoning expert
 THETA = torch.tensor([0.5, 0.0, -0.5])

@@ -23,11 +23,11 @@ from noiseproof import metrics
 from noiseproof.checkpoint import Interrupted, load_checkpoint
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
+from noiseproof.frozen import mean_pooled
 from noiseproof.job import LATER, Job
 from noiseproof.loop import Progress
 from noiseproof.methods.baselines import CrossEntropy, SmallLoss
 from noiseproof.methods.clear import CleaR
-from noiseproof.models import mean_pooled
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, prepare_folder, spec_id
 from noiseproof.tuning import VIRTUAL_TOKENS

@@ -21,15 +21,16 @@ from language import language_model
 from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
-from noiseproof.experts import MODES, ExpertModel
+from noiseproof.experts.mixing import MODES
+from noiseproof.experts.model import ExpertModel
 from noiseproof.job import CORRUPTED, Job
 from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
-from noiseproof.models import ADAPTERS_FILE
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.report.experts import verdict
+from noiseproof.saving import ADAPTERS_FILE
 from rows import response_rows
 from tiny import FILLER, TOPICS, Tiny, last_json, python, table, train_settings
 
@@ -722,7 +723,7 @@ def run_of(folder: Path, tiny_model: Path) -> Callable[..., Path]:
 LOADING = """
 import json, sys
 import noiseproof
-from noiseproof.experts import MODES
+from noiseproof.experts.mixing import MODES
 from tiny import table, train_settings
 predictor = noiseproof.load(sys.argv[1])
 found = {"mode": predictor.model.mode}

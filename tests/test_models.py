@@ -22,31 +22,27 @@ import noiseproof
 from families import ALL, CLASSES, DECODERS, ENCODERS, classifier, config, text_inputs
 from noiseproof.adapters import restored
 from noiseproof.errors import InputError
+from noiseproof.frozen import HeadOnly, encode_batch, feature_position, mean_pooled
 from noiseproof.loop import train
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
 from noiseproof.models import (
     DEFAULT_ENCODER,
-    HeadOnly,
-    encode_batch,
     encoder_layers,
     encoder_of,
     evaluation_mode,
-    feature_position,
     head_modules,
     is_head,
     layer_modules,
-    load_saved_model,
     load_text_classifier,
-    mean_pooled,
     resolve_model,
-    save_model,
     set_dropout,
     set_trainable,
     start_head,
     training_mode,
     trains_only_head,
 )
+from noiseproof.saving import load_saved_model, save_model
 from noiseproof.tasks import TextClassification
 from noiseproof.tuning import (
     NOT_OFFERED,

@@ -21,6 +21,7 @@ from families import CLASSES, DECODERS, classifier, text_inputs
 from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
+from noiseproof.frozen import mean_pooled
 from noiseproof.loop import Progress
 from noiseproof.losses import cross_entropy
 from noiseproof.method import Batch, Method, Run
@@ -37,12 +38,13 @@ from noiseproof.methods.nmtune import (
     reading,
     root_mean_square,
 )
-from noiseproof.models import HEAD_FILE, encoder_of, mean_pooled
+from noiseproof.models import encoder_of
 from noiseproof.regularizers import (
     covariance_penalty,
     feature_consistency,
     singular_value_penalty,
 )
+from noiseproof.saving import HEAD_FILE
 from tiny import Tiny, as_batch, same_weights, train_settings, weights
 
 NONE: dict[str, Any] = {"lambda_mse": 0.0, "lambda_cov": 0.0, "lambda_svd": 0.0}

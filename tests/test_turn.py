@@ -24,13 +24,14 @@ from families import CLASSES, classifier
 from noiseproof.checkpoint import Interrupted
 from noiseproof.engine import Engine, rate_factor
 from noiseproof.errors import InputError
+from noiseproof.frozen import encode_batch
 from noiseproof.loop import Outcome, Progress
 from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import Method, Run, Stage
 from noiseproof.methods import GCE, TURN
 from noiseproof.methods.turn import LEAST_AGREEMENT, MOST_OVERLAP, class_name, probe_signals
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.models import encode_batch, plain_model, start_head
+from noiseproof.models import plain_model, start_head
 from noiseproof.tuning import usual_rate
 from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, weights
 

@@ -20,11 +20,12 @@ from noiseproof.cli import main
 from noiseproof.engine import Engine, derive_seed
 from noiseproof.errors import InputError
 from noiseproof.estimators import NMTuneClassifier
+from noiseproof.frozen import mean_pooled
 from noiseproof.job import Job
 from noiseproof.loop import Progress
 from noiseproof.method import Batch, Run
 from noiseproof.methods import CrossEntropy, NMTune
-from noiseproof.models import load_image_processor, mean_pooled
+from noiseproof.models import load_image_processor
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, spec_id
 from noiseproof.tasks.augmentation import augmented, parse_changes

@@ -24,14 +24,12 @@ from noiseproof.errors import InputError
 from noiseproof.models import (
     encoder_layers,
     evaluation_mode,
-    fill_adapter,
     kept_parameters,
     pooler_name,
     quiet,
-    save_adapter,
-    saved_adapter,
     trial_inputs,
 )
+from noiseproof.saving import fill_adapter, save_adapter, saved_adapter
 
 FAMILIES = ("adapter", "bitfit", "prompt", "prefix")
 """Values of ``tune`` that this module makes."""
@@ -536,7 +534,7 @@ def restored(model: nn.Module, folder: Path) -> nn.Module:
     """Put a saved adapter of ours around its encoder; without one the model itself.
 
     Args:
-        model: What `noiseproof.models.load_saved_model` gave.
+        model: What `noiseproof.saving.load_saved_model` gave.
         folder: Where `AdaptedModel.save_pretrained` wrote.
 
     Raises:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
-from noiseproof.models import encoder_of, evaluation_mode, mean_pooled
+from noiseproof.frozen import mean_pooled
+from noiseproof.models import encoder_of, evaluation_mode
 from noiseproof.selection import column_scales
 
 NEIGHBOURS = 20

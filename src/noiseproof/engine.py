@@ -15,16 +15,9 @@ from torch import Tensor, nn
 from noiseproof.encoding import Encoded, EncodedFeatures
 from noiseproof.errors import InputError
 from noiseproof.features import MAX_BYTES, fingerprint, kept
+from noiseproof.frozen import HeadOnly, encode_batch, feature_position
 from noiseproof.method import Batch, BeforeBatch, Method, Run, require, require_range
-from noiseproof.models import (
-    HeadOnly,
-    encode_batch,
-    evaluation_mode,
-    feature_position,
-    has_weights,
-    row_statistics,
-    trains_only_head,
-)
+from noiseproof.models import evaluation_mode, has_weights, row_statistics, trains_only_head
 from noiseproof.precision import PRECISIONS, choose_precision
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together; order across them stays random

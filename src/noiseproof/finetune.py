@@ -27,7 +27,6 @@ from noiseproof.job import Job
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
 from noiseproof.methods import find_method
-from noiseproof.models import merged
 from noiseproof.prediction import Predictor, predict_logits
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
@@ -50,6 +49,7 @@ from noiseproof.results import (
     truth_metrics,
     write_results,
 )
+from noiseproof.saving import merged
 
 
 @dataclass

@@ -49,13 +49,7 @@ from noiseproof.engine import (
 )
 from noiseproof.errors import InputError
 from noiseproof.method import BeforeBatch, Columns, Method, RowTransform, Run, Stage
-from noiseproof.models import (
-    count_parameters,
-    fast_dropout,
-    is_head,
-    set_trainable,
-    training_mode,
-)
+from noiseproof.models import count_parameters, fast_dropout, is_head, set_trainable, training_mode
 
 DEFAULT_RATE = 5e-5
 HistoryRow = dict[str, Any]

@@ -71,7 +71,7 @@ class Encode(Protocol):
     """Compute what the head reads of every training row, in row order, without gradient."""
 
     def __call__(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
-        """Return features (N, D, 2) on the CPU, see `noiseproof.models.encode_batch`."""
+        """Return features (N, D, 2) on the CPU, see `noiseproof.frozen.encode_batch`."""
 
 
 @dataclass(frozen=True)

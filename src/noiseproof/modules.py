@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
-from noiseproof.models import HEAD_FILE, merged, plain_model
+from noiseproof.models import plain_model
+from noiseproof.saving import HEAD_FILE, merged
 
 WEIGHTS = "model.safetensors"
 

@@ -16,11 +16,11 @@ from noiseproof.data import Inputs
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.errors import InputError
-from noiseproof.experts import restored_experts
+from noiseproof.experts.model import restored_experts
 from noiseproof.method import Method
 from noiseproof.methods import find_method
-from noiseproof.models import HEAD_FILE
 from noiseproof.record import RunRecord
+from noiseproof.saving import HEAD_FILE
 from noiseproof.tables import load_table
 from noiseproof.tasks import RowSettings, Task, find_task
 

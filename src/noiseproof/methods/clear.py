@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.adapters import FAMILIES, AdaptedModel, Adapter
+from noiseproof.frozen import HeadOnly, feature_position
 from noiseproof.losses import consistency, cross_entropy
 from noiseproof.method import (
     Batch,
@@ -62,7 +63,8 @@ from noiseproof.methods.clear_gates import (
     unroute,
 )
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.models import HeadOnly, feature_position, merged, set_dropout
+from noiseproof.models import set_dropout
+from noiseproof.saving import merged
 from noiseproof.selection import finite_losses
 from noiseproof.tokens import TARGETS
 from noiseproof.tuning import PLAIN_TUNING, PROMPTS, tune_model, usual_rate

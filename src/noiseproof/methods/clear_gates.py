@@ -18,14 +18,8 @@ from torch import Tensor, nn
 
 from noiseproof.adapters import AdaptedModel, Gates, calls_in_layers
 from noiseproof.errors import InputError
-from noiseproof.models import (
-    encoder_layers,
-    encoder_of,
-    evaluation_mode,
-    plain_model,
-    shaken,
-    trial_inputs,
-)
+from noiseproof.frozen import shaken
+from noiseproof.models import encoder_layers, encoder_of, evaluation_mode, plain_model, trial_inputs
 
 SALT_EVAL = 13
 

@@ -46,7 +46,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.experts import MODES, ExpertModel, Experts, Watch, embedding_noise, rms_of_tokens
+from noiseproof.experts.mixing import MODES, Experts, embedding_noise, rms_of_tokens
+from noiseproof.experts.model import ExpertModel
+from noiseproof.experts.watching import Watch
+from noiseproof.frozen import feature_position
 from noiseproof.method import (
     Batch,
     Columns,
@@ -58,7 +61,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
-from noiseproof.models import feature_position, set_dropout, trial_inputs
+from noiseproof.models import set_dropout, trial_inputs
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 from noiseproof.tuning import usual_rate

@@ -52,18 +52,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
+from noiseproof.frozen import encoder_width, last_token
+from noiseproof.heads import PooledClassifier, saved_head
 from noiseproof.losses import cross_entropy
 from noiseproof.method import Batch, Columns, Run, Stage, require, require_range
 from noiseproof.methods.baselines import Tuned
 from noiseproof.models import (
-    PooledClassifier,
     encoder_layers,
-    encoder_width,
     head_modules,
     is_head,
-    last_token,
     plain_model,
-    saved_head,
     set_dropout,
     set_trainable,
 )

@@ -41,6 +41,8 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
+from noiseproof.frozen import encoder_width
+from noiseproof.heads import PooledClassifier, saved_head
 from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import (
     Batch,
@@ -53,13 +55,7 @@ from noiseproof.method import (
 )
 from noiseproof.methods.baselines import Tuned
 from noiseproof.mixture import LossMixture, MixtureFit, fit_loss_mixture
-from noiseproof.models import (
-    PooledClassifier,
-    encoder_width,
-    plain_model,
-    saved_head,
-    start_head,
-)
+from noiseproof.models import plain_model, start_head
 from noiseproof.selection import (
     best_first,
     candidates,

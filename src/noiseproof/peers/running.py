@@ -18,7 +18,6 @@ from noiseproof.checkpoint import Interrupted, StopSignals, Stopwatch
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.job import OPT_IN, Job
 from noiseproof.method import require
-from noiseproof.models import merged
 from noiseproof.peers.cleanlab import CleanlabProbe, CleanlabPrune
 from noiseproof.peers.contract import Fitted, Measure, Peer, Work
 from noiseproof.peers.trainer import Trainer, TrainerLabelSmoothing, TrainerLoRA
@@ -32,6 +31,7 @@ from noiseproof.results import (
     test_metrics,
     write_results,
 )
+from noiseproof.saving import merged
 from noiseproof.tasks import TextClassification
 
 PEERS: dict[str, type[Peer]] = {

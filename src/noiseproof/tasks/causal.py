@@ -28,8 +28,8 @@ from noiseproof.data import Examples, Inputs
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
 from noiseproof.method import Method, require
-from noiseproof.models import save_model
 from noiseproof.noise import NoiseModel
+from noiseproof.saving import save_model
 from noiseproof.tasks.base import LabelColumns, RowSettings, Task
 from noiseproof.tasks.dialogues import DialogueColumns, Dialogues, read_dialogues
 from noiseproof.tasks.language import (

@@ -26,7 +26,6 @@ from noiseproof.data import Examples, Inputs, Reader
 from noiseproof.encoding import Encoded, no_second_view
 from noiseproof.errors import InputError
 from noiseproof.method import Method, require
-from noiseproof.models import HEAD_FILE, save_model
 from noiseproof.modules import (
     WEIGHTS,
     Logits,
@@ -38,6 +37,7 @@ from noiseproof.modules import (
     without_adapters,
     wrap_module,
 )
+from noiseproof.saving import HEAD_FILE, save_model
 from noiseproof.tables import Table, nearest, shorten
 from noiseproof.tasks.base import RowSettings, Task
 

@@ -23,12 +23,7 @@ from noiseproof.data import Examples, Inputs, Reader
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
 from noiseproof.method import require
-from noiseproof.models import (
-    load_image_classifier,
-    load_image_processor,
-    load_saved_model,
-    save_model,
-)
+from noiseproof.models import load_image_classifier, load_image_processor
 from noiseproof.modules import (
     load_weights,
     module_is_missing,
@@ -36,6 +31,7 @@ from noiseproof.modules import (
     without_adapters,
     wrap_module,
 )
+from noiseproof.saving import load_saved_model, save_model
 from noiseproof.tables import Table
 from noiseproof.tasks.augmentation import Change, augmented, parse_changes
 from noiseproof.tasks.base import RowSettings, Task

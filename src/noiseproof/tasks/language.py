@@ -15,12 +15,12 @@ from noiseproof.errors import InputError
 from noiseproof.models import (
     cannot_load,
     evaluation_mode,
-    load_saved_model,
     longest_input,
     plain_model,
     quiet,
     resolve_model,
 )
+from noiseproof.saving import load_saved_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def auto_class(config: Any) -> str:
 
 
 def load_saved_language_model(folder: Path, name: str | None) -> tuple[nn.Module, Any]:
-    """Load what `noiseproof.models.save_model` wrote of a language model.
+    """Load what `noiseproof.saving.save_model` wrote of a language model.
 
     Args:
         folder: ``model/`` of a run.

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from noiseproof.data import Examples, Inputs, TextColumns, Texts
 from noiseproof.encoding import Encoded, cache_folder
 from noiseproof.errors import InputError
-from noiseproof.models import load_saved_model, load_text_classifier, save_model
+from noiseproof.models import load_text_classifier
+from noiseproof.saving import load_saved_model, save_model
 from noiseproof.tables import Table, let_go, map_table
 from noiseproof.tasks.base import RowSettings, Task
 

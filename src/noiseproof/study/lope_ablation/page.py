@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from noiseproof import charts
-from noiseproof.experts import MODES
+from noiseproof.experts.mixing import MODES
 from noiseproof.report.blocks import (
     MISSING,
     Block,
