@@ -397,6 +397,15 @@ def test_abstentions_are_left_out_and_counted(fit: Fit) -> None:
     assert result.samples["row_id"].tolist() == [str(row) for row in range(6, 24)]
 
 
+def test_what_cannot_be_taken_or_left_out_is_said(fit: Fit) -> None:
+    """A split of a file that has none, a label to drop that no row has: typed in error."""
+    with pytest.raises(InputError, match=r"split=test: rows\.csv is a file of rows, .*leave split"):
+        Job("rows.csv", split="test")
+    assert Job("rows.npz", split="test").split == "test"
+    with pytest.warns(UserWarning, match="no training row has the label 'gardn'"):
+        assert fit(drop_label="gardn").record.data["dropped"] == 0
+
+
 def test_abstentions_among_other_rows_are_left_out_too(fit: Fit) -> None:
     """A held-out part of the same labels has the same gaps; the record counts them by set."""
     data, held, test = table(24), table(9), table(9)

@@ -14,6 +14,7 @@ from noiseproof.engine import TrainSettings, check_tracker
 from noiseproof.method import Method, require
 from noiseproof.methods import METHODS, CleaR
 from noiseproof.noise import parse_noise
+from noiseproof.tables import has_splits
 from noiseproof.tasks import RowSettings, find_task
 from noiseproof.tuning import PROMPTS
 
@@ -134,6 +135,11 @@ class Job:
             self.task in self.method.tasks,
             f"{self.method.name} does not support task {self.task!r}, only "
             f"{', '.join(self.method.tasks)}; use one of {', '.join(others)}",
+        )
+        require(
+            self.split == "train" or has_splits(self.data),
+            f"split={self.split}: {self.data} is a file of rows, which has no splits; leave split "
+            "out",
         )
         object.__setattr__(self, "method", task.fitted(self.method, self.model))
         views = getattr(self.method, "views", None) or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,6 +178,12 @@ class Prepared:
         columns = LabelColumns(job.label, job.clean_label, job.row_id, names, job.drop_label)
         kind = find_task(job.task)
         data = kind.examples(job.data, job.rows, columns, job.split, "training")
+        if job.drop_label is not None and not data.dropped:
+            warnings.warn(
+                f"no training row has the label {job.drop_label!r} that is to be dropped",
+                UserWarning,
+                stacklevel=2,
+            )
         if job.test_share is not None:
             seed = derive_seed(job.train.seed, "test")
             rest, split = stratified_split(data.labels, job.test_share, seed)

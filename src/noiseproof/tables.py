@@ -49,6 +49,7 @@ __all__ = [
     "Strings",
     "Table",
     "array_column",
+    "has_splits",
     "let_go",
     "load_table",
     "map_table",
@@ -547,6 +548,15 @@ def _from_place(source: str | Path, split: str) -> Table:
         return _from_hub(source, split)
     beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     raise InputError(f"{path} does not exist{nearest(path.name, beside) or '; check the path'}")
+
+
+def has_splits(source: Source) -> bool:
+    """Whether a source may hold several splits: any but a file of rows.
+
+    >>> has_splits("rows.csv"), has_splits("rows.npz"), has_splits("someone/data")
+    (False, True, True)
+    """
+    return not isinstance(source, str | Path) or _kind(Path(source)) in (None, "npz")
 
 
 def _kind(path: Path) -> str | None:
