@@ -78,6 +78,7 @@ def test_language_models_are_compared_by_choices_else_by_tokens(tmp_path: Path) 
                 labels={"data": data, "methods": method},
                 metrics=numbers,
                 modes=modes if plus else {},
+                data={"rows": 100, "classes": 1},
                 history=[],
             )
     text = report(tmp_path, tmp_path / "all.md").read_text(encoding="utf-8")
@@ -88,6 +89,7 @@ def test_language_models_are_compared_by_choices_else_by_tokens(tmp_path: Path) 
     )
     assert "| LoPE | 0 | 0 | 0 | 2 | +12.5" in overview
     assert "| LoPE | 75.0 | 50.0 |" in section(text, "quiz · no added noise")
+    assert "1 classes" not in text  # a response is no class
 
 
 def test_the_router_is_shown_layer_by_layer_under_its_verdict(tmp_path: Path) -> None:

@@ -390,9 +390,10 @@ def _about(runs: Sequence[Run]) -> str:
     data = runs[0].record.data
     rates = [rate for run in runs if (rate := noise_rate(run)) is not None]
     seeds = ", ".join(sorted({run.seed for run in runs}, key=natural))
+    classes = as_number(data.get("classes"))
     parts = [
         f"{quantity(as_number(data.get('rows')))} training rows",
-        f"{quantity(as_number(data.get('classes')))} classes",
+        f"{quantity(classes)} classes" if classes != 1 else "",  # a response is no class
         (f"{percent(fmean(rates))} % wrong labels" if any(rates) else "no wrong labels")
         if rates
         else "",

@@ -189,7 +189,9 @@ def _data(run: Run) -> str:
              if (size := as_number(data.get(key)))]  # fmt: skip
     classes = as_number(data.get("classes"))
     rows = f": {', '.join(parts)} rows" if parts else ""
-    return f"{run.names['data']}{rows}" + (f", {quantity(classes)} classes" if classes else "")
+    return f"{run.names['data']}{rows}" + (
+        f", {quantity(classes)} classes" if classes and classes > 1 else ""
+    )
 
 
 def _model(run: Run) -> str:

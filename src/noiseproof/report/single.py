@@ -94,11 +94,12 @@ def _facts(run: Run) -> Facts:
         "noisy": "rows with noisy labels",
         "clean": "rows with right labels: knowledge that noisy data do not offer",
     }
+    classes = as_number(data.get("classes"))
     chosen = "the best on validation" if run.setting("train.select") == "best" else "the last"
     items = [
         ("Data", run.names["data"]),
         ("Rows", ", ".join(rows)),
-        ("Classes", quantity(as_number(data.get("classes")))),
+        ("Classes", quantity(classes) if classes != 1 else ""),  # a response is no class
         ("Noise", noise),
         ("Method", run.row),
         ("Model", run.names["model"]),
