@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,72 +137,71 @@ def run_job(
     state.wait_for_everyone()
     with empty_folder_removed(new):
         prepared = Prepared(job)
-    prepared.describe(record)
-    if earlier is not None:
-        same_data(earlier, record, folder)
-    elif folder is not None and main and overwrite:  # not before the new data are known to be good
-        clear_run(folder)
-    measure = _Measure(prepared)
-    begun, refused = False, False
+        prepared.describe(record)
+        if earlier is not None:
+            same_data(earlier, record, folder)
+        elif (
+            folder is not None and main and overwrite
+        ):  # not before the new data are known to be good
+            clear_run(folder)
+        measure = _Measure(prepared)
+        begun, refused = False, False
 
-    def told(progress: Progress) -> None:
-        nonlocal begun
-        begun = True
-        if report is not None:
-            report(progress)
+        def told(progress: Progress) -> None:
+            nonlocal begun
+            begun = True
+            if report is not None:
+                report(progress)
 
-    try:
-        if folder is not None and main:
-            record.write(folder)
-        outcome = train(
-            job.method,
-            prepared.model,
-            prepared.encoded,
-            torch.from_numpy(prepared.data.labels),
-            prepared.num_classes,
-            job.train,
-            measure=measure,
-            checkpoints=None if folder is None else folder / "checkpoints",
-            resume=resume,
-            report=told,
-            tracking_folder=None if folder is None else str(folder),
-            watch=watch,
-            passes=prepared.passes,
-            score=prepared.task.measures.score,
-        )
-        samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
-        _conclude(record, prepared, outcome, samples, measure)
-        predictor = Predictor(
-            outcome.model,
-            prepared.task,
-            prepared.data.label_names,
-            job.column,
-            job.rows,
-            job.label,
-        )
-        if folder is not None and main:
-            if job.merge:
-                predictor.model = merged(predictor.model)
-            prepared.task.save(predictor.model, folder / "model")
-            write_results(folder, outcome.history, samples, prepared)
-        record.status = "done"
-    except Exception as error:
-        record.status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        record.error = " ".join(str(error).split()) or type(error).__name__
-        # such as an adapter that the model has no place for: --out stays free for the next attempt
-        unused = earlier is None and not overwrite and not begun
-        refused = unused and isinstance(error, InputError)
-        raise
-    finally:
-        record.timings |= watch.seconds()
-        if folder is not None and main:
-            if refused:
-                (folder / "record.json").unlink(missing_ok=True)
-                if new is not None:
-                    with suppress(OSError):  # a tracker has files in it
-                        new.rmdir()
-            else:
+        try:
+            if folder is not None and main:
                 record.write(folder)
+            outcome = train(
+                job.method,
+                prepared.model,
+                prepared.encoded,
+                torch.from_numpy(prepared.data.labels),
+                prepared.num_classes,
+                job.train,
+                measure=measure,
+                checkpoints=None if folder is None else folder / "checkpoints",
+                resume=resume,
+                report=told,
+                tracking_folder=None if folder is None else str(folder),
+                watch=watch,
+                passes=prepared.passes,
+                score=prepared.task.measures.score,
+            )
+            samples = sample_table(prepared, outcome.run.predict(), outcome.run.columns)
+            _conclude(record, prepared, outcome, samples, measure)
+            predictor = Predictor(
+                outcome.model,
+                prepared.task,
+                prepared.data.label_names,
+                job.column,
+                job.rows,
+                job.label,
+            )
+            if folder is not None and main:
+                if job.merge:
+                    predictor.model = merged(predictor.model)
+                prepared.task.save(predictor.model, folder / "model")
+                write_results(folder, outcome.history, samples, prepared)
+            record.status = "done"
+        except Exception as error:
+            record.status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            record.error = " ".join(str(error).split()) or type(error).__name__
+            # such as an adapter that the model has no place for: --out stays free for the next try
+            unused = earlier is None and not overwrite and not begun
+            refused = unused and isinstance(error, InputError)
+            raise
+        finally:
+            record.timings |= watch.seconds()
+            if folder is not None and main:
+                if refused:
+                    (folder / "record.json").unlink(missing_ok=True)
+                else:
+                    record.write(folder)
     if folder is not None and main:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     state.wait_for_everyone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -50,3 +50,21 @@ def saved_head(model: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(str(Path(str(model.name_or_path)) / HEAD_FILE))
+
+
+class Scores(NamedTuple):
+    """What `LinearHead` answers.
+
+    Attributes:
+        logits: (B, C).
+    """
+
+    logits: Tensor
+
+
+class LinearHead(nn.Linear):
+    """A linear layer that answers as a classifier does."""
+
+    def forward(self, input: Tensor) -> Scores:  # type: ignore[override]
+        """(B, D) -> logits (B, C)."""
+        return Scores(super().forward(input))

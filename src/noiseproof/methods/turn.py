@@ -34,7 +34,7 @@ and noiseproof.load puts them together, as transformers has no class for it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from noiseproof.errors import InputError
 from noiseproof.frozen import encoder_width
-from noiseproof.heads import PooledClassifier, saved_head
+from noiseproof.heads import LinearHead, PooledClassifier, saved_head
 from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import (
     Batch,
@@ -70,24 +70,6 @@ CHECKED_ROWS = 20_000  # for the check of the features; the cost grows with rows
 LEAST_AGREEMENT = 0.05  # kappa of held-out predictions and labels ...
 MOST_OVERLAP = 0.06  # ... and expected share of rows on the wrong side of the mixture; measured
 INSTEAD = "CleaR and ELR do not rely on a probe; lp_ft selects no rows; or use another encoder"
-
-
-class Scores(NamedTuple):
-    """What `LinearHead` answers.
-
-    Attributes:
-        logits: (B, C).
-    """
-
-    logits: Tensor
-
-
-class LinearHead(nn.Linear):
-    """A linear layer that answers as a classifier does."""
-
-    def forward(self, input: Tensor) -> Scores:  # type: ignore[override]
-        """(B, D) -> logits (B, C)."""
-        return Scores(super().forward(input))
 
 
 @dataclass(frozen=True)
