@@ -98,7 +98,7 @@ def run_of(model: nn.Module, rows: int, epoch: int = 0, seed: int = 0, **columns
 
 def bare(layers: int, **settings: Any) -> nn.Module:
     """A model that is nothing but its gates."""
-    model = nn.Identity()
+    model = nn.Linear(1, 1)
     model.noiseproof_routing = Routing(layers, **settings)  # type: ignore[assignment]
     return model
 
@@ -469,6 +469,24 @@ def test_hard_routing_opens_exactly_the_rows_above_the_threshold() -> None:
     assert torch.equal(gate, (clean > 0.7).float()[:, None].expand(-1, 3))
     warm = train_gates(CleaR(routing="hard"), run, torch.arange(4), routed=False)
     assert torch.equal(warm, train_gates(CleaR(), run, torch.arange(4), routed=False))
+
+
+def test_a_share_of_a_class_that_looks_wrong_as_a_whole_is_routed_anyway() -> None:
+    """A small class whose rows are hard would never reach the adapters."""
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 10)
+    logits = torch.zeros(90, CLASSES)
+    logits[torch.arange(90), labels] = torch.where(labels == 2, -4.0, 6.0)
+    logits[80:, 2] += torch.linspace(0, 0.5, 10)  # the last rows of the class fit best
+    run = run_of(bare(3), 90, epoch=3)
+    run.labels, run.predict = labels, lambda before_batch=None: logits
+    run.columns = CleaR(min_class_fraction=0.3).on_epoch_start(run)
+    assert (run.columns["clean_prob"][labels == 2] < 0.5).all()  # the verdict on rows stays
+    trusted = run.columns["gate_prob"]
+    assert torch.equal(trusted[:80], run.columns["clean_prob"][:80])
+    assert (trusted[80:] == 1).tolist() == [False] * 7 + [True] * 3
+    gate = train_gates(CleaR(routing="hard", min_class_fraction=0.3), run, torch.arange(90))
+    assert gate[:, 0].tolist() == [1.0] * 80 + [0.0] * 7 + [1.0] * 3
+    assert "gate_prob" not in CleaR().on_epoch_start(run)
 
 
 def test_soft_routing_scales_by_gamma_times_clean_probability() -> None:

@@ -19,7 +19,7 @@ from noiseproof.study.noisy_pretraining.pictures import (
     draw,
     nested_noise,
 )
-from noiseproof.study.noisy_pretraining.records import Records, rank_correlation
+from noiseproof.study.noisy_pretraining.records import Records, correlations
 from noiseproof.study.noisy_pretraining.working import Scale, split
 from test_study import called
 from tiny import same_weights
@@ -75,10 +75,10 @@ def test_networks_start_alike_for_a_seed() -> None:
     assert not same_weights(fresh(8, seed=1), fresh(8, seed=2))
 
 
-def test_rank_correlations_of_too_little_are_none() -> None:
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == -1
-    assert rank_correlation([1, 2], [1, 2]) is None
-    assert rank_correlation([1, 2, 3], [1, 1, 1]) is None
+def test_correlations_of_too_little_are_none() -> None:
+    assert correlations([1, 2, 3], [5, 2, 1]) == (-1, pytest.approx(-0.960769, abs=1e-6))
+    assert correlations([1, 2], [1, 2]) is None
+    assert correlations([1, 2, 3], [1, 1, 1]) is None
 
 
 def test_what_the_study_has_no_use_for_is_refused() -> None:

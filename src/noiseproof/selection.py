@@ -136,6 +136,21 @@ def candidates(
     return torch.where(short[labels], place < floor[labels], marked)
 
 
+def trusted(clean_prob: Tensor, losses: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Trust at least this share of every class.  (N,), (N,), (N,) -> (N,) clean probabilities.
+
+    Ours: rows of a small class are hard, hard rows have high losses, and one mixture over all rows
+    calls the whole class wrong. In a class where fewer than `share` of the rows (at least one) look
+    clean (above 1/2), that many of the best, as in `candidates`, get 1.
+
+    >>> prob, loss = torch.tensor([0.9, 0.7, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.8, 0.9])
+    >>> trusted(prob, loss, torch.tensor([0, 0, 1, 1]), share=0.5).round(decimals=1).tolist()
+    [0.9, 0.7, 1.0, 0.1]
+    """
+    marked = candidates(clean_prob, losses, labels, 0.5, share)
+    return torch.where(marked & (clean_prob <= 0.5), 1.0, clean_prob)
+
+
 def best_first(clean_prob: Tensor, losses: Tensor) -> Tensor:
     """Order rows by falling posterior, then rising loss, then row number.  (N,), (N,) -> (N,).
 

@@ -65,7 +65,7 @@ from noiseproof.methods.clear_gates import (
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
 from noiseproof.saving import merged
-from noiseproof.selection import finite_losses
+from noiseproof.selection import finite_losses, trusted
 from noiseproof.tokens import TARGETS
 from noiseproof.tuning import PLAIN_TUNING, PROMPTS, tune_model, usual_rate
 
@@ -92,6 +92,8 @@ class CleaR(Method):
         scoring_passes: Gated passes whose logits are averaged.
         loss_ema: Weight of the last epoch's smoothed loss.
         mixture: How the losses are split.
+        min_class_fraction: Where fewer rows of a class look clean, gates trust this share of them,
+            the lowest losses first; 0 leaves it to the mixture.
         lambda_consistency: Weight of the consistency term.
         temperature: Temperature of the consistency term.
         temperature_squared: Multiply the consistency term by the squared temperature.
@@ -128,6 +130,7 @@ class CleaR(Method):
     scoring_passes: int = 1
     loss_ema: float = 0.0
     mixture: LossMixture = field(default_factory=LossMixture)
+    min_class_fraction: float = 0.0
     lambda_consistency: float = 1.0
     temperature: float = 1.0
     temperature_squared: bool = True
@@ -152,6 +155,7 @@ class CleaR(Method):
 
     tasks: ClassVar[tuple[str, ...]] = ("text", "image", "causal-lm")
     writes: ClassVar[tuple[str, ...]] = ("train_logits", "recorded")
+    later: ClassVar[tuple[str, ...]] = ("min_class_fraction",)
 
     def __post_init__(self) -> None:
         """Check every setting where it stands."""
@@ -187,6 +191,7 @@ class CleaR(Method):
         require_range("CleaR", "gamma", self.gamma, 0, 1, open_low=True)
         require_range("CleaR", "threshold", self.threshold, 0, 1, open_low=True, open_high=True)
         require_range("CleaR", "loss_ema", self.loss_ema, 0, 1, open_high=True)
+        require_range("CleaR", "min_class_fraction", self.min_class_fraction, 0, 1)
         require_range("CleaR", "lambda_consistency", self.lambda_consistency, 0, 1e3)
         require_range("CleaR", "temperature", self.temperature, 0, 1e3, open_low=True)
         if self.learning_rate is not None:
@@ -303,7 +308,11 @@ class CleaR(Method):
         return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.peft))]
 
     def on_epoch_start(self, run: Run) -> Columns:
-        """Columns ``loss``, ``clean_prob`` (N,), ``target_logits`` (N, C); fixed for the epoch."""
+        """Columns fixed for the epoch: how clean a row looks, and what follows for its gates.
+
+        ``loss``, ``clean_prob`` (N,); ``gate_prob`` (N,), the same with the share of a class that
+        is trusted anyway; ``target_logits`` (N, C).
+        """
         if run.epoch < self.warmup(run.epochs):
             return self._recorder(run) if run.epoch == 0 else {}
         if self._plain:
@@ -315,6 +324,10 @@ class CleaR(Method):
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
         run.log(**fit.summary(), selected=float((fit.clean_prob > self.threshold).float().mean()))
         columns = {"loss": finite_losses(loss), "clean_prob": fit.clean_prob}
+        if self.min_class_fraction:
+            columns["gate_prob"] = trusted(
+                fit.clean_prob, columns["loss"], run.labels, self.min_class_fraction
+            )
         if self.lambda_consistency:
             usable = torch.isfinite(logits).all(dim=1, keepdim=True)
             columns["target_logits"] = torch.where(usable, logits, 0.0)  # a uniform target
@@ -337,7 +350,7 @@ class CleaR(Method):
             run.write("recorded", batch, torch.ones(len(batch.rows)))
         if not routed or "clean_prob" not in batch.columns:
             return loss.mean()
-        clean = batch.columns["clean_prob"]
+        clean = gate_prob(batch.columns)
         if self.ce_weight == "clean_prob":
             loss = loss * clean
         if self.lambda_consistency:
@@ -402,10 +415,10 @@ class CleaR(Method):
         follows = routed and self.routing != "random"
         if follows and self.routing == "hard":
             units = routing_of(run).units
-            kept = (batch.columns["clean_prob"] > self.threshold).float()
+            kept = (gate_prob(batch.columns) > self.threshold).float()
             return kept[:, None].expand(-1, units)
         if follows:
-            rate = rate * batch.columns["clean_prob"]
+            rate = rate * gate_prob(batch.columns)
         return self._gates(run, batch.rows, rate, not follows, SALT_TRAIN, run.epoch, run.step)
 
     def _logits(self, model: nn.Module, batch: Batch, run: Run, gate: Tensor | None) -> Tensor:
@@ -501,6 +514,11 @@ class CleaR(Method):
 
         prepared: BeforeBatch = before_batch
         return run.predict(before_batch=prepared)
+
+
+def gate_prob(columns: Columns) -> Tensor:
+    """How open the gates of each row of a batch may be.  -> (B,)."""
+    return columns.get("gate_prob", columns["clean_prob"])
 
 
 def routing_of(run: Run) -> Routing:

@@ -37,7 +37,7 @@ from noiseproof.tasks.images import ImageClassification, Pixels, own_processor
 
 SIZES = {
     "small": Scale(800, 240, 240, 12, 10, (0, 1), (0.0, 0.1, 0.3), tasks=("new",)),
-    "default": Scale(4000, 1200, 1200, 15, 20, (0, 1, 2), fractions=(0.1, 1.0)),
+    "default": Scale(4000, 1200, 1200, 15, 20, (0, 1, 2, 3, 4), fractions=(0.1, 1.0)),
     "full": Scale(24000, 4000, 4000, 30, 30, (0, 1, 2, 3, 4), fractions=(0.1, 0.25, 0.5, 1.0)),
 }
 SIDE = 24  # of drawn pictures

@@ -200,7 +200,7 @@ def _gains(records: Records, task: str) -> Section:
 def _together(records: Records) -> Section:
     """Do the measures go with the accuracies?"""
     columns = [Column("Correlation over rates", numeric=False), Column("Method", numeric=False),
-               Column("Classes", numeric=False), Column("Spearman"), Column("Seeds")]  # fmt: skip
+               Column("Classes", numeric=False), Column("Spearman"), Column("Pearson"), Column("Seeds")]  # fmt: skip
     rows = []
     for task in records.tasks:
         for measure, name, accuracy, of in (
@@ -208,15 +208,16 @@ def _together(records: Records) -> Section:
             ("lsvr", "LSVR", "OOD", _ood),
         ):
             for method in records.methods:
-                found = records.correlation(measure, of, task, method)
-                if found is not None:
+                ranks, linear = records.correlation(measure, of, task, method)
+                if ranks is not None and linear is not None:
                     rows.append([Cell(f"{name} before tuning with {accuracy} accuracy"),
                                  Cell(method), Cell(task),
-                                 Cell(_correlation(found), value=found.mean),
-                                 Cell(str(found.n), value=found.n)])  # fmt: skip
+                                 Cell(_correlation(ranks), value=ranks.mean),
+                                 Cell(_correlation(linear), value=linear.mean),
+                                 Cell(str(ranks.n), value=ranks.n)])  # fmt: skip
     note = (
-        f"Rank correlation over the rates inside a seed, mean over seeds with {LEVEL:.0%} t "
-        "interval; few rates make it coarse. That two things change together does not say that one "
+        "Correlation of ranks and of numbers, over the rates inside a seed; mean over seeds with "
+        f"{LEVEL:.0%} t interval; few rates make it coarse. That two things change together does not say that one "
         "makes the other."
     )
     return Section("What goes together", [Table(columns, rows, note)] if rows else [])

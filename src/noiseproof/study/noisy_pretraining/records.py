@@ -61,17 +61,18 @@ class Tuned:
         return fmean(known) if known else None
 
 
-def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Spearman's correlation; None of fewer than three pairs or of equal values.
+def correlations(one: Sequence[float], two: Sequence[float]) -> tuple[float, float] | None:
+    """Spearman's and Pearson's; None of fewer than three pairs or of equal values.
 
-    >>> rank_correlation([1, 2, 3], [10, 30, 20])
-    0.5
+    >>> correlations([1, 2, 3], [10, 30, 20])
+    (0.5, 0.5)
     """
     from scipy import stats
 
     if len(one) < 3 or len(set(one)) < 2 or len(set(two)) < 2:
         return None
-    return round(float(stats.spearmanr(one, two).statistic), 12)
+    spearman, pearson = stats.spearmanr(one, two).statistic, stats.pearsonr(one, two).statistic
+    return round(float(spearman), 12), round(float(pearson), 12)
 
 
 class Records:
@@ -138,20 +139,27 @@ class Records:
         runs = [run for run in self.pretraining.runs if run.names["noise"] == f"{100 * rate:g}%"]
         return [value for run in runs if (value := run.metric("test_accuracy")) is not None]
 
-    def correlation(self, measure: str, of: Of, task: str, method: str) -> Summary | None:
-        """Spearman's correlation over rates of a spectral measure with an accuracy, over seeds."""
+    def correlation(
+        self, measure: str, of: Of, task: str, method: str
+    ) -> tuple[Summary | None, Summary | None]:
+        """Correlation over rates of a spectral measure with an accuracy, summarised over seeds.
+
+        Returns:
+            By ranks (Spearman), and of the numbers (Pearson).
+        """
         by_rate = {rate: self.before(task, rate) for rate in self.rates}
         accuracy = {rate: self.values(of, task=task, method=method, rate=rate)
                     for rate in self.rates}  # fmt: skip
         seeds = set.intersection(*(set(by_rate[r]) & set(accuracy[r]) for r in self.rates))
         found = [
-            rank_correlation(
+            correlations(
                 [by_rate[rate][seed][measure] for rate in self.rates],
                 [accuracy[rate][seed] for rate in self.rates],
             )
             for seed in sorted(seeds)
         ]
-        return summarize(value for value in found if value is not None)
+        known = [pair for pair in found if pair is not None]
+        return summarize(by_rank for by_rank, _ in known), summarize(linear for _, linear in known)
 
     def rise(self, measure: str, task: str) -> Difference | None:
         """A spectral measure at the highest rate minus that at the lowest, seed by seed."""
