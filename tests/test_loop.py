@@ -210,6 +210,23 @@ def test_a_stage_of_the_head_trains_what_is_trainable_in_it(tune: str, tiny_run:
     assert changed == {f"{start}classifier{inner}.{part}" for part in ("weight", "bias")}
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "epochs", "said"),
+    [
+        (16, 4, "9 rows are kept, fewer than the batch size, 16; lower it"),
+        (4, 4, "9 rows are kept, 9 steps in the epochs left (3); train longer"),
+    ],
+)
+def test_a_selection_too_small_to_train_on_is_said_once(
+    batch_size: int, epochs: int, said: str, tiny_run: Tiny
+) -> None:
+    with pytest.warns(UserWarning, match="rows are kept") as caught:
+        outcome = tiny_run.fit(Shrinking(), epochs=epochs, batch_size=batch_size)
+    assert [str(one.message) for one in caught if "kept" in str(one.message)][0].startswith(said)
+    told = [row.get("warning", "") for row in outcome.history]
+    assert [said in one for one in told] == [False, True, False, False]
+
+
 def test_what_a_hook_warns_of_is_issued_and_written_down(tiny_run: Tiny) -> None:
     @dataclass(frozen=True)
     class Doubtful(Method):

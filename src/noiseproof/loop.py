@@ -52,6 +52,7 @@ from noiseproof.method import BeforeBatch, Columns, Method, RowTransform, Run, S
 from noiseproof.models import count_parameters, fast_dropout, is_head, set_trainable, training_mode
 
 DEFAULT_RATE = 5e-5
+FEWEST_STEPS = 50  # of a stage on selected rows, below which the user is warned (TURN's lineage)
 HistoryRow = dict[str, Any]
 
 
@@ -115,6 +116,7 @@ class _State:
     logged: dict[str, float] = field(default_factory=dict)
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
+    doubted: bool = False  # whether it was judged if a selection leaves enough rows
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"train_s": 0.0, "score_s": 0.0, "eval_s": 0.0}
@@ -323,6 +325,9 @@ class _Loop:
         columns = self.method.on_epoch_start(self.run)
         self._check(columns)
         self.run.columns.update(columns)
+        if "keep" in columns and not self.state.doubted:
+            self.state.doubted = True
+            self._doubt_few(int(columns["keep"].sum()))
         self.state.seconds["score_s"] += time.perf_counter() - started
         for message in self.run.warned if self.engine.main else ():
             warnings.warn(message, UserWarning, stacklevel=2)
@@ -468,6 +473,18 @@ class _Loop:
                 f"{self.run.epoch}; loosen its selection or lengthen its warm-up"
             )
         return rows
+
+    def _doubt_few(self, rows: int) -> None:
+        """Say that a selection leaves little to train on, judged by its first epoch."""
+        size, epochs = self.settings.batch_size, self.run.epochs - self.run.epoch
+        steps = epochs * math.ceil(self.passes * rows / size)
+        if rows < size:
+            self.run.warn(f"{rows} rows are kept, fewer than the batch size, {size}; lower it")
+        elif steps < FEWEST_STEPS:
+            self.run.warn(
+                f"{rows} rows are kept, {steps} steps in the epochs left ({epochs}); train longer, "
+                "lower the batch size, or loosen the selection"
+            )
 
     def _check(self, columns: Columns) -> None:
         for name, column in columns.items():

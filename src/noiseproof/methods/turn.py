@@ -256,9 +256,12 @@ class TURN(Tuned):
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Columns ``loss``, ``clean_prob``, ``selected`` (N,), and ``keep``, which equals it."""
+        selects = self.cleanse and self.tune_epochs != 0
+        first = run.epoch == 0 and (run.stage == "probe" or not self.probe_epochs)
+        if first and selects:
+            self._check_classes(run)
         if run.stage == "probe":
-            selects = self.cleanse and self.tune_epochs != 0
-            if run.epoch == 0 and selects and self.precondition != "off":
+            if first and selects and self.precondition != "off":
                 self._check_features(run)
             return {}
         columns = self._select(run) if self.cleanse else {}
@@ -361,6 +364,26 @@ class TURN(Tuned):
             run.log(kept_again=int((keep & last).sum()) / max(1, int((keep | last).sum())))
 
     # --- whether the method has a basis ----------------------------------------------------------
+
+    def _check_classes(self, run: Run) -> None:
+        """Before training: a class without rows is left out, one row has no mixture of its own."""
+        sizes = torch.bincount(run.labels, minlength=run.num_classes)  # (C,)
+        single = self._named(run, sizes == 1)
+        if single and self.mixture.scope == "per_class" and self.mixture.guard == "off":
+            raise InputError(
+                f"a mixture for each class needs two rows or more of it, and of {single} there is "
+                "one; add rows or drop the label, or use mixture.guard=fallback, which keeps it"
+            )
+        missing = self._named(run, sizes == 0)
+        if missing:
+            run.warn(f"no training row has the label {missing}; the model will not predict it")
+
+    @staticmethod
+    def _named(run: Run, chosen: Tensor) -> str:
+        """The first of these classes by name, and how many more.  (C,) bool -> text or nothing."""
+        labels = chosen.nonzero().flatten().tolist()
+        more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
+        return ", ".join(class_name(run.model, label) for label in labels[:5]) + more
 
     def _check_features(self, run: Run) -> None:
         """Before training: do the frozen features tell the labels of rows not trained on?"""
