@@ -204,6 +204,30 @@ def test_the_report_on_several_runs_compares_on_each_set(tmp_path: Path) -> None
     assert csv["method"].tolist() == ["CrossEntropy"] * 2 + ["GCE"] * 2
 
 
+@pytest.mark.parametrize(
+    ("sets", "together"),
+    [
+        ({"test_ood": {"far": "f.csv"}}, True),
+        ({"test_noise": "text:0.3"}, True),
+        ({"test_ood": {"far": "other.csv"}}, False),
+        ({"test_noise": "text:0.1"}, False),
+    ],
+    ids=str,
+)
+def test_a_further_test_set_does_not_part_runs_unless_its_rows_differ(
+    sets: dict[str, Any], together: bool, tmp_path: Path
+) -> None:
+    """What is measured besides changes nothing of a run; one name for two sets would mix them."""
+    alike = "test_noise" if "test_noise" in sets else "test_ood"
+    given = {"test_ood": {"far": "f.csv"}, "test_noise": "text:0.3"}[alike]
+    write_run(tmp_path / "runs" / "plain", 0.5, method="CrossEntropy")
+    write_run(tmp_path / "runs" / "first", 0.6, method="GCE", spec={alike: given})
+    write_run(tmp_path / "runs" / "second", 0.7, method="ELR", spec=sets)
+    csv = pd.read_csv(report(tmp_path / "runs", tmp_path / "r.csv"))
+    assert (csv["data"].nunique() == 1) == together
+    assert sorted(csv["method"]) == ["CrossEntropy", "ELR", "GCE"]
+
+
 def test_matthews_correlation_by_hand() -> None:
     """On unequal classes accuracy praises the constant answer; this does not."""
     truth, constant = [1] * 7 + [0] * 3, [1] * 10

@@ -297,11 +297,12 @@ def _placed(runs: Sequence[Run]) -> list[Run]:
     """The runs with all names."""
     labels = [{name: str(value) for name, value in run.record.labels.items()} for run in runs]
     specs = [flat(run.record.spec) for run in runs]
+    sets = _ambiguous(specs)
     facets: dict[str, list[str]] = {}
     for facet in (*FACETS, "method"):
         given = [label.get(facet) for label in labels]
         short = [_short(run, facet) for run in runs]
-        decisive = [_decisive(spec, facet) for spec in specs]
+        decisive = [_decisive(spec, facet, sets) for spec in specs]
         open_ = [index for index, name in enumerate(given) if name is None]
         derived = _distinct([short[i] for i in open_], [decisive[i] for i in open_])
         names = dict(zip(open_, derived, strict=True))
@@ -359,15 +360,34 @@ def _validation(spec: Mapping[str, Any]) -> str:
     return "noisy"
 
 
-def _decisive(spec: Mapping[str, Any], facet: str) -> dict[str, Any]:
-    """The settings that decide a facet."""
-    other_sets = [name for name in spec if name.startswith("test_ood.")]
+def _is_other_set(name: str) -> bool:
+    return name == "test_noise" or name.startswith("test_ood.")
+
+
+def _ambiguous(specs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Further test sets that are not the same rows in all runs that measure them.
+
+    Further test sets change nothing of a run: with and without one it is compared with the others.
+    """
+    sources: dict[str, set[str]] = defaultdict(set)
+    for spec in specs:
+        for name, value in spec.items():
+            if _is_other_set(name):
+                sources[name].add(str(value))
+    return [name for name, found in sources.items() if len(found) > 1]
+
+
+def _decisive(spec: Mapping[str, Any], facet: str, sets: Sequence[str]) -> dict[str, Any]:
+    """The settings that decide a facet; these test sets belong to the data."""
     if facet != "method":
-        names = [*FACETS[facet], *(other_sets if facet == "data" else ())]
+        names = [*FACETS[facet], *(sets if facet == "data" else ())]
         return {name: spec.get(name) for name in names}
-    others = {name for names in FACETS.values() for name in names}
-    others |= {*SEEDS, *NEUTRAL, *other_sets}
-    return {name: value for name, value in spec.items() if name not in others}
+    others = {name for names in FACETS.values() for name in names} | {*SEEDS, *NEUTRAL}
+    return {
+        name: value
+        for name, value in spec.items()
+        if name not in others and not _is_other_set(name)
+    }
 
 
 def _distinct(short: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
