@@ -340,7 +340,7 @@ def test_the_command_lists_runs_and_reports_failures(
     """The exit code tells a script whether all cells are there."""
     data = {"missing": {"data": str(tmp_path / "no.csv")}}
     file = grid_file(values | {"data": data}, tmp_path / "grid.toml")
-    assert cli.main(["bench", str(file), "--out", "x", "--list"]) == 0
+    assert cli.main(["bench", str(file), "--list"]) == 0
     listed = capsys.readouterr().out
     assert "symmetric:0.3 plain seed 0" in listed
     assert "2 cells; seconds" in listed

@@ -755,7 +755,7 @@ SETTING = [
     ("validation 1.5", f"{FIT} --validation 1.5", r"a share between 0 and 1, got 1\.5"),
     ("validation 0", f"{FIT} --validation 0", r"a share between 0 and 1, got 0"),
     ("seed -1", f"{FIT} --train.seed -1", r"train\.seed must lie in \[0, 2\^32\), got -1"),
-    ("noise seed", f"{FIT} --noise-seed -1", r"noise_seed must lie in \[0, 2\^32\), got -1"),
+    ("noise seed", f"{FIT} --noise-seed -1", r"--noise-seed must lie in \[0, 2\^32\), got -1"),
     ("no rate", f"{FIT} --noise symmetric", r"the rate is missing; for example symmetric:0\.4"),
     ("rate no number", f"{FIT} --noise symmetric:x", r"must be a number, got 'x'; for example"),
     ("rate above 1", f"{FIT} --noise symmetric:1.5", r"must lie in \[0, 1\], got 1\.5; for exam"),
@@ -814,7 +814,24 @@ SETTING = [
     ("deep key", f"{FIT} --config mixture.json", r"mixture\.json: .*'method\.mixture\.scop'; did"),
     ("flat key", f"{FIT} --config flat.yaml", r"flat\.yaml: unknown setting 'train'"),
     ("odd key", f"{FIT} --config dated.yaml", r"dated\.yaml: unknown setting '1'"),
-    ("config type", f"{FIT} --config typed.yaml", r"--train\.epochs: expected a whole .*'many'$"),
+    (
+        "config type",
+        f"{FIT} --config typed.yaml",
+        r"config typed\.yaml: train\.epochs: expected a whole .*'many'$",
+    ),
+    (
+        "config and word",
+        f"{FIT} --config typed.yaml --train.epochs -4",
+        r"noiseproof: --train\.epochs must be at least 1, got -4",
+    ),
+    ("group left out", f"{FIT} --seed 3", r"option '--seed'; did you mean --train\.seed\?$"),
+    (
+        "two groups",
+        f"{FIT} --learning-rate 3",
+        r"did you mean --method\.learning_rate or --train\.learning_rate\?$",
+    ),
+    ("of the method", f"{FIT} --method.gamma 7", r"--method\.gamma must lie in \(0, 1\], got 7"),
+    ("no adapter", f"{FIT} --method.peft lorra", r"unknown tuning 'lorra'; did you mean 'lora'"),
     ("config method", f"{FIT} --config method.yaml", r"method 'Clear'; did you mean 'CleaR'"),
 ]
 OTHER = [

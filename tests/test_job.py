@@ -664,7 +664,7 @@ def test_what_the_method_refuses_before_the_first_step_leaves_no_folder(
     """An adapter that the model has no place for: the corrected command may use the same folder."""
     there = tmp_path / "there"
     there.mkdir()
-    for tune, message in (("lorra", "unknown tune 'lorra'; did you mean 'lora'"), ("cpt", "cpt")):
+    for tune, message in (("lorra", "unknown tuning 'lorra'; did you mean 'lora'"), ("cpt", "cpt")):
         with pytest.raises(InputError, match=message):
             fit(out=tmp_path / "run", method=CrossEntropy(tune=tune))
         assert not (tmp_path / "run").exists()

@@ -222,7 +222,7 @@ def test_a_selection_too_small_to_train_on_is_said_once(
 ) -> None:
     with pytest.warns(UserWarning, match="rows are kept") as caught:
         outcome = tiny_run.fit(Shrinking(), epochs=epochs, batch_size=batch_size)
-    assert [str(one.message) for one in caught if "kept" in str(one.message)][0].startswith(said)
+    assert next(str(one.message) for one in caught if "kept" in str(one.message)).startswith(said)
     told = [row.get("warning", "") for row in outcome.history]
     assert [said in one for one in told] == [False, True, False, False]
 

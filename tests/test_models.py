@@ -264,7 +264,7 @@ def test_families_that_the_loop_cannot_feed_are_refused_with_a_reason(tiny_run: 
 
 def test_an_unknown_tuning_names_the_nearest(tiny_run: Tiny) -> None:
     """And adapters that cannot be applied are one line, not a traceback."""
-    with pytest.raises(InputError, match="unknown tune 'Lora'; did you mean 'lora'"):
+    with pytest.raises(InputError, match="unknown tuning 'Lora'; did you mean 'lora'"):
         tune_model(copy.deepcopy(tiny_run.model), "Lora", rank=2)
     with pytest.raises(InputError, match="peft cannot apply tune='lora'") as refusal:
         tune_model(copy.deepcopy(tiny_run.model), "lora", rank=2, target_modules=["absent"])

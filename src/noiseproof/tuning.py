@@ -131,7 +131,7 @@ def tune_model(
             f"tune={tune!r} is not offered: {NOT_OFFERED[tune]}; lora is the usual one"
         )
     if tune not in kinds:
-        raise InputError(unknown_name("tune", tune, tuning_names()))
+        raise InputError(unknown_name("tuning", tune, tuning_names()))
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[tune]]
     fields = {field.name for field in dataclasses.fields(config_class)}
     given: dict[str, Any] = {

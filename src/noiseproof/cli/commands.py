@@ -22,6 +22,7 @@ from noiseproof.cli.showing import (
 )
 from noiseproof.cli.words import (
     add_fields,
+    as_typed,
     check_configs,
     check_matrix_file,
     method_words,
@@ -124,6 +125,8 @@ def fit(words: list[str]) -> None:
     for item in flat:
         hint = str | None if hints[item.name] is Any else hints[item.name]
         flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+        if item.name == "test_ood":
+            flag["metavar"] = "NAME=FILE"
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
             type=hint,
@@ -144,17 +147,20 @@ def fit(words: list[str]) -> None:
     )  # fmt: skip
     add_fields(parser, TrainSettings(), "train", "the training loop")
     check_configs(parser, configs)
-    given = parse(parser, words)
-    if given.data is None:
-        raise InputError(f"DATA is missing; usage: {parser.usage}")
-    if given.resume and given.overwrite:
-        raise InputError("--resume continues a run, --overwrite replaces it; give one of them")
-    job = Job(
-        data=given.data,
-        method=settings_of(preset, given.method),
-        train=settings_of(TrainSettings(), given.train),
-        **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
-    )
+    try:
+        given = parse(parser, words)
+        if given.data is None:
+            raise InputError(f"DATA is missing; usage: {parser.usage}")
+        if given.resume and given.overwrite:
+            raise InputError("--resume continues a run, --overwrite replaces it; give one of them")
+        job = Job(
+            data=given.data,
+            method=settings_of(preset, given.method),
+            train=settings_of(TrainSettings(), given.train),
+            **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
+        )
+    except InputError as error:
+        raise InputError(as_typed(str(error), parser, configs)) from error
     with Display() as display:
         result = run_job(
             job, out=given.out, resume=given.resume, overwrite=given.overwrite, report=display
@@ -316,7 +322,7 @@ def bench(words: list[str]) -> None:
     """
     parser = new_parser("bench", "GRID --out FOLDER [options]", bench.__doc__)
     parser.add_argument("grid", type=str, metavar="GRID", help="TOML file of the grid.")
-    parser.add_argument("--out", type=str, required=True, help="Folder of the grid.")
+    parser.add_argument("--out", type=str | None, help="Folder of the grid.")
     parser.add_argument("--workers", type=int, default=1,
                         help="Cells at a time; they share the processors.")  # fmt: skip
     parser.add_argument("--ray", type=str | None, metavar="ADDRESS",
@@ -332,6 +338,8 @@ def bench(words: list[str]) -> None:
     if given.list:
         _list_cells(grid)
         return
+    if given.out is None:
+        raise InputError(f"--out is missing; usage: {parser.usage}")
     states = _run_cells(grid, Path(given.out), given.workers, given.ray)
     print(f"see them with '{PROGRAM} report {given.out} --out report.html'")
     if any(state.state == "failed" for state in states):

@@ -112,6 +112,9 @@ def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
         word = found[1].partition("=")[0]
         if not word.startswith("--"):
             return f"unexpected argument {found[1]!r}; {usage}"
+        inside = _ending_in(parser, word)
+        if inside:
+            return f"unknown option {word!r}; did you mean {' or '.join(inside)}?"
         return unknown_name("option", word, _options_like(parser, word))
     if found := re.search(r"arguments are required: (.+)", text):
         names = [name.strip() for name in found[1].split(",")]
@@ -180,6 +183,13 @@ def _options_like(parser: ArgumentParser, word: str) -> list[str]:
     return near or [o for o in options if o[:2] == "--" and "." not in o and "_" not in o]
 
 
+def _ending_in(parser: ArgumentParser, word: str) -> list[str]:
+    """The settings of a group that a name without its group may mean: of --seed, --train.seed."""
+    field = word.lstrip("-").replace("-", "_")
+    options = [option for action in parser._actions for option in action.option_strings]
+    return [option for option in options if option.endswith(f".{field}")]
+
+
 def check_matrix_file(path: Path, overwrite: bool) -> None:
     """Refuse a place for the transition matrix that cannot be written or read again."""
     if path.suffix.lower() != ".json":
@@ -195,14 +205,15 @@ def check_matrix_file(path: Path, overwrite: bool) -> None:
 def take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
     """Take every ``--config FILE`` out of the words: the rest, and each setting with its file.
 
-    The settings go before the words, which therefore win.
+    The settings go before the words, which win: what is typed as well is not read from a file.
     """
     rest, files = _take(words, "--config", "a file: YAML, TOML or JSON")
     settings: list[tuple[str, Path]] = []
     for file in files:
         path = Path(file).expanduser()
         settings += [(setting, path) for setting in _option_words(_read_config(path))]
-    return rest, settings
+    typed = {word.partition("=")[0] for word in rest} - {"--test-ood"}  # of which each counts
+    return rest, [item for item in settings if item[0].partition("=")[0] not in typed]
 
 
 def check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) -> None:
@@ -212,9 +223,38 @@ def check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) 
     for word, path in settings:
         option = word.partition("=")[0]
         if option not in options - no_settings and option != "--method":
+            inside = [name[2:] for name in _ending_in(parser, option)]
             near = _options_like(parser, option)
+            if inside:
+                meant = " or ".join(inside)
+                raise InputError(
+                    f"config {path}: unknown setting {option[2:]!r}; did you mean {meant}?"
+                )
             known = [name[2:] for name in near if name not in no_settings]
             raise InputError(f"config {path}: {unknown_name('setting', option[2:], known)}")
+
+
+def as_typed(message: str, parser: ArgumentParser, configs: Sequence[tuple[str, Path]]) -> str:
+    """A message about a setting by its option, and by the file that it was read from.
+
+    Python names a setting at the start of its message: ``train.epochs``, ``CleaR.gamma``.
+
+    Args:
+        message: What is wrong.
+        parser: Knows the options.
+        configs: Settings of config files.
+    """
+    first, _, rest = message.partition(" ")
+    name = first.rstrip(":").lstrip("-")
+    field = name.partition(".")[2]
+    options = {option for action in parser._actions for option in action.option_strings}
+    spelled = (f"--{name}", f"--{name.replace('_', '-')}", f"--method.{field}")
+    option = next((one for one in spelled if one in options), None)
+    if option is None:
+        return message
+    message = f"{option}{':' * first.endswith(':')} {rest}"
+    files = [path for word, path in configs if word.partition("=")[0] == option]
+    return f"config {files[-1]}: {message.removeprefix('--')}" if files else message
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -200,7 +200,8 @@ def _gains(records: Records, task: str) -> Section:
 def _together(records: Records) -> Section:
     """Do the measures go with the accuracies?"""
     columns = [Column("Correlation over rates", numeric=False), Column("Method", numeric=False),
-               Column("Classes", numeric=False), Column("Spearman"), Column("Pearson"), Column("Seeds")]  # fmt: skip
+               Column("Classes", numeric=False), Column("Spearman"), Column("Pearson"),
+               Column("Seeds")]  # fmt: skip
     rows = []
     for task in records.tasks:
         for measure, name, accuracy, of in (
@@ -217,8 +218,8 @@ def _together(records: Records) -> Section:
                                  Cell(str(ranks.n), value=ranks.n)])  # fmt: skip
     note = (
         "Correlation of ranks and of numbers, over the rates inside a seed; mean over seeds with "
-        f"{LEVEL:.0%} t interval; few rates make it coarse. That two things change together does not say that one "
-        "makes the other."
+        f"{LEVEL:.0%} t interval; few rates make it coarse. That two things change together does "
+        "not say that one makes the other."
     )
     return Section("What goes together", [Table(columns, rows, note)] if rows else [])
 
