@@ -240,6 +240,32 @@ def test_the_head_starts_anew_where_flipped_labels_taught_it(
     assert torch.equal(*heads) == restored
 
 
+def test_a_head_drawn_anew_is_neither_the_trained_nor_the_first_one(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It depends on the seed of the run alone, and other draws do not notice."""
+    heads: dict[tuple[str, int], Tensor] = {}
+    original = LoPE.compute_loss
+
+    def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+        if run.epoch == run.step == 0:
+            weight = run.model.get_parameter("model.classifier.weight").detach().clone()
+            heads[method.head_policy, len(heads)] = weight
+        return original(method, model, batch, run)
+
+    monkeypatch.setattr(LoPE, "compute_loss", compute_loss)
+    for policy in ("reinit", "reinit", "carry"):
+        tiny_run.fit(LoPE(**(NOISY | {"head_policy": policy})), epochs=2)
+    first, drawn, _, again, _, carried = heads.values()
+    assert not torch.equal(drawn, first) and not torch.equal(drawn, carried)
+    assert torch.equal(drawn, again) and 0.5 < drawn.std() / first.std() < 2
+
+
+def test_a_language_model_has_no_head_to_draw_anew() -> None:
+    with pytest.raises(InputError, match="with task causal-lm there is no new one"):
+        LoPE(head_policy="reinit").for_tokens()
+
+
 def test_the_balance_term_is_the_variation_of_the_loads(tiny_run: Tiny) -> None:
     """Squared coefficient of variation of normal experts' loads, averaged over layers."""
     plain, more = LoPE(**NOISY), LoPE(**NOISY, balance_weight=0.5)
@@ -908,7 +934,7 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"gate_input": "h"}, "LoPE.gate_input must be one of x, Ax; got 'h'"),
         ({"gate_init": "zeros"}, "LoPE.gate_init must be one of kaiming, normal"),
         ({"epoch_budget": "half"}, "LoPE.epoch_budget must be one of total, per_stage"),
-        ({"head_policy": "new"}, "LoPE.head_policy must be one of auto, carry, restore"),
+        ({"head_policy": "new"}, "LoPE.head_policy must be one of auto, carry, restore, reinit"),
         (
             {"head_policy": "restore", "train_adapt": ("B",)},
             "needs a head that trains again: put head into train_adapt",

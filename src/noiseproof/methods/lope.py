@@ -61,7 +61,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
-from noiseproof.models import set_dropout, trial_inputs
+from noiseproof.models import set_dropout, start_head, trial_inputs
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 from noiseproof.tuning import usual_rate
@@ -95,8 +95,9 @@ class LoPE(Method):
         epoch_budget: total (train.epochs is for both stages), or per_stage.
         poison_epochs: epoch_budget=total: epochs of the stage poison; the rest is for adapt.
         learning_rate: Of both stages; None is 2e-3.
-        head_policy: Head at the start of the stage adapt: carry, restore (as before training), or
-            auto (restore where labels were flipped and the head trains again).
+        head_policy: Head at the start of the stage adapt: carry, restore (as before training),
+            reinit (drawn anew), or auto (restore where labels were flipped and the head trains
+            again).
         noise_rate: Share of rows, words or characters that are corrupted in a noisy stage.
         noise_unit: sample (rows), word or char.
         noise_ops: Which of shuffle, insert and delete; none leaves texts as they are.
@@ -176,7 +177,7 @@ class LoPE(Method):
             ("gate_input", ("x", "Ax")),
             ("gate_init", ("kaiming", "normal")),
             ("epoch_budget", ("total", "per_stage")),
-            ("head_policy", ("auto", "carry", "restore")),
+            ("head_policy", ("auto", "carry", "restore", "reinit")),
             ("noise_unit", UNITS),
             ("noise_charset", CHARSETS),
             ("noise_resample", ("static", "epoch")),
@@ -234,9 +235,9 @@ class LoPE(Method):
             f"LoPE.poison_epochs must be at least 1, got {self.poison_epochs}",
         )
         require(
-            self.head_policy != "restore" or "head" in self.train_adapt,
-            "LoPE.head_policy=restore needs a head that trains again: put head into train_adapt, "
-            f"got {self.train_adapt}",
+            self.head_policy not in ("restore", "reinit") or "head" in self.train_adapt,
+            f"LoPE.head_policy={self.head_policy} needs a head that trains again: put head into "
+            f"train_adapt, got {self.train_adapt}",
         )
         most = self.compensate_k
         require(
@@ -295,6 +296,11 @@ class LoPE(Method):
 
     def for_tokens(self) -> LoPE:
         """The last text of a row is its response, which suffers as the prompt does."""
+        require(
+            self.head_policy != "reinit",
+            "LoPE.head_policy=reinit draws a head anew, and with task causal-lm there is no new one; "
+            "leave it out",
+        )
         return dataclasses.replace(self, responses=True)
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
@@ -375,6 +381,10 @@ class LoPE(Method):
                 )
             if self._restores_head:
                 model.restore_head()
+            elif self.head_policy == "reinit":
+                with torch.random.fork_rng():
+                    torch.manual_seed(int(torch.randint(2**62, (), generator=run.generator)))
+                    start_head(model, getattr(model.config, "initializer_range", 0.02), hidden=True)
         noisy = run.stage in self.noise_stages
         if run.epoch == 0 and run.stage == POISON and not (noisy and self._adds_noise):
             run.warn("the stage poison adds no noise, so the poisoning expert learns what all do")
