@@ -298,8 +298,8 @@ class LoPE(Method):
         """The last text of a row is its response, which suffers as the prompt does."""
         require(
             self.head_policy != "reinit",
-            "LoPE.head_policy=reinit draws a head anew, and with task causal-lm there is no new one; "
-            "leave it out",
+            "LoPE.head_policy=reinit draws a head anew, and with task causal-lm there is no new "
+            "one; leave it out",
         )
         return dataclasses.replace(self, responses=True)
 

@@ -231,21 +231,22 @@ def _separation(records: Records, kind: str) -> Section:
 
 def _selection(records: Records, kind: str) -> Section:
     """What TURN keeps, epoch by epoch."""
-    numbers: tuple[tuple[str, Callable[[Run], list[float]]], ...] = (
-        ("Right labels among the rows kept, %", lambda run: tuned(run, "selection_precision")),
-        ("Right labels that are kept, %", lambda run: tuned(run, "selection_recall")),
-        ("Wrong labels among the rows kept, %",
+    numbers: tuple[tuple[str, int, Callable[[Run], list[float]]], ...] = (
+        ("Right labels among the rows kept, %", 1, lambda run: tuned(run, "selection_precision")),
+        ("Right labels that are kept, %", 1, lambda run: tuned(run, "selection_recall")),
+        ("Wrong labels among the rows kept, %", 1,
          lambda run: [1 - value for value in tuned(run, "selection_precision")]),
-        ("Rows kept, % of all", lambda run: tuned(run, "kept_share")),
+        ("Rows kept, % of all", 1, lambda run: tuned(run, "kept_share")),
+        ("Overlap with the rows of the epoch before, %", 2, lambda run: tuned(run, "kept_again")),
     )  # fmt: skip
     drawn = []
-    for title, of in numbers:
+    for title, first, of in numbers:
         lines = []
         for place, noise in enumerate(records.kinds[kind]):
             curve = 100 * mean_curve([of(run) for run in records.pick("TURN", noise)])
             if len(curve):
                 name = f"{percent(records.rates[noise])} % wrong"
-                epochs = list(range(1, len(curve) + 1))
+                epochs = list(range(first, len(curve) + first))
                 lines.append(charts.Series(name, epochs, curve.tolist(), place))
         drawn.append(charts.line_chart(lines, title=title, x_label="epoch of fine-tuning",
                                        x_ticks=epoch_ticks(lines)))  # fmt: skip
@@ -255,7 +256,10 @@ def _selection(records: Records, kind: str) -> Section:
     blocks: list[Block] = [
         Text(text) for noise in records.kinds[kind] if (text := _kept_told(records, noise))
     ]
-    note = "What TURN trains on, by epoch, means over seeds, a line per rate."
+    note = (
+        "What TURN trains on, by epoch, means over seeds, a line per rate. Overlap is that of "
+        "Jaccard: rows kept in both epochs among those kept in either."
+    )
     return Section(_named(records, kind, "What TURN selects"), [*blocks, Figures(drawn, note)],
                    link=_named(records, kind, "Selection"))  # fmt: skip
 
