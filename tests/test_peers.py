@@ -449,6 +449,12 @@ def test_a_micro_batch_must_divide_the_batch(job: MakeJob, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_that_are_refused_leave_no_folder(job: MakeJob, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no column 'absent'"):
+        run_peer(dataclasses.replace(job(), label="absent"), Trainer(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_peers_refuse_several_processes(
     job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -432,11 +433,11 @@ class Engine:
         """Sums and numbers of rows by name, over all processes; each may have names of its own."""
         if self.processes == 1:
             return sums
-        from accelerate.utils import gather_object
-
+        text = torch.tensor([list(json.dumps(sums).encode())], dtype=torch.uint8)
+        padded = self.accelerator.pad_across_processes(text.to(self.device), dim=1)
         merged: dict[str, tuple[float, int]] = {}
-        for own in gather_object([sums]):
-            for name, (total, rows) in own.items():
+        for own in self.accelerator.gather(padded).cpu():
+            for name, (total, rows) in json.loads(bytes(own.tolist()).rstrip(b"\0")).items():
                 before = merged.get(name, (0.0, 0))
                 merged[name] = (before[0] + total, before[1] + rows)
         return merged

@@ -22,7 +22,13 @@ from noiseproof.peers.cleanlab import CleanlabProbe, CleanlabPrune
 from noiseproof.peers.contract import Fitted, Measure, Peer, Work
 from noiseproof.peers.trainer import Trainer, TrainerLabelSmoothing, TrainerLoRA
 from noiseproof.preparation import OOD, Prepared
-from noiseproof.record import RunRecord, clear_run, peak_memory_mb, prepare_folder
+from noiseproof.record import (
+    RunRecord,
+    clear_run,
+    empty_folder_removed,
+    peak_memory_mb,
+    prepare_folder,
+)
 from noiseproof.results import (
     detection_metrics,
     epoch_metrics,
@@ -89,8 +95,10 @@ def run_peer(
         labels=dict(labels or {}),
         search=dict(search or {}),
     )
+    new = None if folder.exists() else folder
     prepare_folder(folder, record, resume=False, overwrite=overwrite)
-    prepared = Prepared(job)
+    with empty_folder_removed(new):
+        prepared = Prepared(job)
     prepared.describe(record)
     for package in peer.needs:
         record.versions[package] = importlib.import_module(package).__version__
