@@ -840,6 +840,21 @@ OTHER = [
     ("existing output", "predict DONE test.csv --out taken.csv", r"taken\.csv exists; choose ano"),
     ("output folder", "predict DONE test.csv --out folder", r"unsupported suffix ''; supported"),
     ("output suffix", "predict DONE test.csv --out o.xlsx", r"suffix '\.xlsx'; supported: \.csv"),
+    (
+        "not its rows",
+        "predict DONE test.csv --out o.csv --features a,b",
+        r"--features is nothing that rows of task 'text' have; leave it out",
+    ),
+    (
+        "not its model",
+        "predict DONE test.csv --out o.csv --max-new-tokens 9",
+        r"--max-new-tokens is nothing that rows",
+    ),
+    (
+        "no splits",
+        "predict DONE test.csv --out o.csv --split tset",
+        r"split=tset: test\.csv is a file of rows, which has no splits; leave split out",
+    ),
     ("far output", "predict DONE test.csv --out no/o.csv", r"the folder no does not exist"),
     ("new rows", "predict DONE tst.csv --out o.csv", r"tst\.csv does not exist; .*'test\.csv'"),
     ("column there", "predict DONE predicted.csv --out o.csv", r"'predicted_label' already; ren"),

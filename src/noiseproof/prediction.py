@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from noiseproof.method import Method
 from noiseproof.methods import find_method
 from noiseproof.record import RunRecord
 from noiseproof.saving import HEAD_FILE
-from noiseproof.tables import load_table
+from noiseproof.tables import has_splits, load_table
 from noiseproof.tasks import RowSettings, Task, find_task
 
 if TYPE_CHECKING:
@@ -165,13 +166,14 @@ def predict(
         ``predicted_response``, and ``response_loss`` where the rows have responses.
 
     Raises:
-        InputError: No finished run, or a column is missing or would be replaced.
+        InputError: No finished run, a setting that its rows do not have, or a column that is
+            missing or would be replaced.
     """
+    if split != "train" and not has_splits(data):
+        raise InputError(
+            f"split={split}: {data} is a file of rows, which has no splits; leave split out"
+        )
     predictor = load(run, model=model)
-    table = load_table(data, split)
-    for name in predictor.task.answer_columns:
-        if name in table.frame.columns:
-            raise InputError(f"the data has a column {name!r} already; rename it first")
     asked = {
         "text": text,
         "features": features,
@@ -180,6 +182,11 @@ def predict(
         "max_new_tokens": max_new_tokens,
     }
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    _check_read(predictor.task, changes)
+    table = load_table(data, split)
+    for name in predictor.task.answer_columns:
+        if name in table.frame.columns:
+            raise InputError(f"the data has a column {name!r} already; rename it first")
     settings = dataclasses.replace(predictor.rows, **changes)
     task = predictor.task.with_settings(settings)
     predictor.task = task
@@ -194,3 +201,15 @@ def predict(
         columns[name] = np.full(len(table), empty, dtype=object if empty is None else float)
         columns[name][rows] = values
     return table.frame.assign(**columns)
+
+
+def _check_read(task: Task, given: Iterable[str]) -> None:
+    """Refuse settings that rows of this task do not have; else they would do nothing."""
+    own = {task.column}
+    own |= {"on_bad_image"} if task.column == "image" else set()
+    own |= {"max_new_tokens"} if task.text_labels else set()
+    for name in given:
+        if name not in own:
+            raise InputError(
+                f"{name} is nothing that rows of task {task.name!r} have; leave it out"
+            )

@@ -196,7 +196,12 @@ def predict(words: list[str]) -> None:
 
     check_writable(given.out, overwrite=given.overwrite)
     names = ("text", "features", "image", "on_bad_image", "max_new_tokens", "split")
-    table = predict_rows(given.run, given.data, **{name: getattr(given, name) for name in names})
+    try:
+        table = predict_rows(
+            given.run, given.data, **{name: getattr(given, name) for name in names}
+        )
+    except InputError as error:
+        raise InputError(as_typed(str(error), parser, [])) from error
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
 
