@@ -37,7 +37,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     6: ("methods", "loop", "distortion"),
     7: ("job", "prediction", "cards"),
     8: ("preparation", "estimators"),
-    9: ("results", "corruption"),
+    9: ("results", "corruption", "relabelling"),
     10: ("finetune", "auditing", "report"),
     11: ("demo", "peers"),
     12: ("grid",),

@@ -15,6 +15,7 @@ _PLACES = {
     "predict": "prediction",
     "load": "prediction",
     "corrupt": "corruption",
+    "relabel": "relabelling",
     "audit": "auditing",
     "Audit": "auditing",
     "Job": "job",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from noiseproof.noise import parse_noise
     from noiseproof.prediction import Predictor, load, predict
     from noiseproof.record import RunRecord
+    from noiseproof.relabelling import relabel
 
 
 def __getattr__(name: str) -> Any:

@@ -318,6 +318,53 @@ def corrupt(words: list[str]) -> None:
     )
 
 
+def relabel(words: list[str]) -> None:
+    """Put a reviewed list of suspicious rows into effect.
+
+    REVIEWED is a list that audit or fit wrote, after an edit: another label replaces the one in
+    DATA, an empty label drops the row, and rows that are not in the list stay as they are.
+
+    example: noiseproof relabel tickets.csv suspects.csv --label intent --out better.csv
+    """
+    parser = new_parser("relabel", "DATA REVIEWED --out FILE [options]", relabel.__doc__)
+    add = parser.add_argument
+    add("data", type=str, metavar="DATA", help="Rows as for fit.")
+    add("reviewed", type=str, metavar="REVIEWED", help="List with the columns row_id and label.")
+    add("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
+    add("--label", type=str, default="label", help="Column of the labels in DATA.")
+    add("--row-id", type=str | None, help="Column of DATA that names the rows, as given to fit.")
+    add("--accept", action="store_true",
+        help="Take suggested_label instead: leave in the list what you agree with.")  # fmt: skip
+    add("--new-labels", action="store_true", help="Accept labels that DATA does not have.")
+    add("--task", type=str, default="text", help="Kind of the rows.")
+    add("--image", type=str, default="image", help="Column of images, whose paths are kept valid.")
+    add("--split", type=str, default="train", help="Split of a hub data set or of an archive.")
+    add("--overwrite", action="store_true", help="Replace the output file.")
+    given = parse(parser, words)
+    from noiseproof.relabelling import relabel_table
+    from noiseproof.tables import WRITABLE, check_writable, write_archive, write_table
+
+    archive = Path(given.data).suffix.lower() == ".npz"
+    check_writable(
+        given.out, overwrite=given.overwrite, suffixes=(".npz",) if archive else WRITABLE
+    )
+    names = ("label", "row_id", "accept", "new_labels", "task", "image", "split", "out")
+    try:
+        table, done = relabel_table(
+            given.data, given.reviewed, **{name: getattr(given, name) for name in names}
+        )
+    except InputError as error:
+        raise InputError(as_typed(str(error), parser, [])) from error
+    if archive:
+        write_archive(table, given.out, overwrite=given.overwrite)
+    else:
+        write_table(table.frame, given.out, overwrite=given.overwrite)
+    print(
+        f"{done.listed} rows reviewed, {len(done.changed)} labels changed, "
+        f"{len(done.dropped)} rows dropped: {given.out} ({len(table)} rows)"
+    )
+
+
 def bench(words: list[str]) -> None:
     """Run a grid of models, data sets, noise, methods and seeds.
 
@@ -506,7 +553,7 @@ def demo(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
-    for command in (fit, predict, audit, corrupt, bench, study, report, methods, demo)
+    for command in (fit, predict, audit, relabel, corrupt, bench, study, report, methods, demo)
 }
 
 
