@@ -19,7 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import noiseproof.data
+import noiseproof.data.examples
+import noiseproof.data.labels
+import noiseproof.data.splits
 import noiseproof.tables.reading
 import noiseproof.tables.strings
 import noiseproof.tables.table
@@ -866,8 +868,11 @@ def test_a_text_longer_than_the_limit_of_the_csv_module_is_read(tmp_path: Path) 
 
 
 def test_the_docstring_examples_are_true() -> None:
-    tables = noiseproof.tables
-    for module in (noiseproof.data, tables.strings, tables.table, tables.reading, tables.writing):
+    data, tables = noiseproof.data, noiseproof.tables
+    for module in (
+        *(data.examples, data.labels, data.splits),
+        *(tables.strings, tables.table, tables.reading, tables.writing),
+    ):
         done = doctest.testmod(module)
         assert done.attempted and not done.failed, module.__name__
 
