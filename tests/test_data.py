@@ -19,8 +19,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import noiseproof.data
-import noiseproof.tables
+import noiseproof.data.examples
+import noiseproof.data.labels
+import noiseproof.data.splits
+import noiseproof.tables.reading
+import noiseproof.tables.strings
+import noiseproof.tables.table
+import noiseproof.tables.writing
 from noiseproof.data import (
     FOREIGN,
     Examples,
@@ -588,8 +593,8 @@ TEXTS = ["a", "naïve ☕", "", "two\nlines", "שלום", *(f"text {n}" for n in
 @pytest.mark.parametrize("piece", [1, 4, 100])
 def test_strings_read_like_a_list(piece: int, mapped: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text of a neighbouring row is a wrong label that nobody made."""
-    monkeypatch.setattr(noiseproof.tables, "PIECE", piece)
-    monkeypatch.setattr(noiseproof.tables, "MAPPED", mapped)
+    monkeypatch.setattr(noiseproof.tables.strings, "PIECE", piece)
+    monkeypatch.setattr(noiseproof.tables.strings, "MAPPED", mapped)
     strings = Strings.of(iter(TEXTS))
     assert (strings._mapped is not None) == (mapped == 0)
     assert [*strings] == TEXTS and len(strings) == len(TEXTS) and Strings.of(strings) is strings
@@ -616,7 +621,7 @@ def test_strings_read_like_a_list(piece: int, mapped: int, monkeypatch: pytest.M
 def test_texts_in_a_file_leave_no_file_and_need_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
+    monkeypatch.setattr(noiseproof.tables.strings, "MAPPED", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     strings = Strings.of(TEXTS)
     assert list(tmp_path.iterdir()) == [] and strings == TEXTS
@@ -651,8 +656,9 @@ def test_pieces_make_no_difference(
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
         write_table(frame, tmp_path / f"whole.{suffix}")
         whole[suffix] = (tmp_path / f"whole.{suffix}").read_bytes()
-    for name, value in (("PIECE", piece), ("MAPPED", 0), ("ROW_GROUP", piece)):
-        monkeypatch.setattr(noiseproof.tables, name, value)
+    monkeypatch.setattr(noiseproof.tables.strings, "PIECE", piece)
+    monkeypatch.setattr(noiseproof.tables.strings, "MAPPED", 0)
+    monkeypatch.setattr(noiseproof.tables.writing, "ROW_GROUP", piece)
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
         path = tmp_path / f"t.{suffix}"
         write_table(frame, path)
@@ -678,8 +684,8 @@ def test_pieces_make_no_difference(
 def test_json_columns_may_come_late_or_change_their_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(noiseproof.tables, "PIECE", 2)
-    monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
+    monkeypatch.setattr(noiseproof.tables.strings, "PIECE", 2)
+    monkeypatch.setattr(noiseproof.tables.strings, "MAPPED", 0)
     path = tmp_path / "t.jsonl"
     records = [{"a": "x", "b": "\ud83d"}, {"a": "y"}, {"a": "z", "late": "w"}, {"a": 5}, {}]
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
@@ -694,8 +700,8 @@ def test_reading_a_table_holds_few_rows_as_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A str, a list and an id for each of ten million rows fill a machine."""
-    monkeypatch.setattr(noiseproof.tables, "PIECE", 500)
-    monkeypatch.setattr(noiseproof.tables, "MAPPED", 0)
+    monkeypatch.setattr(noiseproof.tables.strings, "PIECE", 500)
+    monkeypatch.setattr(noiseproof.tables.strings, "MAPPED", 0)
     path, rows = tmp_path / "t.csv", 20_000
     lines = (
         f"the sixty bytes of a short text as number {row:09},{'xy'[row % 2]}\n"
@@ -862,8 +868,13 @@ def test_a_text_longer_than_the_limit_of_the_csv_module_is_read(tmp_path: Path) 
 
 
 def test_the_docstring_examples_are_true() -> None:
-    for module in (noiseproof.data, noiseproof.tables):
-        assert doctest.testmod(module).failed == 0
+    data, tables = noiseproof.data, noiseproof.tables
+    for module in (
+        *(data.examples, data.labels, data.splits),
+        *(tables.strings, tables.table, tables.reading, tables.writing),
+    ):
+        done = doctest.testmod(module)
+        assert done.attempted and not done.failed, module.__name__
 
 
 def test_a_foreign_row_has_no_true_class_and_is_no_mistake() -> None:

@@ -141,11 +141,13 @@ def test_methods_know_no_loop_and_the_loop_knows_no_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["tables", "noise", *(r for r in FLOORS[1] if (PACKAGE / f"{r}.py").exists())]
+    "path",
+    [path for path in FILES if room_of(module_of(path)) in ("tables", "noise", *FLOORS[1])],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
 )
-def test_the_ground_floor_is_pure(room: str) -> None:
+def test_the_ground_floor_is_pure(path: Path) -> None:
     """Formulas and readers must be testable without a model library."""
-    path = PACKAGE / f"{room}.py"
+    room = room_of(module_of(path))
     ours = {"noiseproof"} | set(sys.stdlib_module_names)
     loaded = {name.split(".")[0] for name, _ in imports(path, on_loading=True)} - ours
     later = {name.split(".")[0] for name, _ in imports(path)} - ours - loaded
