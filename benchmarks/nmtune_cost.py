@@ -48,8 +48,28 @@ def stepper(method: NMTune, rows: int, width: int, classes: int = 10) -> Callabl
     return step
 
 
+def term_timer(method: NMTune, rows: int, width: int, classes: int = 10) -> Callable[[], float]:
+    """Processor seconds of the terms alone, forward and backward, to be asked again and again."""
+    torch.manual_seed(0)
+    transformed = torch.randn(rows, width, requires_grad=True)
+    original, labels = torch.randn(rows, width), torch.randint(0, classes, (rows,))
+    logits = torch.zeros(rows, classes)
+
+    def seconds() -> float:
+        began = time.process_time()
+        loss, _ = method.objective(logits, transformed, original, labels)
+        loss.backward()
+        transformed.grad = None
+        return time.process_time() - began
+
+    return seconds
+
+
 def time_steps(rows: int, width: int, rounds: int) -> dict[str, float | int]:
-    """Median seconds of a step by variant, over rounds in which each takes its turn."""
+    """Median seconds of a step by variant, over rounds in which each takes its turn.
+
+    And processor seconds of the terms by themselves, which are too short to be told from the steps.
+    """
     steps = {name: stepper(method, rows, width) for name, method in VARIANTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
@@ -58,6 +78,8 @@ def time_steps(rows: int, width: int, rounds: int) -> dict[str, float | int]:
             step()
             if number >= 2:  # the first allocate
                 seconds[name].append(time.perf_counter() - began)
+    terms = {name: term_timer(VARIANTS[name], rows, width) for name in ("nmtune", "plain")}
+    alone = {name: [ask() for _ in range(rounds)] for name, ask in terms.items()}
     pairs = list(zip(*(seconds[name] for name in VARIANTS), strict=True))
     return {
         "rows": rows,
@@ -67,9 +89,10 @@ def time_steps(rows: int, width: int, rounds: int) -> dict[str, float | int]:
         **{f"{name}_s": statistics.median(values) for name, values in seconds.items()},
         "nmtune_over_mlp": statistics.median(own / mlp for mlp, own, _ in pairs),
         "plain_over_mlp": statistics.median(plain / mlp for mlp, _, plain in pairs),
+        "terms_cpu_s": statistics.median(alone["nmtune"]),
+        "plain_terms_cpu_s": statistics.median(alone["plain"]),
         "plain_terms_over_ours": (
-            (statistics.median(plain - mlp for mlp, _, plain in pairs))
-            / statistics.median(own - mlp for mlp, own, _ in pairs)
+            statistics.median(alone["plain"]) / statistics.median(alone["nmtune"])
         ),
     }
 

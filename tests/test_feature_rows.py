@@ -196,6 +196,8 @@ def test_whatever_a_method_tunes_is_the_head(tmp_path: Path) -> None:
     job = Job(feature_rows(), method=CrossEntropy(), **QUICK)
     assert job.method == CrossEntropy(tune="head") and job.model == "linear"
     assert job.spec()["method"]["tune"] == "head"
+    with pytest.raises(InputError, match=r"NMTune\.tune=full adapts an encoder"):
+        Job("x.npz", task="features", method=NMTune.preset("full"))
     with pytest.raises(InputError, match=r"CrossEntropy\.tune=lora adapts an encoder"):
         Job(feature_rows(), method=CrossEntropy(tune="lora"), **QUICK)
     with pytest.raises(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -398,6 +399,7 @@ def test_small_features_are_warned_of() -> None:
         ("modernbert", ["mlp.Wi", "mlp.Wo"]),
         ("gpt2", ["mlp.c_fc", "mlp.c_proj"]),
         ("llama", ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+        ("vit", ["mlp.fc1", "mlp.fc2"]),
     ],
 )
 def test_adapters_sit_on_feed_forward_layers_alone(name: str, wanted: list[str]) -> None:
@@ -550,6 +552,23 @@ def test_a_saved_head_comes_back_whole(saved: tuple[Path, Any], tiny_table: pd.D
     assert (kept == loaded.predict_proba(texts, settings=train_settings())).all()
 
 
+@pytest.mark.parametrize("preset", ["lora", "full"])
+def test_a_model_without_reshaping_is_saved_as_usual(
+    preset: str, tiny_model: Path, tiny_table: pd.DataFrame, tmp_path: Path
+) -> None:
+    """The terms act in training alone: what is left is a classifier like any other."""
+    result = noiseproof.fit(
+        tiny_table, method=NMTune.preset(preset), model=str(tiny_model),
+        train=train_settings(epochs=1), out=tmp_path / "run",
+    )  # fmt: skip
+    loaded = noiseproof.load(tmp_path / "run")
+    assert not isinstance(loaded.model, ReshapedClassifier)
+    texts = tiny_table["text"].tolist()
+    kept = result.predictor.predict_proba(texts, settings=train_settings())
+    again = loaded.predict_proba(texts, settings=train_settings())
+    np.testing.assert_allclose(again, kept, rtol=1e-6, atol=1e-7)
+
+
 def test_transformers_loads_the_encoder_and_the_rest_is_a_few_lines(
     saved: tuple[Path, Any], tiny_table: pd.DataFrame
 ) -> None:
@@ -579,13 +598,17 @@ def test_the_record_and_the_history_tell_what_was_done(saved: tuple[Path, Any]) 
     head = result.predictor.model.classifier
     assert result.record.model["trained_parameters"] == sum(p.numel() for p in head.parameters())
     assert {"loss_ce", "loss_mse", "loss_cov", "loss_svd"} <= set(result.history[0])
+    for row in result.history:
+        assert 0 < row["feature_cosine"] <= 1 and row["reshaped_rms"] > 0
+        assert row["residual_scale"] == pytest.approx(1, abs=0.1)  # from 1 at first
 
 
 def test_a_batch_of_the_method_is_one_of_the_network() -> None:
     """The hook adds nothing to the objective."""
     module, features = head(**{"svd_k": 2}), draw(8, 6)
     method, labels = NMTune(svd_k=2), [0, 1, 2, 0, 1, 2, 0, 1]
-    run = Run(module, torch.tensor(labels), 3, lambda _=None: draw(8, 3), torch.Generator())
+    whole = nn.ModuleDict({"classifier": module})
+    run = Run(whole, torch.tensor(labels), 3, lambda _=None: draw(8, 3), torch.Generator())
     batch = dataclasses.replace(as_batch(labels), inputs={"features": features})
     loss = method.compute_loss(module, batch, run)
     answer = module(features)
@@ -594,4 +617,11 @@ def test_a_batch_of_the_method_is_one_of_the_network() -> None:
     )
     torch.testing.assert_close(loss, wanted)
     logged = {name: total / rows for name, (total, rows) in run.sums.items()}
-    assert logged == {f"loss_{name}": pytest.approx(part) for name, part in parts.items()}
+    cosine = torch.cosine_similarity(answer.transformed, answer.features).mean().item()
+    rms = answer.transformed.square().mean().sqrt().item()
+    assert logged == {
+        **{f"loss_{name}": pytest.approx(part) for name, part in parts.items()},
+        "feature_cosine": pytest.approx(cosine),
+        "reshaped_rms": pytest.approx(rms),
+        "residual_scale": pytest.approx(module.residual_scale.abs().mean().item()),
+    }

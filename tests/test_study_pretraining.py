@@ -101,7 +101,12 @@ def test_the_study_runs_goes_on_where_it_stopped_and_refuses_other_settings(
     assert "NMTune is better than its control MLP in" in text and "hardly better than" in text
     records = Records(tmp_path)
     assert len(records.tuned) == 2 * 2 * 4
-    assert records.before("new", 0.0)["0"]["angles"] == pytest.approx([0.0] * 5, abs=1e-5)
+    first = records.before("new", 0.0)["0"]
+    assert first["angles"]["5"] == pytest.approx([0.0] * 5, abs=1e-5) and first["D"] > 5
+    assert set(first["spectra"]) == {"none", "l2", "code", "column"}
+    assert first["sve"] == first["spectra"]["code"]["sve"] and first["preprocess"] == "code"
+    assert "Angle, k = 5" in text and "Order of all rates" in text
+    assert all(one.after["preprocess"] == "code" for one in records.tuned)
     assert all(set(one.run.record.ood) == set(CORRUPTIONS) for one in records.tuned)
     lines = (tmp_path / "study.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 17 and lines[0].startswith("rate,task,fraction,method,seed,id,ood,")

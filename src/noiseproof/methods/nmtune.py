@@ -23,7 +23,9 @@ eighth and mirrored, where published crops keep 80 to 100 % of the area; a stron
 in the released code, is left out. Scales and biases do not decay, as everywhere in this loop. A
 step of a single row, where BatchNorm has no statistics, is normalised by the running ones. The
 classifier starts from 0 in all presets, not at random (head_init=kaiming): at this rate some
-hundred steps do not undo a bad draw.
+hundred steps do not undo a bad draw. Not offered: a head from zero-shot text weights, a weak beside
+a strong view, h beside adapters. A run does not measure its spectra; `noiseproof study spectrum`
+does, of any run.
 Settings: weights 1.0, 0.04 and 0.001, svd_k = 5, the mean over elements, h, rate 1e-3, rank = alpha
 = 8 (released code); weights 0.01, svd_k = 1, a sum over rows (preset paper, by others' readings);
 rates 2e-4 for adapters and 2e-5 for full (ours). Published runs: 30 epochs of 64 rows, cosine
@@ -407,6 +409,7 @@ class NMTune(Tuned):
                 batch.labels,
                 views=len(answer.logits) // len(batch.labels),
             )
+            run.average(len(batch.rows), **self._reshaping(run, answer))
         elif not any(self.weights.values()):
             return super().compute_loss(model, batch, run)
         else:
@@ -420,6 +423,19 @@ class NMTune(Tuned):
             run.left_out += len(batch.rows) if self.small_batch == "drop" else 0
         run.average(len(batch.rows), **{f"loss_{name}": value for name, value in parts.items()})
         return loss
+
+    @staticmethod
+    def _reshaping(run: Run, answer: Reshaped) -> dict[str, float]:
+        """How far features were reshaped in a step: cosine of Z and F, size of Z, mean |s|."""
+        original, transformed = answer.features.detach(), answer.transformed.detach()
+        numbers = {
+            "feature_cosine": F.cosine_similarity(transformed, original).mean(),
+            "reshaped_rms": transformed.square().mean().sqrt(),
+        }
+        scale = run.model.get_submodule("classifier").residual_scale
+        if isinstance(scale, Tensor):
+            numbers["residual_scale"] = scale.detach().abs().mean()
+        return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
     def restore_model(self, model: nn.Module) -> nn.Module:
         """Put the saved head behind the encoder of a loaded model."""

@@ -375,11 +375,16 @@ class FeatureClassification(Task):
 
     @classmethod
     def fitted(cls, method: Method, model: Any) -> Method:
-        """Tunes the head, as there is nothing else; a module of one's own is tuned as asked."""
+        """Tunes the head, as there is nothing else; a module of one's own is tuned as asked.
+
+        What tunes the whole model unless told otherwise becomes a probe; to ask for it where a
+        method does something else by default is a mistake.
+        """
         tune = getattr(method, "tune", "head")
         if isinstance(model, nn.Module) or tune == "head":
             return method
-        if tune != "full":
+        usual = {item.name: item.default for item in dataclasses.fields(method)}["tune"]
+        if tune != "full" or usual != "full":
             raise InputError(
                 f"{method.name}.tune={tune} adapts an encoder, and features have none; leave tune "
                 "out, which trains the head"

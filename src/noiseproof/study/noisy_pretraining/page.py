@@ -21,8 +21,10 @@ from noiseproof.report.blocks import (
     percent,
 )
 from noiseproof.report.provenance import left_out, versions
+from noiseproof.spectrum import PREPROCESS
 from noiseproof.statistics import LEVEL, Difference, Interval, Summary
 from noiseproof.study.noisy_pretraining.records import Of, Records, Tuned, angle
+from noiseproof.study.noisy_pretraining.working import ANGLES
 from noiseproof.study.showing import mean_cell, mean_line, number_cell, summaries, told
 
 STYLES = {"LP": 0, "MLP": 1, "NMTune code": 2, "NMTune paper": 3}
@@ -87,30 +89,34 @@ def _spectra(records: Records, task: str) -> Section:
     """SVE, LSVR and angles of the features over the rate."""
     drawn = []
     for key, name in MEASURES:
-        before = {100 * rate: [one[key] for one in records.before(task, rate).values()]
-                  for rate in records.rates}  # fmt: skip
-        lines = [mean_line("before tuning", summaries(before), 0, scale=1)]
+        before = summaries(records.spectral(key, task))
+        lines = [mean_line("before tuning", before, 0, scale=1)]
         for method in ("MLP", "NMTune code", "NMTune paper"):
             points = records.line(_after(key), task, method)
             if points:
                 lines.append(mean_line(method, summaries(points), STYLES[method], scale=1))
         drawn.append(_chart(lines, records, f"{name} of test features, nats"))
-    angles = {100 * rate: [angle(one) for one in records.before(task, rate).values()]
-              for rate in records.rates}  # fmt: skip
+    angles = {100 * rate: _angles(records, task, rate, 5) for rate in records.rates}
     drawn.append(_chart([mean_line("angle", summaries(angles), 4, scale=1)], records,
                         "Turned against the clean network, degrees"))  # fmt: skip
     rises = {name: records.rise(key, task) for key, name in MEASURES}
     title = ", ".join(f"{name} {_direction(found)}" for name, found in rises.items())
     note = (
-        f"Singular value entropy and largest singular value ratio of the features of test rows, "
+        "Singular value entropy and largest singular value ratio of the features of test rows, "
+        "prepared as in the released code (rows of length 1, minus their mean); "
         f"means over seeds with {LEVEL:.0%} t intervals; the angle is the mean of the principal "
         "angles between the leading subspaces of a network and of the one without wrong labels."
     )
     ends = f"{percent(records.rates[0])} to {percent(records.rates[-1])} %"
     blocks: list[Block] = [
         Figures([one for one in drawn if one], note),
-        _differences(f"From {ends} wrong labels", {n: (d, 1.0) for n, d in rises.items()}),
-    ]
+        _differences(
+            f"From {ends} wrong labels",
+            {name: (rises[name], records.order(records.spectral(key, task)), 1.0)
+             for key, name in MEASURES},
+        ),
+        _prepared(records, task),
+    ]  # fmt: skip
     return Section(f"{title} with wrong labels in pre-training{_of(records, task)}", blocks,
                    link="Spectra")  # fmt: skip
 
@@ -123,8 +129,12 @@ def _accuracy(records: Records, task: str) -> Section:
                  if (points := records.line(of, task, method))]  # fmt: skip
         drawn.append(_chart(lines, records, f"{name} accuracy, %"))
     falls = {name: records.fall(of, task, "LP") for name, of in ACCURACIES}
-    table = {f"{name}, {method}": (records.fall(of, task, method), 100.0)
-             for name, of in ACCURACIES for method in records.methods}  # fmt: skip
+    table = {
+        f"{name}, {method}": (
+            records.fall(of, task, method), records.order(records.line(of, task, method)), 100.0
+        )
+        for name, of in ACCURACIES for method in records.methods
+    }  # fmt: skip
     note = (
         "OOD is the mean over pixel noise, blur, low contrast and a grey square on the test rows "
         f"of ID; the two are never mixed. Tuned on {percent(records.fractions[-1])} % of the rows, "
@@ -139,27 +149,67 @@ def _accuracy(records: Records, task: str) -> Section:
     return Section(f"{said}{_of(records, task)}", blocks, link="Accuracy")
 
 
-def _differences(heading: str, found: dict[str, tuple[Difference | None, float]]) -> Table:
-    """Paired differences with their intervals."""
-    columns = [Column("Number", numeric=False), Column(heading), Column("It", numeric=False)]
+def _differences(
+    heading: str, found: dict[str, tuple[Difference | None, float | None, float]]
+) -> Table:
+    """Paired differences with their intervals, and whether all rates are in order."""
+    columns = [Column("Number", numeric=False), Column(heading), Column("It", numeric=False),
+               Column("Order of all rates")]  # fmt: skip
     rows = [
         [Cell(name), Cell(_number(one.summary, scale), value=one.summary.mean),
-         Cell(_direction(one))]
-        for name, (one, scale) in found.items()
+         Cell(_direction(one)), Cell(MISSING if order is None else _signed(order), value=order)]
+        for name, (one, order, scale) in found.items()
         if one is not None
     ]  # fmt: skip
-    return Table(columns, rows, "Paired by seed.", fixed=True)
+    note = (
+        "Paired by seed. Order: Spearman's correlation of the rates with the means over seeds: 1 "
+        "where every step rises, \N{MINUS SIGN}1 where every step falls."
+    )
+    return Table(columns, rows, note, fixed=True)
+
+
+def _angles(records: Records, task: str, rate: float, k: int) -> list[float]:
+    """Mean angles of a network's k leading directions to the clean one's, a number a seed."""
+    found = (angle(one, k) for one in records.before(task, rate).values())
+    return [one for one in found if one is not None]
+
+
+def _prepared(records: Records, task: str) -> Table:
+    """Both measures by the preparation of features, and the angles, over the rates."""
+    columns = [Column("Wrong labels, %")]
+    columns += [Column(f"{name}, {kind}") for kind in PREPROCESS for _, name in MEASURES]
+    columns += [Column(f"Angle, k = {k}") for k in ANGLES]
+    rows = []
+    for rate in records.rates:
+        networks = list(records.before(task, rate).values())
+        cells = [
+            number_cell([one["spectra"][kind][key] for one in networks], 2)
+            for kind in PREPROCESS
+            for key, _ in MEASURES
+        ]
+        cells += [number_cell(_angles(records, task, rate, k), 1) for k in ANGLES]
+        rows.append([Cell(percent(rate), value=rate), *cells])
+    note = (
+        "Before tuning, mean ± standard deviation over seeds, by the preparation of features: "
+        "none, l2 (rows of length 1), code (l2, minus the mean of the row), column (minus the mean "
+        "of the column). Principal angles in degrees, after code, between the k leading "
+        "directions of a network and of the one without wrong labels."
+    )
+    return Table(columns, rows, note)
 
 
 def _number(found: Summary, scale: float) -> str:
     if scale == 100:
         return told(found.mean, found.interval)
-    mean = f"{found.mean:+.3f}"
     if found.interval is None:
-        text = f"{mean} (one seed)"
-    else:
-        text = f"{mean} ({found.interval.low:+.3f} to {found.interval.high:+.3f})"
-    return text.replace("-", "\N{MINUS SIGN}")
+        return f"{_signed(found.mean)} (one seed)"
+    return (
+        f"{_signed(found.mean)} ({_signed(found.interval.low)} to {_signed(found.interval.high)})"
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _correlation(found: Summary) -> str:
@@ -172,19 +222,20 @@ def _correlation(found: Summary) -> str:
 
 def _gains(records: Records, task: str) -> Section:
     """NMTune against its control, rate by rate."""
-    columns = [Column("Method", numeric=False), Column("Wrong labels, %"),
+    columns = [Column("Method", numeric=False), Column("Rows, %"), Column("Wrong labels, %"),
                Column("ID minus MLP, points"), Column("OOD minus MLP, points")]  # fmt: skip
     rows, verdicts = [], []
-    for method in ("LP", "NMTune code", "NMTune paper"):
-        for rate in records.rates:
-            gains = [records.gain(of, task, method, rate) for _, of in ACCURACIES]
-            if method != "LP":
-                verdicts += [one.verdict for one in gains if one is not None]
-            if any(gains):
-                cells = [Cell(MISSING) if one is None else
-                         Cell(told(one.summary.mean, one.summary.interval), value=one.summary.mean)
-                         for one in gains]  # fmt: skip
-                rows.append([Cell(method), Cell(percent(rate), value=rate), *cells])
+    methods = ("LP", "NMTune code", "NMTune paper")
+    for method, part, rate in product(methods, records.fractions[::-1], records.rates):
+        gains = [records.gain(of, task, method, rate, part) for _, of in ACCURACIES]
+        if method != "LP":
+            verdicts += [one.verdict for one in gains if one is not None]
+        if any(gains):
+            cells = [Cell(MISSING) if one is None else
+                     Cell(told(one.summary.mean, one.summary.interval), value=one.summary.mean)
+                     for one in gains]  # fmt: skip
+            rows.append([Cell(method), Cell(percent(part), value=part),
+                         Cell(percent(rate), value=rate), *cells])  # fmt: skip
     if not rows:
         return Section("NMTune")
     title = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from noiseproof.report.runs import Found, Run, as_number, find_runs
 from noiseproof.statistics import Difference, Summary, compare, summarize
-from noiseproof.study.noisy_pretraining.working import METHODS
+from noiseproof.study.noisy_pretraining.working import ANGLES, METHODS
 
 Of = Callable[["Tuned"], "float | None"]
 
@@ -129,7 +129,7 @@ class Records:
         return {100 * rate: list(values.values()) for rate, values in found.items() if values}
 
     def before(self, task: str, rate: float) -> dict[str, dict[str, Any]]:
-        """SVE, LSVR and angles of the test features of a network, by seed."""
+        """Spectra and angles of the test features of a network, by seed."""
         place = self.folder / "features" / f"{100 * rate:g}%"
         files = sorted(place.glob("*/spectra.json"))
         return {file.parent.name: found for file in files if (found := _json(file).get(task))}
@@ -161,6 +161,17 @@ class Records:
         known = [pair for pair in found if pair is not None]
         return summarize(by_rank for by_rank, _ in known), summarize(linear for _, linear in known)
 
+    def order(self, points: Mapping[float, Sequence[float]]) -> float | None:
+        """Spearman's correlation of the rates with the means over seeds of a number."""
+        means = {rate: fmean(values) for rate, values in points.items() if values}
+        found = correlations(list(means), list(means.values()))
+        return None if found is None else found[0]
+
+    def spectral(self, measure: str, task: str) -> dict[float, list[float]]:
+        """A spectral measure of the features before tuning, over the share of wrong labels."""
+        return {100 * rate: [one[measure] for one in self.before(task, rate).values()]
+                for rate in self.rates}  # fmt: skip
+
     def rise(self, measure: str, task: str) -> Difference | None:
         """A spectral measure at the highest rate minus that at the lowest, seed by seed."""
         high, low = ({seed: one[measure] for seed, one in self.before(task, rate).items()}
@@ -173,16 +184,21 @@ class Records:
                      for rate in (self.rates[-1], self.rates[0]))  # fmt: skip
         return compare(high, low)
 
-    def gain(self, of: Of, task: str, method: str, rate: float) -> Difference | None:
+    def gain(
+        self, of: Of, task: str, method: str, rate: float, fraction: float
+    ) -> Difference | None:
         """A method minus its control, the MLP, seed by seed."""
-        mine, control = (self.values(of, task=task, method=name, rate=rate)
-                         for name in (method, "MLP"))  # fmt: skip
+        mine, control = (
+            self.values(of, task=task, method=name, rate=rate, fraction=fraction)
+            for name in (method, "MLP")
+        )
         return compare(mine, control)
 
 
-def angle(found: dict[str, Any]) -> float:
-    """Mean of the principal angles, in degrees."""
-    return float(np.degrees(np.mean(found["angles"])))
+def angle(found: dict[str, Any], k: int = 5) -> float | None:
+    """Mean of the principal angles of k leading directions, in degrees; None of fewer."""
+    angles = found["angles"].get(str(k))
+    return None if angles is None else float(np.degrees(np.mean(angles)))
 
 
 def as_rows(records: Records) -> str:
@@ -191,12 +207,14 @@ def as_rows(records: Records) -> str:
     writer = csv.writer(text, lineterminator="\n")
     shifted = sorted({name for one in records.tuned for name in one.run.record.ood})
     writer.writerow(["rate", "task", "fraction", "method", "seed", "id", "ood", *shifted,
-                     "sve_before", "lsvr_before", "sve_after", "lsvr_after"])  # fmt: skip
+                     "sve_before", "lsvr_before", *(f"angle_{k}" for k in ANGLES), "sve_after",
+                     "lsvr_after"])  # fmt: skip
     for one in records.tuned:
         before = records.before(one.task, one.rate).get(one.run.seed, {})
         ood = [one.run.record.ood.get(name, {}).get("accuracy") for name in shifted]
+        angles = [angle(before, k) if before else None for k in ANGLES]
         writer.writerow([one.rate, one.task, one.fraction, one.run.names["method"], one.run.seed,
-                         one.id, one.ood, *ood, before.get("sve"), before.get("lsvr"),
+                         one.id, one.ood, *ood, before.get("sve"), before.get("lsvr"), *angles,
                          one.after.get("sve"), one.after.get("lsvr")])  # fmt: skip
     return text.getvalue()
 

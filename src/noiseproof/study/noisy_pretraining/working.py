@@ -25,7 +25,7 @@ from noiseproof.methods import CrossEntropy, NMTune
 from noiseproof.methods.nmtune import ReshapedClassifier
 from noiseproof.prediction import Predictor, load
 from noiseproof.record import RunRecord, write_atomic
-from noiseproof.spectrum import principal_angles, spectrum
+from noiseproof.spectrum import PREPROCESS, principal_angles, spectrum
 from noiseproof.study.noisy_pretraining.network import fresh
 from noiseproof.study.noisy_pretraining.pictures import (
     CORRUPTIONS,
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
     "NMTune code": PRESETS["code"],
     "NMTune paper": PRESETS["paper"],
 }
-ANGLES = 5  # dimensions of the leading subspaces
+ANGLES = (1, 5, 10)  # dimensions of the leading subspaces
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,10 @@ class Work:
         write_atomic(folder / "done", "")
 
     def _spectra(self, seed: int) -> None:
-        """Both measures of the test features of every network, and its angles to the clean one."""
+        """Spectra of the test features of every network, and its angles to the clean one.
+
+        In every form of preparation, of which ``code`` is the one that the page reads.
+        """
         clean = self.scale.rates[0]
         for rate in self.scale.rates:
             file = self.features(seed, rate) / "spectra.json"
@@ -210,11 +213,15 @@ class Work:
             for task in self.scale.tasks:
                 mine, theirs = (read_npz(self.features(seed, one) / f"{task}-test.npz")["features"]
                                 for one in (rate, clean))  # fmt: skip
-                measured = spectrum(mine)
-                k = min(ANGLES, spectrum(theirs).rank, measured.rank)
-                angles = principal_angles(theirs, mine, k, preprocess="code")
-                found[task] = {"sve": measured.sve, "lsvr": measured.lsvr,
-                               "angles": angles.tolist()}  # fmt: skip
+                spectra = {name: spectrum(mine, name) for name in PREPROCESS}
+                most = min(spectrum(theirs).rank, spectra["code"].rank)
+                turned = {k: principal_angles(theirs, mine, k, preprocess="code").tolist()
+                          for k in ANGLES if k <= most}  # fmt: skip
+                found[task] = {
+                    **spectra["code"].to_dict(),
+                    "spectra": {name: one.to_dict() for name, one in spectra.items()},
+                    "angles": turned,
+                }
             write_atomic(file, json.dumps(found, indent=1) + "\n")
 
     def _transfer(self, seed: int, rate: float, task: str, fraction: float, method: str) -> None:
@@ -240,8 +247,7 @@ class Work:
         model = result.predictor.model
         assert isinstance(model, ReshapedClassifier)  # so are all of METHODS
         found = spectrum(reshaped_features(model, encoded, job.train))
-        values = {"sve": found.sve, "lsvr": found.lsvr}
-        write_atomic(folder / "spectrum.json", json.dumps(values) + "\n")
+        write_atomic(folder / "spectrum.json", json.dumps(found.to_dict(), indent=1) + "\n")
 
     # --- parts -----------------------------------------------------------------------------------
 
