@@ -210,6 +210,12 @@ def test_a_stage_of_the_head_trains_what_is_trainable_in_it(tune: str, tiny_run:
     assert changed == {f"{start}classifier{inner}.{part}" for part in ("weight", "bias")}
 
 
+def test_classes_without_rows_are_said_before_training(tiny_run: Tiny) -> None:
+    with pytest.warns(UserWarning, match="no training row has the label 'kitchen'; the model"):
+        outcome = tiny_run.fit(CrossEntropy(), epochs=2, labels=tiny_run.labels % 2)
+    assert ["warning" in row for row in outcome.history] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("batch_size", "epochs", "said"),
     [

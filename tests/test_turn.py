@@ -188,22 +188,6 @@ def test_the_strict_preset_raises_where_the_paper_says_nothing() -> None:
         selected(TURN.preset("strict", mixture=dataclasses.replace(GLOBAL, guard="off")), flooded())
 
 
-def test_classes_without_rows_are_named_before_training() -> None:
-    """They are left out of the balance, and the model keeps a column that nothing trains."""
-    run, _ = two_hills((30, 20), (10, 10))
-    run.num_classes, run.predict = 9, lambda before_batch=None: torch.zeros(70, 9)
-    run.stage = "probe"
-    TURN(precondition="off").on_epoch_start(run)
-    assert run.warned == [
-        "no training row has the label 'class 2', 'class 3', 'class 4', 'class 5', 'class 6' and 2 "
-        "more; the model will not predict it"
-    ]
-    run, _ = two_hills((30, 20), (10, 10))
-    run.stage = "probe"
-    TURN(precondition="off").on_epoch_start(run)
-    assert not run.warned
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_default_and_strict_are_the_same_where_no_guard_fires(seed: int) -> None:
     """A guard that always bites would make the default another method."""

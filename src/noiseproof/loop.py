@@ -49,7 +49,14 @@ from noiseproof.engine import (
 )
 from noiseproof.errors import InputError
 from noiseproof.method import BeforeBatch, Columns, Method, RowTransform, Run, Stage
-from noiseproof.models import count_parameters, fast_dropout, is_head, set_trainable, training_mode
+from noiseproof.models import (
+    class_names,
+    count_parameters,
+    fast_dropout,
+    is_head,
+    set_trainable,
+    training_mode,
+)
 
 DEFAULT_RATE = 5e-5
 FEWEST_STEPS = 50  # of a stage on selected rows, below which the user is warned (TURN's lineage)
@@ -322,6 +329,8 @@ class _Loop:
         started = time.perf_counter()
         self.run.logged, self.run.sums, self.run.warned = {}, {}, []
         self.run.columns.pop("keep", None)
+        if not self.state.history:
+            self._doubt_classes()
         columns = self.method.on_epoch_start(self.run)
         self._check(columns)
         self.run.columns.update(columns)
@@ -473,6 +482,12 @@ class _Loop:
                 f"{self.run.epoch}; loosen its selection or lengthen its warm-up"
             )
         return rows
+
+    def _doubt_classes(self) -> None:
+        """Say which classes no training row has; the head keeps a column for each."""
+        sizes = torch.bincount(self.labels, minlength=self.num_classes)  # (C,)
+        if missing := class_names(self.run.model, sizes == 0):
+            self.run.warn(f"no training row has the label {missing}; the model will not predict it")
 
     def _doubt_few(self, rows: int) -> None:
         """Say that a selection leaves little to train on, judged by its first epoch."""

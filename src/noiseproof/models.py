@@ -318,6 +318,19 @@ def kept_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if head(name) or name.startswith(new)]
 
 
+def class_name(model: nn.Module, label: int) -> str:
+    """The name of a class in the model's config, or its number."""
+    names = getattr(getattr(plain_model(model), "config", None), "id2label", None) or {}
+    return repr(names.get(label, f"class {label}"))
+
+
+def class_names(model: nn.Module, chosen: Tensor, most: int = 5) -> str:
+    """The first of these classes by name, and how many more.  (C,) bool -> text, or nothing."""
+    labels = chosen.nonzero().flatten().tolist()
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(class_name(model, label) for label in labels[:most]) + more
+
+
 def start_head(model: nn.Module, std: float = 0.0, *, hidden: bool = False) -> None:
     """Start the last linear layer of the head anew: weights from N(0, std^2), bias 0.
 

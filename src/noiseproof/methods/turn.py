@@ -55,7 +55,7 @@ from noiseproof.method import (
 )
 from noiseproof.methods.baselines import Tuned
 from noiseproof.mixture import LossMixture, MixtureFit, fit_loss_mixture
-from noiseproof.models import plain_model, start_head
+from noiseproof.models import class_name, class_names, plain_model, start_head
 from noiseproof.selection import (
     best_first,
     candidates,
@@ -366,24 +366,14 @@ class TURN(Tuned):
     # --- whether the method has a basis ----------------------------------------------------------
 
     def _check_classes(self, run: Run) -> None:
-        """Before training: a class without rows is left out, one row has no mixture of its own."""
-        sizes = torch.bincount(run.labels, minlength=run.num_classes)  # (C,)
-        single = self._named(run, sizes == 1)
-        if single and self.mixture.scope == "per_class" and self.mixture.guard == "off":
+        """Before training: one row has no mixture of its own."""
+        single = torch.bincount(run.labels, minlength=run.num_classes) == 1  # (C,)
+        if self.mixture.scope == "per_class" and self.mixture.guard == "off" and bool(single.any()):
             raise InputError(
-                f"a mixture for each class needs two rows or more of it, and of {single} there is "
-                "one; add rows or drop the label, or use mixture.guard=fallback, which keeps it"
+                "a mixture for each class needs two rows or more of it, and of "
+                f"{class_names(run.model, single)} there is one; add rows or drop the label, or "
+                "use mixture.guard=fallback, which keeps it"
             )
-        missing = self._named(run, sizes == 0)
-        if missing:
-            run.warn(f"no training row has the label {missing}; the model will not predict it")
-
-    @staticmethod
-    def _named(run: Run, chosen: Tensor) -> str:
-        """The first of these classes by name, and how many more.  (C,) bool -> text or nothing."""
-        labels = chosen.nonzero().flatten().tolist()
-        more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
-        return ", ".join(class_name(run.model, label) for label in labels[:5]) + more
 
     def _check_features(self, run: Run) -> None:
         """Before training: do the frozen features tell the labels of rows not trained on?"""
@@ -463,9 +453,3 @@ def probe_signals(
         "probe_start": float(((entropy - start).abs() < 0.01 * start).double().mean()),
         "mixture_overlap": float(torch.minimum(clean_prob, 1 - clean_prob).double().mean()),
     }
-
-
-def class_name(model: nn.Module, label: int) -> str:
-    """The name of a class in the model's config, or its number."""
-    names = getattr(getattr(plain_model(model), "config", None), "id2label", None) or {}
-    return repr(names.get(label, f"class {label}"))
