@@ -29,6 +29,7 @@ from noiseproof.engine import (
     training_batches,
 )
 from noiseproof.errors import InputError
+from noiseproof.method import Run
 from noiseproof.methods import CrossEntropy
 from noiseproof.models import set_trainable, training_mode
 from tiny import LABELS, Tiny, same_weights, table, tiny, train_settings, weights
@@ -377,3 +378,30 @@ def test_the_loss_of_a_step_is_the_mean_over_its_rows_however_they_are_cut(tiny_
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "limit", "fused"),
+    [("fp32", 128, True), ("bf16", 128, False), ("bf16", 1, True)],
+)
+def test_short_texts_train_without_the_fused_attention_in_bf16(
+    precision: str, limit: int, fused: bool, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused attention multiplies head by head in its backward pass; predictions keep it."""
+    seen: dict[bool, set[bool]] = {True: set(), False: set()}
+    engine = Engine(train_settings())
+    monkeypatch.setattr(engine_module, "SHORT_TEXT", limit)
+    engine.precision = precision
+    engine.net = copy.deepcopy(tiny_run.model)
+    forward = engine.net.forward
+
+    def watched(**inputs: Any) -> Any:
+        seen[torch.is_grad_enabled()].add(torch.backends.cuda.flash_sdp_enabled())
+        return forward(**inputs)
+
+    engine.net.forward = watched  # type: ignore[method-assign]
+    run = Run(engine.net, tiny_run.labels, len(LABELS), lambda _=None: Tensor(), torch.Generator())
+    engine.backward(CrossEntropy(), tiny_run.encoded, np.arange(8), run)
+    engine.predict(tiny_run.encoded)
+    assert seen == {True: {fused}, False: {True}}
+    assert torch.backends.cuda.flash_sdp_enabled()
