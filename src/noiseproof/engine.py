@@ -22,7 +22,7 @@ from noiseproof.models import evaluation_mode, has_weights, row_statistics, trai
 from noiseproof.precision import PRECISIONS, choose_precision
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together; order across them stays random
-SHORT_TEXT = 128  # tokens up to which attention by plain products trains faster in bf16 on the CPU
+SHORT_TEXT = 32  # tokens up to which plain products are used for attention in bf16 on the CPU
 PREDICT_ROWS = 128  # rows of a prediction batch at most ...
 PREDICT_COST = 8192  # ... and rows x longest row at most, unless one row is longer
 
@@ -413,8 +413,9 @@ class Engine:
     def _attention(self, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Attention by plain products where the fused kernel is slower.
 
-        In bf16 on the CPU its backward pass multiplies head by head. A step of MiniLM with LoRA
-        takes 0.6 times as long without it at 14 tokens, 0.84 times at 128, and longer at 256.
+        In bf16 on the CPU its backward pass multiplies head by head: a step of MiniLM with LoRA
+        takes 0.6 times as long without it at 14 tokens, 0.8 times at 32. Longer texts would gain
+        less, and take more memory.
         """
         ids = inputs.get("input_ids")
         short = ids is not None and ids.shape[1] <= SHORT_TEXT
