@@ -8,7 +8,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from noiseproof.charts import Dot, Series, dot_chart, heat_map, line_chart, shorten, style, ticks
@@ -70,6 +70,7 @@ def test_intervals_end_where_the_axis_does() -> None:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=14))
+@example(values=[5e-324])
 def test_labels_at_the_ends_do_not_overlap(values: list[float]) -> None:
     series = [line([0.0, value], f"method {i}") for i, value in enumerate(values)]
     places = sorted(

@@ -449,7 +449,8 @@ def test_a_class_without_a_training_row_does_no_harm(
 ) -> None:
     """Rare classes vanish from small samples; per-class statistics then divide by zero."""
     labels = torch.where(tiny_run.labels == 1, 2, tiny_run.labels)
-    outcome = tiny_run.fit(method, labels=labels)
+    with pytest.warns(UserWarning, match="no training row has the label"):
+        outcome = tiny_run.fit(method, labels=labels)
     assert all_finite(weights(outcome.model)) and all_finite(outcome.run.columns)
     assert outcome.run.predict().shape == (25, 3)
 

@@ -119,7 +119,8 @@ def test_a_class_without_a_training_row_does_no_harm(pair: tuple[str, Method]) -
         pytest.skip("a response is no class")
     work = prepared(*pair)
     labels = torch.from_numpy(work.data.labels)
-    outcome = trained(work, torch.where(labels == 1, 2, labels))
+    with pytest.warns(UserWarning, match="no training row has the label"):
+        outcome = trained(work, torch.where(labels == 1, 2, labels))
     assert all_finite(weights(outcome.model)) and outcome.run.predict().shape == (25, 3)
 
 

@@ -14,6 +14,7 @@ from html import escape
 
 COLOURS = 6  # beside the grey one
 LETTER = 6.1  # width of a letter at 11 pixels, about
+SMALLEST_SPAN = 1e-300  # of an axis; below it steps cannot be told from 0
 Range = tuple[float, float]
 
 
@@ -246,7 +247,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     """
     span = high - low
-    if not span > 0:
+    if not span > SMALLEST_SPAN:
         return [low]
     power = 10 ** math.floor(math.log10(span / most))
     step = next(power * unit for unit in (1, 2, 2.5, 5, 10) if span / (power * unit) <= most)

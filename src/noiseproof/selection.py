@@ -143,9 +143,9 @@ def trusted(clean_prob: Tensor, losses: Tensor, labels: Tensor, share: float) ->
     calls the whole class wrong. In a class where fewer than `share` of the rows (at least one) look
     clean (above 1/2), that many of the best, as in `candidates`, get 1.
 
-    >>> prob, loss = torch.tensor([0.9, 0.7, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.8, 0.9])
-    >>> trusted(prob, loss, torch.tensor([0, 0, 1, 1]), share=0.5).round(decimals=1).tolist()
-    [0.9, 0.7, 1.0, 0.1]
+    >>> prob, loss = torch.tensor([1.0, 0.75, 0.25, 0.125]), torch.tensor([0.1, 0.2, 0.8, 0.9])
+    >>> trusted(prob, loss, torch.tensor([0, 0, 1, 1]), share=0.5).tolist()
+    [1.0, 0.75, 1.0, 0.125]
     """
     marked = candidates(clean_prob, losses, labels, 0.5, share)
     return torch.where(marked & (clean_prob <= 0.5), 1.0, clean_prob)
