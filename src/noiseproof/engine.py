@@ -414,8 +414,8 @@ class Engine:
         """Attention by plain products where the fused kernel is slower.
 
         In bf16 on the CPU its backward pass multiplies head by head: a step of MiniLM with LoRA
-        takes 0.6 times as long without it at 14 tokens, 0.8 times at 32. Longer texts would gain
-        less, and take more memory.
+        takes 0.6 times as long without it at 14 tokens, 0.8 times at 32 (benchmarks/attention.py).
+        Longer texts would gain less, and take more memory.
         """
         ids = inputs.get("input_ids")
         short = ids is not None and ids.shape[1] <= SHORT_TEXT

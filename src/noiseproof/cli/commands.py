@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from noiseproof.benchmark import CellState
     from noiseproof.grid import Grid
     from noiseproof.study import Asked, Survey
+    from noiseproof.tables import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +148,7 @@ def fit(words: list[str]) -> None:
     )  # fmt: skip
     add_fields(parser, TrainSettings(), "train", "the training loop")
     check_configs(parser, configs)
-    try:
+    with as_typed(parser, configs):
         given = parse(parser, words)
         if given.data is None:
             raise InputError(f"DATA is missing; usage: {parser.usage}")
@@ -159,8 +160,6 @@ def fit(words: list[str]) -> None:
             train=settings_of(TrainSettings(), given.train),
             **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
         )
-    except InputError as error:
-        raise InputError(as_typed(str(error), parser, configs)) from error
     with Display() as display:
         result = run_job(
             job, out=given.out, resume=given.resume, overwrite=given.overwrite, report=display
@@ -196,12 +195,10 @@ def predict(words: list[str]) -> None:
 
     check_writable(given.out, overwrite=given.overwrite)
     names = ("text", "features", "image", "on_bad_image", "max_new_tokens", "split")
-    try:
+    with as_typed(parser):
         table = predict_rows(
             given.run, given.data, **{name: getattr(given, name) for name in names}
         )
-    except InputError as error:
-        raise InputError(as_typed(str(error), parser, [])) from error
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
 
@@ -288,11 +285,8 @@ def corrupt(words: list[str]) -> None:
     given = parse(parser, words)
     from noiseproof.corruption import corrupt_table
     from noiseproof.noise import save_transition
-    from noiseproof.tables import WRITABLE, check_writable, write_archive, write_table
 
-    archive = Path(given.data).suffix.lower() == ".npz"
-    suffixes = (".npz",) if archive else WRITABLE
-    check_writable(given.out, overwrite=given.overwrite, suffixes=suffixes)
+    _check_like(given)
     matrix_file = given.transition_out
     if matrix_file is not None:
         check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
@@ -301,10 +295,7 @@ def corrupt(words: list[str]) -> None:
     table, corruption = corrupt_table(
         given.data, given.noise, **{name: getattr(given, name) for name in names}
     )
-    if archive:
-        write_archive(table, given.out, overwrite=given.overwrite)
-    else:
-        write_table(table.frame, given.out, overwrite=given.overwrite)
+    _write_like(given, table)
     if matrix_file is not None:
         save_transition(Path(matrix_file).expanduser(), corruption.transition)
     changed = int(corruption.mask.sum())
@@ -342,23 +333,14 @@ def relabel(words: list[str]) -> None:
     add("--overwrite", action="store_true", help="Replace the output file.")
     given = parse(parser, words)
     from noiseproof.relabelling import relabel_table
-    from noiseproof.tables import WRITABLE, check_writable, write_archive, write_table
 
-    archive = Path(given.data).suffix.lower() == ".npz"
-    check_writable(
-        given.out, overwrite=given.overwrite, suffixes=(".npz",) if archive else WRITABLE
-    )
+    _check_like(given)
     names = ("label", "row_id", "accept", "new_labels", "task", "image", "split", "out")
-    try:
+    with as_typed(parser):
         table, done = relabel_table(
             given.data, given.reviewed, **{name: getattr(given, name) for name in names}
         )
-    except InputError as error:
-        raise InputError(as_typed(str(error), parser, [])) from error
-    if archive:
-        write_archive(table, given.out, overwrite=given.overwrite)
-    else:
-        write_table(table.frame, given.out, overwrite=given.overwrite)
+    _write_like(given, table)
     print(
         f"{done.listed} rows reviewed, {len(done.changed)} labels changed, "
         f"{len(done.dropped)} rows dropped: {given.out} ({len(table)} rows)"
@@ -555,6 +537,25 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     command.__name__: command
     for command in (fit, predict, audit, relabel, corrupt, bench, study, report, methods, demo)
 }
+
+
+def _check_like(given: Any) -> None:
+    """The output can be written, and is an archive where DATA is one."""
+    from noiseproof.tables import WRITABLE, check_writable
+
+    archive = Path(given.data).suffix.lower() == ".npz"
+    suffixes = (".npz",) if archive else WRITABLE
+    check_writable(given.out, overwrite=given.overwrite, suffixes=suffixes)
+
+
+def _write_like(given: Any, table: Table) -> None:
+    """Write a changed table as what DATA was, see `_check_like`."""
+    from noiseproof.tables import write_archive, write_table
+
+    if Path(given.out).suffix.lower() == ".npz":
+        write_archive(table, given.out, overwrite=given.overwrite)
+    else:
+        write_table(table.frame, given.out, overwrite=given.overwrite)
 
 
 def _list_cells(grid: Grid) -> None:

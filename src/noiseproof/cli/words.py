@@ -6,7 +6,8 @@ import json
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,8 @@ from noiseproof.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+NO_SETTINGS = {"--help", "--config"}  # options that a config cannot give
 
 
 def new_parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
@@ -112,10 +115,7 @@ def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
         word = found[1].partition("=")[0]
         if not word.startswith("--"):
             return f"unexpected argument {found[1]!r}; {usage}"
-        inside = _ending_in(parser, word)
-        if inside:
-            return f"unknown option {word!r}; did you mean {' or '.join(inside)}?"
-        return unknown_name("option", word, _options_like(parser, word))
+        return _unknown(parser, word, "option")
     if found := re.search(r"arguments are required: (.+)", text):
         names = [name.strip() for name in found[1].split(",")]
         shown = {action.dest: _shown(action) for action in parser._actions}
@@ -183,11 +183,20 @@ def _options_like(parser: ArgumentParser, word: str) -> list[str]:
     return near or [o for o in options if o[:2] == "--" and "." not in o and "_" not in o]
 
 
-def _ending_in(parser: ArgumentParser, word: str) -> list[str]:
-    """The settings of a group that a name without its group may mean: of --seed, --train.seed."""
-    field = word.lstrip("-").replace("-", "_")
-    options = [option for action in parser._actions for option in action.option_strings]
-    return [option for option in options if option.endswith(f".{field}")]
+def _unknown(parser: ArgumentParser, option: str, kind: str) -> str:
+    """One line on an unknown option, or setting of a config, which are written without dashes.
+
+    A name without its group may mean a setting of a group: --seed is --train.seed.
+    """
+    cut = 2 if kind == "setting" else 0
+    field = option.lstrip("-").replace("-", "_")
+    options = [name for action in parser._actions for name in action.option_strings]
+    inside = [name[cut:] for name in options if name.endswith(f".{field}")]
+    if inside:
+        return f"unknown {kind} {option[cut:]!r}; did you mean {' or '.join(inside)}?"
+    left_out = NO_SETTINGS if kind == "setting" else ()
+    near = [name[cut:] for name in _options_like(parser, option) if name not in left_out]
+    return unknown_name(kind, option[cut:], near)
 
 
 def check_matrix_file(path: Path, overwrite: bool) -> None:
@@ -219,31 +228,25 @@ def take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
 def check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) -> None:
     """Name the file of a setting that does not exist."""
     options = {option for action in parser._actions for option in action.option_strings}
-    no_settings = {"--help", "--config"}
     for word, path in settings:
         option = word.partition("=")[0]
-        if option not in options - no_settings and option != "--method":
-            inside = [name[2:] for name in _ending_in(parser, option)]
-            near = _options_like(parser, option)
-            if inside:
-                meant = " or ".join(inside)
-                raise InputError(
-                    f"config {path}: unknown setting {option[2:]!r}; did you mean {meant}?"
-                )
-            known = [name[2:] for name in near if name not in no_settings]
-            raise InputError(f"config {path}: {unknown_name('setting', option[2:], known)}")
+        if option not in options - NO_SETTINGS and option != "--method":
+            raise InputError(f"config {path}: {_unknown(parser, option, 'setting')}")
 
 
-def as_typed(message: str, parser: ArgumentParser, configs: Sequence[tuple[str, Path]]) -> str:
-    """A message about a setting by its option, and by the file that it was read from.
+@contextmanager
+def as_typed(parser: ArgumentParser, configs: Sequence[tuple[str, Path]] = ()) -> Iterator[None]:
+    """Name a setting in a message by its option, and by the config file that it was read from.
 
     Python names a setting at the start of its message: ``train.epochs``, ``CleaR.gamma``.
-
-    Args:
-        message: What is wrong.
-        parser: Knows the options.
-        configs: Settings of config files.
     """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_as_typed(str(error), parser, configs)) from error
+
+
+def _as_typed(message: str, parser: ArgumentParser, configs: Sequence[tuple[str, Path]]) -> str:
     first, _, rest = message.partition(" ")
     name = first.rstrip(":").lstrip("-")
     field = name.partition(".")[2]

@@ -383,8 +383,7 @@ class FeatureClassification(Task):
         tune = getattr(method, "tune", "head")
         if isinstance(model, nn.Module) or tune == "head":
             return method
-        usual = {item.name: item.default for item in dataclasses.fields(method)}["tune"]
-        if tune != "full" or usual != "full":
+        if tune != "full" or getattr(type(method), "tune", None) != "full":  # its default
             raise InputError(
                 f"{method.name}.tune={tune} adapts an encoder, and features have none; leave tune "
                 "out, which trains the head"

@@ -129,22 +129,25 @@ def _accuracy(records: Records, task: str) -> Section:
                  if (points := records.line(of, task, method))]  # fmt: skip
         drawn.append(_chart(lines, records, f"{name} accuracy, %"))
     falls = {name: records.fall(of, task, "LP") for name, of in ACCURACIES}
-    table = {
-        f"{name}, {method}": (
-            records.fall(of, task, method), records.order(records.line(of, task, method)), 100.0
-        )
-        for name, of in ACCURACIES for method in records.methods
-    }  # fmt: skip
+
+    def until(place: int) -> Table:
+        ends = f"{percent(records.rates[0])} to {percent(records.rates[place])} %"
+        return _differences(f"From {ends} wrong labels, points", {
+            f"{name}, {method}": (records.fall(of, task, method, place),
+                                  records.order(records.line(of, task, method)), 100.0)
+            for name, of in ACCURACIES for method in records.methods
+        })  # fmt: skip
+
     note = (
         "OOD is the mean over pixel noise, blur, low contrast and a grey square on the test rows "
         f"of ID; the two are never mixed. Tuned on {percent(records.fractions[-1])} % of the rows, "
         f"last epoch, means over seeds with {LEVEL:.0%} t intervals."
     )
-    ends = f"{percent(records.rates[0])} to {percent(records.rates[-1])} %"
+    last = len(records.rates) - 1
     said = ", ".join(f"{name} accuracy of LP {_direction(found)}" for name, found in falls.items())
     blocks: list[Block] = [
         Figures([one for one in drawn if one], note),
-        _differences(f"From {ends} wrong labels, points", table),
+        *(until(place) for place in sorted({last, min(1, last)}, reverse=True)),
     ]
     return Section(f"{said}{_of(records, task)}", blocks, link="Accuracy")
 

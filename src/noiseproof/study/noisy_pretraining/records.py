@@ -178,10 +178,10 @@ class Records:
                      for rate in (self.rates[-1], self.rates[0]))  # fmt: skip
         return compare(high, low)
 
-    def fall(self, of: Of, task: str, method: str) -> Difference | None:
-        """An accuracy at the highest rate minus that at the lowest, seed by seed."""
+    def fall(self, of: Of, task: str, method: str, place: int = -1) -> Difference | None:
+        """An accuracy at a rate, the highest, minus that at the lowest, seed by seed."""
         high, low = (self.values(of, task=task, method=method, rate=rate)
-                     for rate in (self.rates[-1], self.rates[0]))  # fmt: skip
+                     for rate in (self.rates[place], self.rates[0]))  # fmt: skip
         return compare(high, low)
 
     def gain(
@@ -195,7 +195,7 @@ class Records:
         return compare(mine, control)
 
 
-def angle(found: dict[str, Any], k: int = 5) -> float | None:
+def angle(found: dict[str, Any], k: int) -> float | None:
     """Mean of the principal angles of k leading directions, in degrees; None of fewer."""
     angles = found["angles"].get(str(k))
     return None if angles is None else float(np.degrees(np.mean(angles)))
