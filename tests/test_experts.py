@@ -574,6 +574,28 @@ def test_noise_is_added_in_training_only_and_with_the_mask_of_the_call() -> None
     assert bool(seen[1].all()) and seen[1].shape == inputs["input_ids"].shape
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_rows_go_without_the_poisoning_expert_in_training_alone(kind: str) -> None:
+    model, inputs = adapted(kind, dropout=0.0)
+    if kind == "t5":
+        inputs = pair_of_texts(4)
+    rows = torch.tensor([True, False, False, True])
+    answers = {}
+    for name, mode in (("with", "none"), ("without", "renorm")):
+        model.switch.training_mode = model.switch.mode = mode
+        answers[name] = answer(seeded(model.eval()), inputs)
+    assert not torch.allclose(answers["with"], answers["without"])
+    model.switch.training_mode = model.switch.mode = "none"
+    model.switch.absent = rows
+    assert torch.equal(answer(seeded(model.eval()), inputs), answers["with"])
+    wanted = torch.where(
+        rows.reshape(-1, *[1] * (answers["with"].ndim - 1)), answers["without"], answers["with"]
+    )
+    for module in model.modules():  # the mode of training, without its dropout
+        module.training = isinstance(module, ExpertLinear)
+    torch.testing.assert_close(answer(model, inputs), wanted)
+
+
 def pair_of_texts(width: int, seed: int = 0) -> dict[str, Tensor]:
     """Rows for an encoder, and rows of this width for its decoder, each with a mask of its own."""
     torch.manual_seed(seed)

@@ -211,6 +211,22 @@ def test_the_poisoning_expert_counts_in_the_second_stage_as_told(
     assert all(np.isfinite(row["loss"]) for row in outcome.history)
 
 
+def test_rows_learn_to_do_without_the_poisoning_expert(tiny_run: Tiny) -> None:
+    """With every row left out it is renorm; with none the published stage; between, neither."""
+    losses = [
+        [row["loss"] for row in tiny_run.fit(LoPE(**NOISY, **settings), epochs=3).history]
+        for settings in (
+            {"poison_dropout": 1.0},
+            {"adapt_forward": "renorm"},
+            {"poison_dropout": 0.5},
+            {},
+        )
+    ]
+    assert losses[0] == losses[1]
+    assert len({tuple(row) for row in losses}) == 3
+    assert {row[0] for row in losses} == {losses[0][0]}, "the stage poison is the same"
+
+
 @pytest.mark.parametrize(
     ("settings", "restored"),
     [
@@ -943,6 +959,8 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"noise_charset": "utf8"}, "LoPE.noise_charset must be one of ascii, keyboard"),
         ({"noise_resample": "step"}, "LoPE.noise_resample must be one of static, epoch"),
         ({"emb_noise_mode": "gauss"}, "LoPE.emb_noise_mode must be one of absolute, relative"),
+        ({"poison_dropout": 1.5}, "LoPE.poison_dropout must lie in .0, 1."),
+        ({"poison_dropout": 0.5, "adapt_forward": "mask"}, "needs adapt_forward=none"),
         ({"adapt_forward": "all"}, "LoPE.adapt_forward must be one of none, mask, renorm"),
         ({"inference_mode": "all"}, "LoPE.inference_mode must be one of none, mask, renorm"),
         ({"theta_mode": "token"}, "LoPE.theta_mode must be one of calibrate, online"),

@@ -55,6 +55,8 @@ class Switch:
     Attributes:
         mode: How poisoning experts count in eval mode.
         training_mode: How they count in training.
+        absent: Rows (B,) bool of a training batch that go without poisoning experts, as in renorm;
+            None is none of them.
         reading: Which tokens are real in the call that runs; None outside of calls.
         watch: Gets what each layer sees, in a call for the sake of that.
         loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
@@ -65,6 +67,7 @@ class Switch:
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.training_mode = "none"
+        self.absent: Tensor | None = None
         self.reading: Reading | None = None
         self.watch: Watch | None = None
         self.loads: list[Tensor] | None = None
@@ -184,6 +187,11 @@ class ExpertLinear(nn.Module):
         mode = self.switch.training_mode if self.training else self.switch.mode
         theta = self._theta(hidden, mode)
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
+        absent = self.switch.absent if self.training else None
+        if absent is not None:
+            each = absent.repeat_interleave(weights[..., 0].numel() // len(absent))  # rows' tokens
+            without = expert_weights(logits, self.settings, "renorm")
+            weights = torch.where(each.reshape(weights.shape[:-1])[..., None], without, weights)
         if self.switch.watch is not None:
             self.switch.watch.note(self, input, output, hidden, logits)
         if self.switch.loads is not None:

@@ -114,6 +114,8 @@ class LoPE(Method):
         emb_noise_prob: Share of rows that get it in a step.
         adapt_forward: How the poisoning expert counts in the stage adapt: none (it takes part as
             it is), mask, renorm or compensate.
+        poison_dropout: adapt_forward=none: share of rows that go without the poisoning expert in a
+            step of the stage adapt, so that the others can do without it.
         inference_mode: How it counts at inference: none, mask, renorm or compensate.
         theta_mode: calibrate (one similarity a layer), or online (of every token).
         theta_examples: Training rows that calibrate.
@@ -156,6 +158,7 @@ class LoPE(Method):
     emb_noise_alpha: float = 0.05
     emb_noise_prob: float = 1.0
     adapt_forward: str = "none"
+    poison_dropout: float = 0.0
     inference_mode: str = "compensate"
     theta_mode: str = "calibrate"
     theta_examples: int = 512
@@ -169,6 +172,7 @@ class LoPE(Method):
     tasks: ClassVar[tuple[str, ...]] = ("text", "causal-lm")
     merges: ClassVar[bool] = False
     writes: ClassVar[tuple[str, ...]] = ("noisy_loss", "embedding_noise")
+    later: ClassVar[tuple[str, ...]] = ("poison_dropout",)
 
     def __post_init__(self) -> None:
         """Every setting is in range, and they fit each other."""
@@ -199,6 +203,7 @@ class LoPE(Method):
             ("balance_weight", 0, 1e6),
             ("emb_noise_alpha", 0, 1e6),
             ("emb_noise_prob", 0, 1),
+            ("poison_dropout", 0, 1),
         ):
             require_range("LoPE", name, getattr(self, name), low, high, open_low=name == "alpha")
         require_range("LoPE", "lora_dropout", self.lora_dropout, 0, 1, open_high=True)
@@ -215,6 +220,12 @@ class LoPE(Method):
             poison > 0 or (self.inference_mode, self.adapt_forward) == ("none", "none"),
             "LoPE without a poisoning expert has nothing to mask: inference_mode and adapt_forward "
             "must be none; use the preset hydralora",
+        )
+        require(
+            self.poison_dropout == 0 or (poison > 0 and self.adapt_forward == "none"),
+            "LoPE.poison_dropout leaves a poisoning expert out that takes part otherwise: it needs "
+            f"adapt_forward=none and num_poison_experts of 1 or 2; got {self.adapt_forward} and "
+            f"{poison}",
         )
         for name in ("train_poison", "train_adapt"):
             groups = getattr(self, name)
@@ -411,8 +422,9 @@ class LoPE(Method):
         if noisy and "noisy_label" in batch.columns:
             batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
         experts.switch.loads = [] if self.balance_weight else None
+        experts.switch.absent = self._absent(run, batch)
         losses = losses_of(model, batch)
-        experts.noise = None
+        experts.noise = experts.switch.absent = None
         if noisy:
             run.write("noisy_loss", batch, losses)
         loss = losses.mean()
@@ -422,6 +434,16 @@ class LoPE(Method):
             loss = loss + self.balance_weight * spread.mean()
             experts.switch.loads = None
         return loss
+
+    def _absent(self, run: Run, batch: Batch) -> Tensor | None:
+        """Rows (B,) of a batch that go without the poisoning expert, by row and epoch."""
+        if run.stage != ADAPT or not self.poison_dropout:
+            return None
+        draws = [
+            row_random("lope-dropout", run.seed, row, run.epoch).random()
+            for row in batch.rows.tolist()
+        ]
+        return torch.tensor(draws, device=batch.labels.device) < self.poison_dropout
 
     def finalize_model(self, run: Run) -> nn.Module:
         """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
