@@ -216,9 +216,9 @@ class Prepared:
         given = test.inputs.as_texts()
         seed = derive_seed(self.seeds["noise"], "test texts")
         found = noise.apply(test.labels, len(test.label_names), seed, texts=given)
-        texts = found.extras["texts"]
+        texts = found.extras["texts"].tolist()
         if self.task.text_labels:
-            texts[:, -1] = [some[-1] for some in given]
+            texts = [(*new[:-1], old[-1]) for new, old in zip(texts, given, strict=True)]
         return dataclasses.replace(test, inputs=test.inputs.with_texts(texts))
 
     def _ready(self, name: str, data: Examples) -> Examples:
@@ -272,7 +272,7 @@ class Prepared:
         data = data.with_labels(corruption.labels, old_are_clean=not known)
         if noise.needs_texts:
             self._changed = corruption.extras.get("text_changed")
-            inputs = data.inputs.with_texts(corruption.extras["texts"])
+            inputs = data.inputs.with_texts(corruption.extras["texts"].tolist())
             data = dataclasses.replace(data, inputs=inputs)
             if inputs.right is not None:  # texts that are labels got wrong
                 data = dataclasses.replace(data, clean_labels=inputs.right)

@@ -205,8 +205,8 @@ def _router(found: Found) -> Section:
             Text(
                 f"Over {len(auroc)} runs the weight of the poisoning experts tells corrupted texts "
                 f"from clean ones with a mean AUROC of {percent(fmean(auroc))} "
-                f"({percent(min(auroc))} to {percent(max(auroc))}). Where it is 50, masking is "
-                "only rescaling the update."
+                f"({percent(min(auroc))} to {percent(max(auroc))}). Where it is 50 the router does "
+                "not know noise, and masking takes from all texts alike."
             )
         )
     blocks.append(Table(columns, rows, "Percent; mean ± standard deviation over seeds."))
@@ -240,7 +240,8 @@ def _modes(records: Records) -> list[Table]:
         groups.setdefault(run.names["noise"], []).append(run)
     rows = []
     for noise, own in groups.items():
-        for mode in MODES:
+        more = {mode for run in own for mode in run.record.modes} - set(MODES)
+        for mode in (*MODES, *sorted(more)):
             values = [[mode_accuracy(run, mode, name) for run in own] for name in SETS]
             cells = [mean_cell([v for v in some if v is not None]) for some in values]
             rows.append([Cell(mode), Cell(noise), Cell(str(len(own)), value=len(own)), *cells])
