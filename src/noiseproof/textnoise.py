@@ -98,7 +98,7 @@ class TextNoise:
         return insert_characters(text, count, self.charset, random)
 
     def _by_word(self, text: str, random: np.random.Generator) -> str:
-        """Every word on its own: lose a character, gain one, or change places with its neighbour."""
+        """Every word on its own: lose a character, gain one, or change places with another."""
         parts = re.split(r"(\s+)", text)
         places = [place for place, part in enumerate(parts) if part and not part.isspace()]
         hit = random.random(len(places)) < self.rate

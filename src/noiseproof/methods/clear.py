@@ -15,10 +15,11 @@ stands behind the last matrix of attention and feed-forward, before the layer's 
 prompts offer keys and values instead of running through the layer, and take no position; bias
 updates decay to the pre-trained bias, not to 0; the posterior is made monotone and degenerate
 mixtures keep every row; evaluation is deterministic; dropout stays on after the warm-up; gates
-depend on (seed, epoch, row) alone, at test on the content of the row or batch. ``prefix``, kinds of peft but LoRA, ``gate_unit=module`` and
-``scoring=reuse`` are ours. The head is not protected from wrong labels, as published; the weights
-``ce_weight`` and ``consistency_weight`` are inactive lines of the released code and did not help
-on held-out rows of one seed, see docs/results/clear-defaults.md.
+depend on (seed, epoch, row) alone, at test on the content of the row or batch. ``prefix``, kinds of
+peft but LoRA, ``gate_unit=module`` and ``scoring=reuse`` are ours. The head is not protected from
+wrong labels, as published; the weights ``ce_weight`` and ``consistency_weight`` are inactive lines
+of the released code and did not help on held-out rows of one seed, see
+docs/results/clear-defaults.md.
 Settings: gamma = 0.8 (swept in the paper), warmup_epochs = 3 (released code; 3 to 10 of 20 in the
 paper), lambda_consistency = 1, temperature = 1, scoring_passes = 1 (released code; 5 in the paper),
 bottleneck_size = 16 and num_virtual_tokens = 20 (released code); rank, alpha, dropout and
