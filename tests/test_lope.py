@@ -221,9 +221,9 @@ def test_a_seal_covers_every_value_of_an_expert_and_a_sample_of_the_frozen_model
 def test_interim_epochs_are_measured_as_the_model_will_answer(
     mode: str, spy: Spy, tiny_run: Tiny
 ) -> None:
-    """Similarities are not known before the end; until then renorm stands for compensate."""
+    """Similarities are not known before the end; until then mask stands for compensate."""
     outcome = tiny_run.fit(LoPE(**NOISY, inference_mode=mode), epochs=2)
-    assert spy.modes[ADAPT] == ("none", "renorm" if mode == "compensate" else mode)
+    assert spy.modes[ADAPT] == ("none", "mask" if mode == "compensate" else mode)
     assert experts(outcome).mode == mode
 
 
@@ -233,7 +233,7 @@ def test_the_poisoning_expert_counts_in_the_second_stage_as_told(
 ) -> None:
     """In training as ``adapt_forward`` says; measured in between it is left out."""
     outcome = tiny_run.fit(LoPE(**NOISY, adapt_forward=mode), epochs=2)
-    assert spy.modes == {POISON: ("none", "none"), ADAPT: (mode, "renorm")}
+    assert spy.modes == {POISON: ("none", "none"), ADAPT: (mode, "mask")}
     assert experts(outcome).mode == "compensate"
     assert all(np.isfinite(row["loss"]) for row in outcome.history)
 
@@ -683,7 +683,7 @@ def test_a_poisoning_expert_that_learned_nothing_is_warned_of(tiny_run: Tiny) ->
 
 
 def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -> None:
-    """Before it is calibrated, compensate would be renorm."""
+    """Before it is calibrated, compensate would be mask."""
     outcome = tiny_run.fit(LoPE(**NOISY, compensate_k=1), epochs=4)
     model = experts(outcome).eval()
     model.set_inference_mode("none")
@@ -696,7 +696,7 @@ def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -
         for name in ("ratio", "mask", "renorm", "compensate"):
             assert row[f"update_{name}"] == pytest.approx(wanted[f"update_{name}"], rel=1e-5)
         assert row["update_mask"] < row["update_renorm"] / 1.1
-    more = [row["update_compensate"] / row["update_renorm"] for row in found]
+    more = [row["update_compensate"] / row["update_mask"] for row in found]
     assert max(abs(one - 1) for one in more) > 1e-4  # far more than the tolerance above
 
 

@@ -11,14 +11,15 @@ some labels are flipped, token embeddings shake; the shared A and the poisoning 
 stage adapt: on the data as given, A, the normal experts and the router train while the poisoning
 expert stays as it is and takes part; (3) the similarity theta of each normal expert to the
 poisoning one is measured; (4) at inference the poisoning expert is masked, and the weights of the
-others are multiplied by 1 + theta and normalised.
+others are multiplied by 1 + theta and normalised to the weight that they had together.
 Deviations: the stage poison takes one of train.epochs (epoch_budget=per_stage gives each stage all
 of them; published runs have one epoch each): with more, the poisoning expert learns the task, and
-masking it costs most of the accuracy of a classifier (docs/results/lope-defaults.md); embedding
+masking it costs most of the accuracy of a classifier; with weights that sum to one the others add
+more than they did in training, which cost 2 to 14 points (docs/results/lope-defaults.md); embedding
 noise is relative to the embeddings' size (the paper's 0.05 is absolute, and scales differ between
 models); it is drawn by row and epoch, not from one stream; the head trains in both stages and
 starts anew in the second where labels were flipped in the first (the paper has no classifiers).
-poison_dropout, more_modes (ours).
+poison_dropout and more_modes are ours.
 Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
 lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
@@ -169,7 +170,7 @@ class LoPE(Method):
     compensate_sign: int = 1
     compensate_k: int | None = None
     compensate_order: str = "theta"
-    beta: str | float = "sum_to_one"
+    beta: str | float = "keep_mass"
     more_modes: bool = False
     save_poison: bool = True
     responses: bool = False
@@ -296,6 +297,7 @@ class LoPE(Method):
             "emb_noise_mode": "absolute",
             "epoch_budget": "per_stage",
             "learning_rate": 2e-4,
+            "beta": "sum_to_one",
         }
         return {
             "default": cls(),
@@ -389,8 +391,10 @@ class LoPE(Method):
         poisoning = run.stage == POISON
         model.switch.training_mode = "none" if poisoning else self.adapt_forward
         if self.num_poison_experts:
-            told = "renorm" if self.inference_mode == "compensate" else self.inference_mode
-            model.switch.mode = "none" if poisoning else told  # similarities are not known yet
+            told = self.inference_mode
+            if told == "compensate":  # similarities are not known yet
+                told = "mask" if self.beta == "keep_mass" else "renorm"
+            model.switch.mode = "none" if poisoning else told
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Labels of a noisy stage, and which rows it corrupts; the head at the start of adapt."""
