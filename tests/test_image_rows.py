@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def test_pixel_values_are_those_of_the_processor(name: str, tmp_path: Path) -> N
 def test_a_processor_of_which_no_pixel_can_be_scaled_alone_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before anything is decoded, and by its name: wrong values would be learned from in silence."""
+    """Before anything is decoded, by its name: wrong values would be learned from in silence."""
     processor = load_image_processor(image_model())
     original = type(processor)._preprocess
 
@@ -352,8 +353,15 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, cache: Path) -
     """Written through a map, a page that finds no place on the disk ends the process."""
     import resource
 
+    original = np.lib.format.open_memmap
+
+    def only_read(*arguments: Any, mode: str = "w+", **named: Any) -> Any:
+        assert mode == "r", "a map is written through"
+        return original(*arguments, mode=mode, **named)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", only_read)
+    read(image_rows(2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(signal, "SIGXFSZ", signal.SIGXFSZ)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
@@ -362,7 +370,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, cache: Path) -
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert not list((cache / "images").iterdir())
+    assert len(list((cache / "images").iterdir())) == 3  # those of the first
 
 
 def test_a_file_that_could_not_be_read_once_is_read_the_next_time(
@@ -880,6 +888,84 @@ def test_methods_that_ask_for_parts_work_on_a_module(method: Any, tmp_path: Path
     np.testing.assert_allclose(
         loaded.predict_proba(new), result.predictor.predict_proba(new), atol=1e-5
     )
+
+
+def test_a_probe_leaves_every_number_of_the_encoder_as_it_was() -> None:
+    """Running statistics of BatchNorm are no parameters: freezing those does not hold them."""
+    torch.manual_seed(3)
+    net = Net()
+    before = weights(net.features)
+    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= set(before)
+    result = fit(model=net, image_size=8, method=TURN.preset("robust_probe", probe_epochs=3))
+    plain = result.predictor.model.plain()
+    after = weights(plain.features)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.equal(plain.fc.weight, net.fc.weight)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_turn_on_pictures_keeps_those_that_are_labelled_rightly(name: str) -> None:
+    """With all its checks on, from the files to the rows that the last step trains on."""
+    kept: list[Tensor] = []
+
+    class Watched(TURN):
+        def on_epoch_start(self, run: Run) -> Any:
+            columns = super().on_epoch_start(run)
+            if run.stage == "tune":
+                kept.append(columns["keep"])
+            return columns
+
+    data = image_rows(150, wrong=0.3)
+    result = fit(data, model=image_model(name), method=Watched(precondition="stop"),
+                 clean_label="clean_label", train={"epochs": 2})  # fmt: skip
+    wrong = np.array(data["label"]) != np.array(data["clean_label"])
+    assert len(kept) == 2 and wrong.mean() == 0.3
+    for keep in kept:
+        assert keep.float().mean() > 0.25 and wrong[keep.numpy()].mean() < 0.05
+        counts = np.unique(np.array(data["label"])[keep.numpy()], return_counts=True)[1]
+        assert len(counts) == 3
+    assert (result.samples["keep"].to_numpy() == kept[-1].numpy()).all()
+
+
+def test_features_are_kept_for_pictures_of_one_size_and_scale_alone(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Those of another size or normalisation would train a head on what no encoder gives."""
+    probe = CrossEntropy(tune="head")
+
+    def tables() -> int:
+        return len(list((cache / "features").glob("*.npy")))
+
+    source = image_model("convnext")
+    fit(model=source, method=probe)
+    fit(model=source, method=probe)
+    assert tables() == 1
+    fit(model=source, method=probe, image_size=12)
+    assert tables() == 2
+    other = shutil.copytree(source, tmp_path / "other")
+    values = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(values | {"image_std": [0.3] * 3}))
+    fit(model=str(other), method=probe)
+    assert tables() == 3
+
+
+def test_features_of_a_module_are_computed_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a network of convolutions on one core they are most of the time of a probe."""
+    probe = CrossEntropy(tune="head")
+    torch.manual_seed(3)
+    net = Net()
+    first = fit(model=net, image_size=8, method=probe)
+    assert len(list((cache / "features").glob("*.npy"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "encode", lambda *_: pytest.fail("encoded again"))
+        again = fit(model=net, image_size=8, method=probe)
+    assert same_weights(first.predictor.model, again.predictor.model)
+    with torch.no_grad():
+        net.features[1].running_mean.add_(0.1)
+    fit(model=net, image_size=8, method=probe)
+    assert len(list((cache / "features").glob("*.npy"))) == 2
 
 
 def test_texts_take_no_module() -> None:

@@ -25,9 +25,10 @@ def fingerprint(model: nn.Module) -> str:
     _, encoder = encoder_of(model)
     digest = hashlib.sha256()
     described = getattr(getattr(encoder, "config", None), "to_json_string", None)
-    if described is None:
+    description = "" if described is None else described(use_diff=False)
+    if not description:
         return ""
-    digest.update(described(use_diff=False).encode())
+    digest.update(description.encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
