@@ -20,7 +20,7 @@ MAX_BYTES = 2**31  # larger tables are not kept
 def fingerprint(model: nn.Module) -> str:
     """Digest of the encoder of a classifier: configuration, names, shapes and values of weights.
 
-    Empty for a module that no configuration describes: its weights do not say what it computes.
+    Empty for a module that nothing else describes: its weights do not say what it computes.
     """
     _, encoder = encoder_of(model)
     digest = hashlib.sha256()
