@@ -280,7 +280,8 @@ class EncodedImages(Encoded):
         cost = max(1, height // PATCH) * max(1, width // PATCH)
         self.lengths = np.full(len(pixels), cost, dtype=np.int64)
         digest = hashlib.sha256(f"{pixels.size} {processor.to_json_string()}".encode())
-        digest.update(np.ascontiguousarray(pixels.digests).tobytes())
+        for part in (pixels.digests, *scale):
+            digest.update(np.ascontiguousarray(part).tobytes())
         self.key = digest.hexdigest()[:32]
         self.slope, self.offset = map(torch.from_numpy, scale)
 

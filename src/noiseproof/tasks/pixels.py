@@ -202,7 +202,9 @@ def decode(
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f"{path.stem}.", dir=folder) as parts:
+        with TemporaryDirectory(
+            prefix=f"{path.stem}.", dir=folder, ignore_cleanup_errors=True
+        ) as parts:
             table = _decode_into(Path(parts), sources, size, processor, workers)
             if {row for row in table.bad if table.digests[row].tobytes() == UNREAD} == absent:
                 for suffix in (".digests", ".json", ".npy"):  # the pixels last: they are looked for
