@@ -20,14 +20,15 @@ MAX_BYTES = 2**31  # larger tables are not kept
 def fingerprint(model: nn.Module) -> str:
     """Digest of the encoder of a classifier: configuration, names, shapes and values of weights.
 
-    Empty for a module that no configuration describes: its weights do not say what it computes.
+    Empty for a module that nothing else describes: its weights do not say what it computes.
     """
     _, encoder = encoder_of(model)
     digest = hashlib.sha256()
     described = getattr(getattr(encoder, "config", None), "to_json_string", None)
-    if described is None:
+    description = "" if described is None else described(use_diff=False)
+    if not description:
         return ""
-    digest.update(described(use_diff=False).encode())
+    digest.update(description.encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
