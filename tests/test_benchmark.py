@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from noiseproof import cli
-from noiseproof.benchmark import Board, CellState, run_cell, run_grid
+from noiseproof import benchmark, cli
+from noiseproof.benchmark import Board, CellState, _Local, _Runner, run_cell, run_grid
 from noiseproof.errors import InputError
 from noiseproof.grid import Cell, parse_grid, read_grid
 from noiseproof.record import RunRecord
@@ -180,6 +183,59 @@ def test_a_peer_is_a_cell_like_any_other(values: dict[str, Any], tmp_path: Path)
     assert peer.labels["method"] == "Trainer (peer)"
 
 
+class _Nowhere(_Runner):
+    """Runs nothing, on seven processors."""
+
+    workers = 7
+
+    def start(self, state: CellState, told: Callable[[str], None]) -> Future[None]:
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_time_left_counts_the_processors_of_the_cluster(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a cluster of a hundred would be told to take a hundred times as long."""
+    monkeypatch.setattr(benchmark, "_ray_runner", lambda address: _Nowhere())
+    shown: list[int] = []
+    run_grid(parse_grid(values), tmp_path / "grid", ray="auto",
+             show=lambda board, state: shown.append(board.workers))  # fmt: skip
+    assert set(shown) == {7}
+
+
+def test_a_cell_that_starts_as_the_grid_ends_is_ended_too(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Ctrl-C would wait for the whole of it."""
+    started: list[subprocess.Popen[str]] = []
+    ending = threading.Thread(target=lambda: runner.close())
+    popen = subprocess.Popen
+
+    def slow(words: list[str], **given: Any) -> subprocess.Popen[str]:
+        ending.start()
+        time.sleep(0.3)  # the grid ends before it knows the process
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **given))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    runner = _Local(1)
+    state = CellState(parse_grid(values).cells[0], tmp_path / "cell")
+    future = runner.start(state, lambda words: None)
+    try:
+        with pytest.raises(RuntimeError, match="killed by signal 15"):
+            future.result(timeout=20)
+        ending.join(timeout=20)
+        assert not ending.is_alive()
+    finally:
+        for process in started:
+            process.kill()
+
+
 def test_processes_waiting_for_one_cell_run_it_once(values: dict[str, Any], tmp_path: Path) -> None:
     """A grid that was killed may have left a cell behind that is still at work."""
     cell = parse_grid(values | {"methods": {"plain": {"name": "CrossEntropy"}}}).cells[0]
@@ -313,7 +369,13 @@ def test_a_search_gives_the_cells_their_settings(values: dict[str, Any], tmp_pat
     assert record.search["trials"] == 2
     assert record.search["best"] == {"learning_rate": rates[max(rates)]}
     assert record.search["score"] == max(rates)
+    spent = [trial.timings["total_s"] for trial in trials]
+    assert record.search["seconds"] == pytest.approx(sum(spent))
     assert (record.data["rows"], record.data["validation"]) == (40, "none")
+    before = dataclasses.replace(record, search=record.search | {"trials": 1})
+    before.write(state.folder)  # as a smaller search that found the same would have left it
+    run_grid(parse_grid(changed), tmp_path / "grid")
+    assert RunRecord.read(state.folder) == record
 
 
 # --- places --------------------------------------------------------------------------------------
@@ -329,6 +391,8 @@ def test_a_folder_that_holds_something_else_is_refused(
         run_grid(parse_grid(values), tmp_path / "notes.txt")
     with pytest.raises(InputError, match="workers must be 1 or more, got 0"):
         run_grid(parse_grid(values), tmp_path / "grid", workers=0)
+    with pytest.raises(InputError, match="--workers 2 is for this machine; with --ray"):
+        run_grid(parse_grid(values), tmp_path / "grid", workers=2, ray="auto")
     assert not (tmp_path / "grid").exists()
     with pytest.raises(InputError, match=r"cannot read the grid \S+: Is a directory$"):
         read_grid(tmp_path)
@@ -340,10 +404,14 @@ def test_the_command_lists_runs_and_reports_failures(
     """The exit code tells a script whether all cells are there."""
     data = {"missing": {"data": str(tmp_path / "no.csv")}}
     file = grid_file(values | {"data": data}, tmp_path / "grid.toml")
-    assert cli.main(["bench", str(file), "--list"]) == 0
-    listed = capsys.readouterr().out
-    assert "symmetric:0.3 plain seed 0" in listed
-    assert "2 cells; seconds" in listed
+    assert cli.main(["bench", str(file), "--list"]) == 2
+    listed = capsys.readouterr()
+    assert "symmetric:0.3 plain seed 0" in listed.out
+    assert "2 cells; seconds" in listed.out
+    (error,) = listed.err.splitlines()
+    assert f"missing: {tmp_path / 'no.csv'}; paths start" in error
+    assert cli.main(["bench", str(grid_file(values, tmp_path / "whole.toml")), "--list"]) == 0
+    assert not capsys.readouterr().err
     assert cli.main(["bench", str(file), "--out", str(tmp_path / "grid")]) == 1
     assert capsys.readouterr().out.count("FAILED") == 2
     assert cli.main(["bench", str(tmp_path / "no.toml"), "--out", "x"]) == 2
