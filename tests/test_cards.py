@@ -78,6 +78,12 @@ def test_settings_are_listed_in_order_with_nested_ones_behind_dots() -> None:
     ]
 
 
+def test_the_values_of_a_preset_stand_in_the_place_of_the_defaults() -> None:
+    preset = Outer(size=7, inner=Inner(depth=5))
+    shown = {one.name: one.default for one in cards.settings(Outer, preset=preset)}
+    assert shown == {"size": "7", "rate": "None", "inner.depth": "5", "bare": "False"}
+
+
 def test_a_card_ends_before_the_attributes() -> None:
     outer: Any = Outer
     assert cards.summary(outer) == "One line that says it."

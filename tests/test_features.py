@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from noiseproof import features
+from noiseproof.adapters import idle_parameters
 from noiseproof.engine import Engine
 from noiseproof.features import fingerprint, kept
-from noiseproof.methods import CrossEntropy
+from noiseproof.methods import TURN, CrossEntropy
 from noiseproof.models import encoder_of
 from tiny import Tiny, same_weights
 
@@ -60,6 +62,46 @@ def test_the_head_is_no_part_of_the_fingerprint(tiny_run: Tiny) -> None:
     changed = copy.deepcopy(tiny_run.model)
     torch.nn.init.normal_(changed.classifier.weight)
     assert fingerprint(changed) == fingerprint(tiny_run.model)
+
+
+def adapted(model: nn.Module, tune: str, seed: int) -> nn.Module:
+    """The model with an adapter as it starts under a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TURN(tune=tune).prepare_model(copy.deepcopy(model))
+
+
+def digest(model: nn.Module) -> str:
+    return fingerprint(model, idle_parameters(model))
+
+
+@pytest.mark.parametrize("tune", ["lora", "adapter", "bitfit"])
+def test_adapters_that_have_not_trained_share_their_features(
+    tiny_run: Tiny, cache: Path, tune: str
+) -> None:
+    """Their random half is multiplied by 0; else every seed would encode all rows anew."""
+    one, two = (adapted(tiny_run.model, tune, seed) for seed in (0, 1))
+    assert digest(one) == digest(two)
+    last = [p for name, p in one.named_parameters() if "lora_B" in name or "parts." in name][-1]
+    with torch.no_grad():
+        last.view(-1)[0] += 1e-6
+    assert digest(one) != digest(two)
+    for seed in (0, 1):
+        tiny_run.fit(TURN(tune=tune, probe_epochs=1, tune_epochs=0), epochs=1, init_seed=seed)
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("tune", ["prompt", "prefix"])
+def test_adapters_that_change_the_features_have_their_own(
+    tiny_run: Tiny, cache: Path, tune: str
+) -> None:
+    """The probe of one seed must not learn from the prompts of another."""
+    one, two = (adapted(tiny_run.model, tune, seed) for seed in (0, 1))
+    assert digest(one) != digest(two)
+    assert digest(one) == digest(adapted(tiny_run.model, tune, 0))
+    for seed in (0, 1):
+        tiny_run.fit(TURN(tune=tune, probe_epochs=1, tune_epochs=0), epochs=1, init_seed=seed)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_a_damaged_table_is_made_anew(cache: Path) -> None:

@@ -294,6 +294,17 @@ def test_unequal_numbers_of_trials_are_told(tmp_path: Path) -> None:
     assert row(tables(text)["Search for settings"], "GCE")["Space"] == "q 0.5 or 0.7"
 
 
+def test_the_seeds_share_the_trials(tmp_path: Path) -> None:
+    """Trials for every seed would be another, dearer search."""
+    for seed in (0, 1):
+        search = {"trials": 4, "split": "noisy", "space": {"q": [0.5, 0.7]}, "best": {"q": 0.7},
+                  "seconds": 90.0}  # fmt: skip
+        write_run(tmp_path / str(seed), method="GCE", seed=seed, search=search)
+    text = made(tmp_path, tmp_path / "report.md")
+    assert "4 trials for every method, shared by its seeds" in text
+    assert row(tables(text)["Search for settings"], "GCE")["Seconds"] == "90"
+
+
 # --- the page ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.adapters import idle_parameters
 from noiseproof.encoding import Encoded, EncodedFeatures
 from noiseproof.errors import InputError
 from noiseproof.features import MAX_BYTES, fingerprint, kept
@@ -288,7 +289,9 @@ class Engine:
     def _cache(self, model: nn.Module, encoded: Encoded) -> None:
         position = self._position
         assert position is not None
-        weights = fingerprint(model) if encoded.key and self.processes == 1 else ""
+        weights = ""
+        if encoded.key and self.processes == 1:
+            weights = fingerprint(model, idle_parameters(model))
         if weights:
             words = ("1", encoded.key, position, self.precision, self.device.type)
             key = " ".join([*words, weights])

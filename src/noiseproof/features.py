@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import numpy as np
@@ -12,24 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.encoding import cache_folder
-from noiseproof.models import encoder_of
+from noiseproof.models import encoder_of, is_head
 
 MAX_BYTES = 2**31  # larger tables are not kept
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Digest of the encoder of a classifier: configuration, names, shapes and values of weights.
+def fingerprint(model: nn.Module, idle: Iterable[nn.Parameter] = ()) -> str:
+    """Digest of all that a classifier's head reads from: configuration and weights of the encoder.
 
+    Adapters are part of it, also those that stand outside the encoder, such as prompts.
     Empty for a module that nothing else describes: its weights do not say what it computes.
+
+    Args:
+        model: The classifier.
+        idle: Parameters that change nothing, see `noiseproof.adapters.idle_parameters`.
     """
     _, encoder = encoder_of(model)
-    digest = hashlib.sha256()
     described = getattr(getattr(encoder, "config", None), "to_json_string", None)
     description = "" if described is None else described(use_diff=False)
     if not description:
         return ""
-    digest.update(description.encode())
-    for name, tensor in encoder.state_dict().items():
+    digest = hashlib.sha256(description.encode())
+    head, left_out = is_head(model), set(map(id, idle))
+    read = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not head(name) and id(parameter) not in left_out
+    }
+    for name, tensor in (*read.items(), *encoder.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from noiseproof.adapters.asking import calls_in_layers
 from noiseproof.adapters.model import FAMILIES, AdaptedModel, Adapter, restored
-from noiseproof.adapters.parts import Gates
+from noiseproof.adapters.parts import Gates, idle_parameters
 
-__all__ = ["FAMILIES", "AdaptedModel", "Adapter", "Gates", "calls_in_layers", "restored"]
+__all__ = [
+    "FAMILIES",
+    "AdaptedModel",
+    "Adapter",
+    "Gates",
+    "calls_in_layers",
+    "idle_parameters",
+    "restored",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -289,3 +289,21 @@ class _Captured(Exception):
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__("keys and values")
         self.key, self.value = key, value
+
+
+def idle_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What an adapter multiplies by 0: A of LoRA where B is 0, and its like in a bottleneck.
+
+    Whatever they are, the model answers the same; so adapters start, and what is computed before
+    they have trained can be shared by runs that drew them differently.
+    """
+    for module in model.modules():
+        pairs: list[tuple[nn.Module, nn.Module]] = []
+        if isinstance(module, Bottleneck):
+            pairs = [(module.down, module.up)]
+        first, last = getattr(module, "lora_A", None), getattr(module, "lora_B", None)  # of peft
+        if isinstance(first, nn.ModuleDict) and isinstance(last, nn.ModuleDict):
+            pairs = [(first[name], last[name]) for name in first]
+        for before, after in pairs:
+            if not any(bool(parameter.any()) for parameter in after.parameters()):
+                yield from before.parameters()

@@ -217,7 +217,7 @@ def _tuning(runs: Sequence[Run]) -> str:
     for run in runs:
         trials.setdefault(str(run.record.search.get("trials", 0)), set()).add(run.row)
     if len(trials) == 1:
-        return f"{next(iter(trials))} trials for every method and seed"
+        return f"{next(iter(trials))} trials for every method, shared by its seeds"
     unequal = "; ".join(f"{n}: {', '.join(sorted(rows))}" for n, rows in trials.items())
     return f"unequal numbers of trials ({unequal})"
 
