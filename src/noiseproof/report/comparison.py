@@ -16,10 +16,12 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
+    bounds,
     percent,
     quantity,
 )
 from noiseproof.report.measures import (
+    VALIDATION,
     Grid,
     Measure,
     choose_baseline,
@@ -28,9 +30,12 @@ from noiseproof.report.measures import (
 )
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
 from noiseproof.report.runs import PLACES, Found, Group, Run, as_number, natural
-from noiseproof.statistics import LEVEL, bootstrap_interval, count, summarize
+from noiseproof.statistics import LEVEL, Difference, count, summarize
 
-ENOUGH_SETTINGS = 5  # for a bootstrap interval over settings
+MOST_LINES = 6  # with a name, of a chart
+QUIET = "Lines without a name are the other methods. "
+NO_CELLS = ("copy", "clash", "not in grid", "damaged")
+"""What a run was left out for that is not the run of a cell of its own."""
 
 
 def grid_report(found: Found, baseline: str | None, title: str | None) -> Report:
@@ -41,71 +46,139 @@ def grid_report(found: Found, baseline: str | None, title: str | None) -> Report
     """
     chosen, why = choose_baseline(found, baseline)
     grid = Grid(found, chosen)
-    sections = [_overview(grid, why)]
+    sections = [_overview(grid)]
     sections += [_setting(grid, group) for group in grid.cells if any(grid.cells[group].values())]
-    sections += [
-        section
-        for section in (_rates(grid), cost(grid), what_was_run(grid), left_out(found))
-        if section.blocks
-    ]
+    sections += [_rates(grid), Section("Runs", facts(grid, why)), cost(grid), what_was_run(grid)]
+    sections.append(left_out(found))
     heading = title or found.grid.get("title") or f"{len(found.runs)} runs"
-    return Report(heading, found.grid.get("description", ""), sections)
+    shown = [section for section in sections if section.blocks]
+    return Report(heading, found.grid.get("description", ""), shown, _verdict(grid))
 
 
-def _overview(grid: Grid, why: str) -> Section:
-    """What was run in a few lines, accuracy in all settings, wins and losses."""
-    section = Section("Overview", [facts(grid, why)])
+def _verdict(grid: Grid) -> str:
+    """Who is best, by how much, and how sure that is."""
+    sentences = []
+    found = {row: one for row in grid.rows if (one := grid.overall(row)) is not None}
+    if found:
+        best = max(found, key=lambda row: found[row][0].summary.mean)
+        difference, settings = found[best]
+        over = f" on average over {settings} settings" if settings > 1 else ""
+        if not grid.shared:
+            over += ", each method over its own settings"
+        among = f"Best of {len(found)} methods against" if len(found) > 1 else "Against"
+        same = ""
+        if len({grid.partners[row] for row in found}) > 1:
+            among, same = "Largest gain over", " with the same adapters"
+        sentences.append(
+            f"{among} {grid.baseline}{same}{over}: {best}, "
+            f"{percent(difference.summary.mean, signed=True)} points of {grid.judged_name} "
+            f"({_sure(difference)})."
+        )
+    started = [left for left in grid.found.left_out if left.status not in NO_CELLS]
+    if started:
+        done = len(grid.found.runs)
+        sentences.append(f"{done} of {done + len(started)} runs are done.")
+    return " ".join(sentences)
+
+
+def _sure(difference: Difference) -> str:
+    """How sure a difference is, in words."""
+    interval = difference.summary.interval
+    if interval is None:
+        why = "one seed" if difference.summary.n == 1 else "equal in every seed"
+        return f"{why}: no claim"
+    word = {"won": "ahead", "lost": "behind"}.get(difference.verdict, "open")
+    low, high = percent(interval.low, signed=True), percent(interval.high, signed=True)
+    return f"{interval.level:.0%} interval {low} to {high}: {word}"
+
+
+def _overview(grid: Grid) -> Section:
+    """Accuracy in all settings, wins and losses."""
+    section = Section("Overview")
     if grid.tested and len(grid.cells) > 1:
         section.blocks.append(_all_settings(grid))
-    if grid.tested and grid.baseline is not None and len(grid.rows) > 1:
+    if any(grid.overall(row) for row in grid.rows):
         section.blocks.append(_wins(grid))
     return section
 
 
 def _all_settings(grid: Grid) -> Table:
-    """Accuracy of every method in every setting."""
+    """Accuracy of every method in every setting, the best on average first."""
     groups = list(grid.cells)
     columns = [Column("Method", numeric=False)]
     columns += [Column(grid.name(group, short=True), grid.name(group)) for group in groups]
-    parts = [_column(grid, group, grid.measures[0], grid.rows) for group in groups]
-    rows = [
-        [Cell(row), *(part[index] for part in parts)] for index, row in enumerate(grid.rows)
-    ]  # fmt: skip
-    note = f"Test accuracy in percent ({grid.measures[0].title.lower()}), {_spread(grid)}."
+    parts = [_column(grid, group, grid.judged, grid.rows) for group in groups]
+    order = list(range(len(grid.rows)))
+    measure = "" if grid.judged is VALIDATION else f" ({grid.heads[0].title.lower()})"
+    note = f"{grid.judged_name.capitalize()} in percent{measure}, {_spread(grid)}."
+    if grid.shared:
+        means = _means(grid)
+        best = percent(max(means.values()))
+        columns.insert(1, Column("Mean", "Over the settings in which every method has a result."))
+        parts.insert(0, [_mean_cell(means.get(row), best) for row in grid.rows])
+        order.sort(key=lambda index: -means.get(grid.rows[index], -1.0))
+        note += f" The mean is over {_count(grid)} in which every method has a result."
+    rows = [[Cell(grid.rows[index]), *(part[index] for part in parts)] for index in order]
     return Table(columns, rows, note, "Accuracy in all settings")
+
+
+def _means(grid: Grid) -> dict[str, float]:
+    """Mean over the settings that all methods share, of those that have a result."""
+    found = {row: [_mean(grid, group, row) for group in grid.shared] for row in grid.rows}
+    return {
+        row: fmean(known)
+        for row, means in found.items()
+        if (known := [mean for mean in means if mean is not None])
+    }
+
+
+def _mean_cell(mean: float | None, best: str) -> Cell:
+    return Cell(percent(mean), value=mean, best=percent(mean) == best)
+
+
+def _count(grid: Grid) -> str:
+    number = len(grid.shared)
+    return f"{number} settings" if number > 1 else "the setting"
 
 
 def _wins(grid: Grid) -> Table:
     """How often each method beats the baseline, and by how much on average."""
     columns = [
         Column("Method", numeric=False),
+        Column("Mean difference", "In points, seed by seed: the mean over settings."),
         Column("Won", "Settings in which the interval of the difference lies above 0."),
-        Column("Tied", "Settings in which it holds 0."),
+        Column("Open", "Settings in which it holds 0."),
         Column("Lost", "Settings in which it lies below 0."),
-        Column("No claim", "Settings with a single seed in common: no interval, no claim."),
-        Column("Mean difference", "Mean of the differences over settings, in points."),
+        Column("No claim", "Settings with a single seed in common, or equal differences."),
     ]
     rows = []
     for row in grid.rows:
-        if row == grid.baseline:
+        overall = grid.overall(row)
+        if overall is None:
             continue
+        summary, settings = overall[0].summary, overall[1]
+        note = bounds(summary)
+        if settings != len(grid.shared):
+            note += f", {settings} setting{'s' * (settings != 1)}"
         found = [d for group in grid.cells if (d := grid.difference(group, row)) is not None]
-        won = count(difference.verdict for difference in found)
-        means = [difference.summary.mean for difference in found]
-        mean = fmean(means) if means else None
-        note = f"{len(means)} setting{'s' * (len(means) != 1)}" if means else ""
-        if len(means) >= ENOUGH_SETTINGS and (interval := bootstrap_interval(means)):
-            note = _bounds(interval.low, interval.high)
-        numbers = (won.won, won.tied, won.lost, won.no_claim)
+        won = count(one.verdict for one in found)
+        numbers = (won.won, won.open, won.lost, won.no_claim)
         cells = [Cell(str(number), value=number) for number in numbers]
-        rows.append([Cell(row), *cells, Cell(percent(mean, signed=True), note, mean)])
+        mean = Cell(percent(summary.mean, signed=True), note, summary.mean)
+        rows.append([Cell(row), mean, *cells])
+    rows.sort(key=lambda cells: -(cells[1].value or 0.0))
+    over = f"over {_count(grid)} in which every method has a result" if grid.shared else (
+        "over the settings of each method: no setting has them all"
+    )  # fmt: skip
     note = (
-        f"Test accuracy against {grid.baseline}, paired over seeds: won or lost where the "
-        f"{LEVEL:.0%} t interval of the difference leaves out 0. Of two equal methods one seems "
-        "better in one setting of twenty. In brackets a bootstrap interval over the settings, "
-        f"where there are at least {ENOUGH_SETTINGS}."
+        f"{grid.judged_name.capitalize()} against {grid.baseline}, paired over seeds: won or lost "
+        f"where the {LEVEL:.0%} t interval of the difference leaves out 0. Of two equal methods "
+        f"one seems better in one setting of twenty. The mean difference is {over}, averaged "
+        "within a seed first."
     )
-    return Table(columns, rows, note, f"Won, tied, lost against {grid.baseline}")
+    if grid.judged is VALIDATION:
+        note += " The labels of validation rows may be as wrong as those of the others."
+    return Table(columns, rows, note, f"Won, open, lost against {grid.baseline}")
 
 
 def _setting(grid: Grid, group: Group) -> Section:
@@ -126,15 +199,19 @@ def _setting(grid: Grid, group: Group) -> Section:
     section.blocks += _elsewhere(grid, group, rows)
     section.blocks += _modes(grid, group, rows)
     drawn = {row: cells[row] for row in grid.rows if cells.get(row)}
-    curves = figures.learning_curves(drawn, grid.styles)
+    styles = _loud(grid, [row for row in rows if row in drawn])
+    quiet = QUIET if None in styles.values() else ""
+    curves = figures.learning_curves(drawn, styles)
     dots = _dots(grid, group, rows)
     if dots or curves:
         seeds = "Means over seeds by epoch. " if curves else ""
         ring = "A ring is a difference from one seed." if dots and "ring" in dots else ""
-        section.blocks.append(Figures([*([dots] if dots else []), *curves], (seeds + ring).strip()))
-    found = figures.detection_curves(drawn, grid.styles)
+        note = f"{seeds}{quiet if curves else ''}{ring}"
+        section.blocks.append(Figures([*([dots] if dots else []), *curves], note.strip()))
+    found = figures.detection_curves(drawn, styles)
     if found:
-        section.blocks.append(Figures(found, "Finding wrong labels among the training rows."))
+        note = f"Finding wrong labels among the training rows. {quiet}".strip()
+        section.blocks.append(Figures(found, note))
     maps = _maps(grid, group, rows)
     if maps:
         note = f"Percent of each row. {figures.cut_note(runs)}".strip()
@@ -146,10 +223,10 @@ def _headline(grid: Grid, group: Group, rows: Sequence[str]) -> Table:
     """The measures of every method in one setting."""
     columns = [Column("Method", numeric=False), Column("Seeds", "Finished runs.")]
     parts = [[Cell(row) for row in rows], [_seeds(grid, group, row) for row in rows]]
-    for index, measure in enumerate(grid.measures):
+    for measure in grid.measures:
         columns.append(Column(measure.title, measure.meaning))
         parts.append(_column(grid, group, measure, rows))
-        if index == 0 and any(grid.difference(group, row) for row in rows):
+        if measure is grid.heads[-1] and any(grid.difference(group, row) for row in rows):
             columns.append(
                 Column(f"Minus {grid.baseline}", f"Paired over seeds, {LEVEL:.0%} t interval.")
             )
@@ -159,7 +236,7 @@ def _headline(grid: Grid, group: Group, rows: Sequence[str]) -> Table:
                 meaning = "(method - baseline) / (baseline without noise - baseline)"
                 columns.append(Column("Recovered gap", meaning))
                 parts.append(
-                    [Cell("0" if row == grid.baseline else percent(gap), value=gap)
+                    [Cell("0" if grid.partners.get(row) == row else percent(gap), value=gap)
                      for row, gap in zip(rows, gaps, strict=True)]
                 )  # fmt: skip
     shown = [index for index, part in enumerate(parts) if any(c.text != MISSING for c in part)]
@@ -218,32 +295,25 @@ def _rates(grid: Grid) -> Section:
     """Accuracy over the rate of a kind of noise, wherever there is more than one rate."""
     section = Section("Accuracy over noise rate")
     drawn = []
+    order = list(grid.rows)
+    if grid.shared:
+        means = _means(grid)
+        order.sort(key=lambda row: -means.get(row, -1.0))
+    styles = _loud(grid, order)
     for kind, rates in _kinds(grid).items():
         lines = []
         for row in grid.rows:
-            points = [
-                (rate, summary)
+            points = {
+                100 * rate: summary
                 for rate, group in sorted(rates.items())
                 if (summary := summarize(grid.values(group, row, grid.judged.of).values()))
-            ]
-            if len(points) < 2:
-                continue
-            nan = float("nan")
-            intervals = [point.interval for _, point in points]
-            lines.append(
-                charts.Series(
-                    row,
-                    [100 * rate for rate, _ in points],
-                    [100 * point.mean for _, point in points],
-                    grid.styles[row],
-                    [100 * i.low if i else nan for i in intervals],
-                    [100 * i.high if i else nan for i in intervals],
-                )
-            )
+            }
+            if len(points) > 1:
+                lines.append(figures.mean_line(row, points, styles[row]))
         drawn.append(
             charts.line_chart(
                 lines,
-                title=f"Test accuracy, %: {kind}",
+                title=f"{grid.judged_name.capitalize()}, %: {kind}",
                 x_label="noise rate asked for, %",
                 x_ticks=sorted(100 * rate for rate in rates),
                 y_range=_visible(lines),
@@ -252,10 +322,21 @@ def _rates(grid: Grid) -> Section:
     drawn = [chart for chart in drawn if chart]
     if drawn:
         note = (
-            f"Means over seeds with {LEVEL:.0%} t intervals; no interval where there is one seed."
+            f"Means over seeds with {LEVEL:.0%} t intervals; none where there are fewer than "
+            f"{figures.ENOUGH} seeds. {QUIET if None in styles.values() else ''}"
         )
-        section.blocks.append(Figures(drawn, note))
+        section.blocks.append(Figures(drawn, note.strip()))
     return section
+
+
+def _loud(grid: Grid, order: Sequence[str]) -> dict[str, int | None]:
+    """Styles for a chart: the first of an order and their baselines, the others without a name."""
+    loud: list[str] = []
+    for row in order:
+        for one in (grid.partners.get(row, row), row):
+            if one not in loud and one in order and len(loud) < MOST_LINES:
+                loud.append(one)
+    return {row: grid.styles[row] if row in loud else None for row in order}
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -282,20 +363,13 @@ def _column(grid: Grid, group: Group, measure: Measure, rows: Sequence[str]) -> 
 
 
 def _difference(grid: Grid, group: Group, row: str) -> Cell:
-    if row == grid.baseline:
+    if grid.partners.get(row) == row:
         return Cell("0", "baseline", 0.0)
     difference = grid.difference(group, row)
     if difference is None:
         return Cell(MISSING)
     summary = difference.summary
-    note = "one seed"
-    if summary.interval is not None:
-        note = _bounds(summary.interval.low, summary.interval.high)
-    return Cell(percent(summary.mean, signed=True), note, summary.mean)
-
-
-def _bounds(low: float, high: float) -> str:
-    return f"({percent(low, signed=True)} to {percent(high, signed=True)})"
+    return Cell(percent(summary.mean, signed=True), bounds(summary), summary.mean)
 
 
 def _seeds(grid: Grid, group: Group, row: str) -> Cell:
@@ -321,25 +395,19 @@ def _spread(grid: Grid) -> str:
 
 
 def _dots(grid: Grid, group: Group, rows: Sequence[str]) -> str:
-    dots = []
-    for row in rows:
-        difference = grid.difference(group, row)
-        if difference is not None:
-            mean, interval = difference.summary.mean, difference.summary.interval
-            low, high = (100 * interval.low, 100 * interval.high) if interval else (None, None)
-            dots.append(charts.Dot(row, 100 * mean, low, high, grid.styles[row]))
+    found = {row: d.summary for row in rows if (d := grid.difference(group, row)) is not None}
     title = f"Accuracy minus {grid.baseline}, points"
-    return charts.dot_chart(dots, title=title, x_label=f"difference with {LEVEL:.0%} interval")
+    return figures.difference_dots(found, title, grid.styles)
 
 
 def _maps(grid: Grid, group: Group, rows: Sequence[str]) -> list[str]:
-    """Noise, and the confusions of the baseline and of the best other method."""
+    """Noise, and the confusions of the best method and of its baseline."""
     cells = grid.cells[group]
-    others = [row for row in rows if row != grid.baseline and cells[row]]
-    shown = [row for row in (grid.baseline, *others[:1]) if row is not None and cells.get(row)]
-    maps = [figures.transition_map(grid.runs(group), "What noise made of the labels")]
-    maps += [figures.confusion_map(cells[row], f"Test set, {row}") for row in shown]
-    return [chart for chart in maps if chart]
+    others = [row for row in rows if grid.partners.get(row) != row and cells[row]]
+    best = others[0] if others else rows[0]
+    shown = dict.fromkeys([grid.partners.get(best, best), best])
+    tests = {f"Test set, {row}": cells[row] for row in shown if cells.get(row)}
+    return figures.class_maps(grid.runs(group), tests)
 
 
 def _kinds(grid: Grid) -> dict[str, dict[float, Group]]:
