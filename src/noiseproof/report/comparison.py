@@ -65,15 +65,21 @@ def _verdict(grid: Grid) -> str:
         over = f" on average over {settings} settings" if settings > 1 else ""
         if not grid.shared:
             over += ", each method over its own settings"
-        among = f"Best of {len(found)} methods against" if len(found) > 1 else "Against"
-        same = ""
-        if len({grid.partners[row] for row in found}) > 1:
-            among, same = "Largest gain over", " with the same adapters"
+        mean, several = difference.summary.mean, len({grid.partners[row] for row in found}) > 1
+        against = f"{grid.baseline}{' with the same adapters' if several else ''}{over}"
+        among = f"None of {len(found)} methods is above {against}; nearest"
+        if mean > 0:
+            best_of = "Largest gain over" if several else f"Best of {len(found)} methods against"
+            among = f"{best_of} {against}"
+        if len(found) == 1:
+            among = f"Against {against}"
         sentences.append(
-            f"{among} {grid.baseline}{same}{over}: {best}, "
-            f"{percent(difference.summary.mean, signed=True)} points of {grid.judged_name} "
+            f"{among}: {best}, {percent(mean, signed=True)} points of {grid.judged_name} "
             f"({_sure(difference)})."
         )
+        ahead = [row for row, (one, _) in found.items() if one.verdict == "won"]
+        if ahead and ahead != [best]:
+            sentences.append(f"Ahead with an interval above 0: {', '.join(ahead)}.")
     started = [left for left in grid.found.left_out if left.status not in NO_CELLS]
     if started:
         done = len(grid.found.runs)
@@ -85,8 +91,7 @@ def _sure(difference: Difference) -> str:
     """How sure a difference is, in words."""
     interval = difference.summary.interval
     if interval is None:
-        why = "one seed" if difference.summary.n == 1 else "equal in every seed"
-        return f"{why}: no claim"
+        return f"{bounds(difference.summary).strip('()')}: no claim"
     word = {"won": "ahead", "lost": "behind"}.get(difference.verdict, "open")
     low, high = percent(interval.low, signed=True), percent(interval.high, signed=True)
     return f"{interval.level:.0%} interval {low} to {high}: {word}"
