@@ -210,7 +210,11 @@ def _setting(grid: Grid, group: Group) -> Section:
     dots = _dots(grid, group, rows)
     if dots or curves:
         seeds = "Means over seeds by epoch. " if curves else ""
-        ring = "A ring is a difference from one seed." if dots and "ring" in dots else ""
+        ring = (
+            "A ring has no interval: one seed, or equal differences."
+            if dots and "ring" in dots
+            else ""
+        )
         note = f"{seeds}{quiet if curves else ''}{ring}"
         section.blocks.append(Figures([*([dots] if dots else []), *curves], note.strip()))
     found = figures.detection_curves(drawn, styles)

@@ -134,8 +134,11 @@ def _dots(records: Records, question: str) -> str:
 
 def _note(lines: bool) -> str:
     if lines:
-        return f"Test accuracy, means over seeds with {LEVEL:.0%} t intervals where there are some."
-    return "Above 0 the ordering is that of the claim. A ring is a value from a single seed."
+        return f"Test accuracy, means over seeds with {LEVEL:.0%} t intervals from three seeds on."
+    return (
+        "Above 0 the ordering is that of the claim. "
+        "A ring has no interval: one seed, or equal differences."
+    )
 
 
 # --- lines ----------------------------------------------------------------------------------------

@@ -106,8 +106,9 @@ def _spectra(records: Records, task: str) -> Section:
     note = (
         "Singular value entropy and largest singular value ratio of the features of test rows, "
         "prepared as in the released code (rows of length 1, minus their mean); "
-        f"means over seeds with {LEVEL:.0%} t intervals; the angle is the mean of the principal "
-        "angles between the leading subspaces of a network and of the one without wrong labels."
+        f"means over seeds with {LEVEL:.0%} t intervals from three on; the angle is the mean of "
+        "the principal angles between the leading subspaces of a network and of the one without "
+        "wrong labels."
     )
     ends = f"{percent(records.rates[0])} to {percent(records.rates[-1])} %"
     blocks: list[Block] = [
@@ -143,7 +144,7 @@ def _accuracy(records: Records, task: str) -> Section:
     note = (
         "OOD is the mean over pixel noise, blur, low contrast and a grey square on the test rows "
         f"of ID; the two are never mixed. Tuned on {percent(records.fractions[-1])} % of the rows, "
-        f"last epoch, means over seeds with {LEVEL:.0%} t intervals."
+        f"last epoch, means over seeds with {LEVEL:.0%} t intervals from three on."
     )
     last = len(records.rates) - 1
     said = ", ".join(f"{name} accuracy of LP {_direction(found)}" for name, found in falls.items())

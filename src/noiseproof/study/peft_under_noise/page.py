@@ -145,7 +145,7 @@ def _verdicts(records: Records, capacity: Claim, interference: Claim) -> Section
     ]
     drawn = [chart for chart in dots if chart]
     if drawn:
-        blocks.append(Figures(drawn, "A ring is a value from a single seed, without an interval."))
+        blocks.append(Figures(drawn, "A ring has no interval: one seed, or equal differences."))
     return Section("The two claims", blocks)
 
 
@@ -185,7 +185,7 @@ def _capacity(records: Records, claim: Claim) -> Section:
         return Section("Capacity")
     note = (
         f"{records.closer}: means over seeds by rank, bottleneck or prompt length, "
-        f"with {LEVEL:.0%} t intervals where there are several. Grey is full fine-tuning."
+        f"with {LEVEL:.0%} t intervals from three seeds on. Grey is full fine-tuning."
     )
     title = SAID["capacity"][claim.verdict]
     return Section(title, [Figures(drawn, note)], link="Capacity")

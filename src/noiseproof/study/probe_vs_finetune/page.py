@@ -362,7 +362,7 @@ def _chart(records: Records, kind: str, lines: list[charts.Series], title: str) 
 
 
 def _note(what: str) -> str:
-    return f"Means over seeds with {LEVEL:.0%} t intervals where there are several: {what}."
+    return f"Means over seeds with {LEVEL:.0%} t intervals from three seeds on: {what}."
 
 
 def _rate_cell(records: Records, noise: str) -> Cell:
