@@ -153,6 +153,7 @@ def test_means_are_over_the_settings_that_all_methods_share(tmp_path: Path) -> N
         ("GCE", "+10.0 (one seed)", "2"), ("ELR", "+5.0 (one seed)", "1"),
     ]  # fmt: skip
     assert "The mean is over the setting in which every method has a result." in text
+    assert "against CrossEntropy under symmetric:0.2, which all methods share: GCE, +10.0" in text
 
 
 def test_without_a_common_setting_the_report_says_so(tmp_path: Path) -> None:
@@ -179,6 +180,14 @@ def test_the_late_mean_stands_between_the_last_and_the_best_epoch(tmp_path: Path
     found = list(row(tables(text)["news.csv · no added noise"], "GCE").items())
     assert found[2:5] == [("Last epoch", "80.0"), ("Late mean", "70.0"),
                           ("Best epoch (oracle)", "90.0")]  # fmt: skip
+
+
+def test_a_run_that_was_tested_once_has_no_late_mean(tmp_path: Path) -> None:
+    metrics = {"test_accuracy": 0.8, "test_accuracy_late": 0.8}
+    for method in ("CrossEntropy", "GCE"):
+        history = [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5, "test_accuracy": 0.8}]
+        write_run(tmp_path / method, method=method, metrics=metrics, history=history)
+    assert "Late mean" not in made(tmp_path, tmp_path / "report.md")
 
 
 def test_differences_use_common_seeds_only(tmp_path: Path) -> None:

@@ -16,26 +16,23 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
-    bounds,
     percent,
     quantity,
 )
+from noiseproof.report.cells import column, difference_cell, seeds_cell, spread
 from noiseproof.report.measures import (
-    VALIDATION,
     Grid,
     Measure,
     choose_baseline,
     noise_rate,
-    unfinished,
 )
+from noiseproof.report.overview import overview, verdict
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
 from noiseproof.report.runs import PLACES, Found, Group, Run, as_number, natural
-from noiseproof.statistics import LEVEL, Difference, count, summarize
+from noiseproof.statistics import LEVEL, summarize
 
 MOST_LINES = 6  # with a name, of a chart
 QUIET = "Lines without a name are the other methods. "
-NO_CELLS = ("copy", "clash", "not in grid", "damaged")
-"""What a run was left out for that is not the run of a cell of its own."""
 
 
 def grid_report(found: Found, baseline: str | None, title: str | None) -> Report:
@@ -46,150 +43,19 @@ def grid_report(found: Found, baseline: str | None, title: str | None) -> Report
     """
     chosen, why = choose_baseline(found, baseline)
     grid = Grid(found, chosen)
-    sections = [_overview(grid)]
+    sections = [overview(grid)]
     sections += [_setting(grid, group) for group in grid.cells if any(grid.cells[group].values())]
     sections += [_rates(grid), Section("Runs", facts(grid, why)), cost(grid), what_was_run(grid)]
     sections.append(left_out(found))
     heading = title or found.grid.get("title") or f"{len(found.runs)} runs"
     shown = [section for section in sections if section.blocks]
-    return Report(heading, found.grid.get("description", ""), shown, _verdict(grid))
-
-
-def _verdict(grid: Grid) -> str:
-    """Who is best, by how much, and how sure that is."""
-    sentences = []
-    found = {row: one for row in grid.rows if (one := grid.overall(row)) is not None}
-    if found:
-        best = max(found, key=lambda row: found[row][0].summary.mean)
-        difference, settings = found[best]
-        over = f" on average over {settings} settings" if settings > 1 else ""
-        if not grid.shared:
-            over += ", each method over its own settings"
-        mean, several = difference.summary.mean, len({grid.partners[row] for row in found}) > 1
-        against = f"{grid.baseline}{' with the same adapters' if several else ''}{over}"
-        among = f"None of {len(found)} methods is above {against}; nearest"
-        if mean > 0:
-            best_of = "Largest gain over" if several else f"Best of {len(found)} methods against"
-            among = f"{best_of} {against}"
-        if len(found) == 1:
-            among = f"Against {against}"
-        sentences.append(
-            f"{among}: {best}, {percent(mean, signed=True)} points of {grid.judged_name} "
-            f"({_sure(difference)})."
-        )
-        ahead = [row for row, (one, _) in found.items() if one.verdict == "won"]
-        if ahead and ahead != [best]:
-            sentences.append(f"Ahead with an interval above 0: {', '.join(ahead)}.")
-    started = [left for left in grid.found.left_out if left.status not in NO_CELLS]
-    if started:
-        done = len(grid.found.runs)
-        sentences.append(f"{done} of {done + len(started)} runs are done.")
-    return " ".join(sentences)
-
-
-def _sure(difference: Difference) -> str:
-    """How sure a difference is, in words."""
-    interval = difference.summary.interval
-    if interval is None:
-        return f"{bounds(difference.summary).strip('()')}: no claim"
-    word = {"won": "ahead", "lost": "behind"}.get(difference.verdict, "open")
-    low, high = percent(interval.low, signed=True), percent(interval.high, signed=True)
-    return f"{interval.level:.0%} interval {low} to {high}: {word}"
-
-
-def _overview(grid: Grid) -> Section:
-    """Accuracy in all settings, wins and losses."""
-    section = Section("Overview")
-    if grid.tested and len(grid.cells) > 1:
-        section.blocks.append(_all_settings(grid))
-    if any(grid.overall(row) for row in grid.rows):
-        section.blocks.append(_wins(grid))
-    return section
-
-
-def _all_settings(grid: Grid) -> Table:
-    """Accuracy of every method in every setting, the best on average first."""
-    groups = list(grid.cells)
-    columns = [Column("Method", numeric=False)]
-    columns += [Column(grid.name(group, short=True), grid.name(group)) for group in groups]
-    parts = [_column(grid, group, grid.judged, grid.rows) for group in groups]
-    order = list(range(len(grid.rows)))
-    measure = "" if grid.judged is VALIDATION else f" ({grid.heads[0].title.lower()})"
-    note = f"{grid.judged_name.capitalize()} in percent{measure}, {_spread(grid)}."
-    if grid.shared:
-        means = _means(grid)
-        best = percent(max(means.values()))
-        columns.insert(1, Column("Mean", "Over the settings in which every method has a result."))
-        parts.insert(0, [_mean_cell(means.get(row), best) for row in grid.rows])
-        order.sort(key=lambda index: -means.get(grid.rows[index], -1.0))
-        note += f" The mean is over {_count(grid)} in which every method has a result."
-    rows = [[Cell(grid.rows[index]), *(part[index] for part in parts)] for index in order]
-    return Table(columns, rows, note, "Accuracy in all settings")
-
-
-def _means(grid: Grid) -> dict[str, float]:
-    """Mean over the settings that all methods share, of those that have a result."""
-    found = {row: [_mean(grid, group, row) for group in grid.shared] for row in grid.rows}
-    return {
-        row: fmean(known)
-        for row, means in found.items()
-        if (known := [mean for mean in means if mean is not None])
-    }
-
-
-def _mean_cell(mean: float | None, best: str) -> Cell:
-    return Cell(percent(mean), value=mean, best=percent(mean) == best)
-
-
-def _count(grid: Grid) -> str:
-    number = len(grid.shared)
-    return f"{number} settings" if number > 1 else "the setting"
-
-
-def _wins(grid: Grid) -> Table:
-    """How often each method beats the baseline, and by how much on average."""
-    columns = [
-        Column("Method", numeric=False),
-        Column("Mean difference", "In points, seed by seed: the mean over settings."),
-        Column("Won", "Settings in which the interval of the difference lies above 0."),
-        Column("Open", "Settings in which it holds 0."),
-        Column("Lost", "Settings in which it lies below 0."),
-        Column("No claim", "Settings with a single seed in common, or equal differences."),
-    ]
-    rows = []
-    for row in grid.rows:
-        overall = grid.overall(row)
-        if overall is None:
-            continue
-        summary, settings = overall[0].summary, overall[1]
-        note = bounds(summary)
-        if settings != len(grid.shared):
-            note += f", {settings} setting{'s' * (settings != 1)}"
-        found = [d for group in grid.cells if (d := grid.difference(group, row)) is not None]
-        won = count(one.verdict for one in found)
-        numbers = (won.won, won.open, won.lost, won.no_claim)
-        cells = [Cell(str(number), value=number) for number in numbers]
-        mean = Cell(percent(summary.mean, signed=True), note, summary.mean)
-        rows.append([Cell(row), mean, *cells])
-    rows.sort(key=lambda cells: -(cells[1].value or 0.0))
-    over = f"over {_count(grid)} in which every method has a result" if grid.shared else (
-        "over the settings of each method: no setting has them all"
-    )  # fmt: skip
-    note = (
-        f"{grid.judged_name.capitalize()} against {grid.baseline}, paired over seeds: won or lost "
-        f"where the {LEVEL:.0%} t interval of the difference leaves out 0. Of two equal methods "
-        f"one seems better in one setting of twenty. The mean difference is {over}, averaged "
-        "within a seed first."
-    )
-    if grid.judged is VALIDATION:
-        note += " The labels of validation rows may be as wrong as those of the others."
-    return Table(columns, rows, note, f"Won, open, lost against {grid.baseline}")
+    return Report(heading, found.grid.get("description", ""), shown, verdict(grid))
 
 
 def _setting(grid: Grid, group: Group) -> Section:
     """One setting: its table and its charts."""
     cells, runs = grid.cells[group], grid.runs(group)
-    rows = sorted(cells, key=lambda row: -(_mean(grid, group, row) or -1))
+    rows = sorted(cells, key=lambda row: -(grid.mean(group, row) or -1))
     link = grid.name(group, short=True) or "Results"
     section = Section(grid.name(group), [Text(_about(runs))], link=link)
     if group[PLACES.index("validation")].startswith("clean"):
@@ -231,15 +97,15 @@ def _setting(grid: Grid, group: Group) -> Section:
 def _headline(grid: Grid, group: Group, rows: Sequence[str]) -> Table:
     """The measures of every method in one setting."""
     columns = [Column("Method", numeric=False), Column("Seeds", "Finished runs.")]
-    parts = [[Cell(row) for row in rows], [_seeds(grid, group, row) for row in rows]]
+    parts = [[Cell(row) for row in rows], [seeds_cell(grid, group, row) for row in rows]]
     for measure in grid.measures:
         columns.append(Column(measure.title, measure.meaning))
-        parts.append(_column(grid, group, measure, rows))
+        parts.append(column(grid, group, measure, rows))
         if measure is grid.heads[-1] and any(grid.difference(group, row) for row in rows):
             columns.append(
                 Column(f"Minus {grid.baseline}", f"Paired over seeds, {LEVEL:.0%} t interval.")
             )
-            parts.append([_difference(grid, group, row) for row in rows])
+            parts.append([difference_cell(grid, group, row) for row in rows])
             gaps = [grid.recovered(group, row) for row in rows]
             if any(gap is not None for gap in gaps):
                 meaning = "(method - baseline) / (baseline without noise - baseline)"
@@ -249,7 +115,7 @@ def _headline(grid: Grid, group: Group, rows: Sequence[str]) -> Table:
                      for row, gap in zip(rows, gaps, strict=True)]
                 )  # fmt: skip
     shown = [index for index, part in enumerate(parts) if any(c.text != MISSING for c in part)]
-    note = f"Percent, {_spread(grid)}."
+    note = f"Percent, {spread(grid)}."
     if any(cell.best for part in parts for cell in part):
         note += " The best of a column is marked."
     return Table(
@@ -263,7 +129,7 @@ def _elsewhere(grid: Grid, group: Group, rows: Sequence[str]) -> list[Table]:
     """The test sets from elsewhere of one setting, a table of their own."""
     names = ood.set_names(grid.runs(group))
     measures = [measure for name in names for measure in ood.measures_of(name)]
-    note = f"Accuracy and Matthews correlation (MCC) in percent, {_spread(grid)}. {ood.NOTE}"
+    note = f"Accuracy and Matthews correlation (MCC) in percent, {spread(grid)}. {ood.NOTE}"
     return _measured(grid, group, rows, measures, "Test sets from elsewhere", note)
 
 
@@ -273,7 +139,7 @@ def _modes(grid: Grid, group: Group, rows: Sequence[str]) -> list[Table]:
         row for row in rows if any(run.record.modes for run in grid.cells[group].get(row, ()))
     ]
     measures = experts.mode_measures(grid.runs(group))
-    note = f"Accuracy in percent, {_spread(grid)}. One training a run; only the inference differs."
+    note = f"Accuracy in percent, {spread(grid)}. One training a run; only the inference differs."
     return _measured(grid, group, having, measures, "Inference modes", note)
 
 
@@ -288,7 +154,7 @@ def _measured(
     """A row per method and a column per measure; nothing without measures."""
     if not measures:
         return []
-    parts = [_column(grid, group, measure, rows) for measure in measures]
+    parts = [column(grid, group, measure, rows) for measure in measures]
     columns = [Column(measure.title, measure.meaning) for measure in measures]
     return [
         Table(
@@ -306,7 +172,7 @@ def _rates(grid: Grid) -> Section:
     drawn = []
     order = list(grid.rows)
     if grid.shared:
-        means = _means(grid)
+        means = grid.means
         order.sort(key=lambda row: -means.get(row, -1.0))
     styles = _loud(grid, order)
     for kind, rates in _kinds(grid).items():
@@ -346,58 +212,6 @@ def _loud(grid: Grid, order: Sequence[str]) -> dict[str, int | None]:
             if one not in loud and one in order and len(loud) < MOST_LINES:
                 loud.append(one)
     return {row: grid.styles[row] if row in loud else None for row in order}
-
-
-# --- cells ----------------------------------------------------------------------------------------
-
-
-def _column(grid: Grid, group: Group, measure: Measure, rows: Sequence[str]) -> list[Cell]:
-    """A measure of several methods, the best marked."""
-    found = [summarize(grid.values(group, row, measure.of).values()) for row in rows]
-    show = percent if measure.share else quantity
-    texts = [show(summary.mean if summary else None) for summary in found]
-    means = [summary.mean for summary in found if summary]
-    best = ""
-    if measure.better and len(means) > 1:
-        best = show(max(means) if measure.better > 0 else min(means))
-    return [
-        Cell(
-            text,
-            f"± {show(summary.sd)}" if summary and summary.sd is not None else "",
-            summary.mean if summary else None,
-            text == best,
-        )
-        for text, summary in zip(texts, found, strict=True)
-    ]
-
-
-def _difference(grid: Grid, group: Group, row: str) -> Cell:
-    if grid.partners.get(row) == row:
-        return Cell("0", "baseline", 0.0)
-    difference = grid.difference(group, row)
-    if difference is None:
-        return Cell(MISSING)
-    summary = difference.summary
-    return Cell(percent(summary.mean, signed=True), bounds(summary), summary.mean)
-
-
-def _seeds(grid: Grid, group: Group, row: str) -> Cell:
-    done = len(grid.cells[group][row])
-    missing = sum(
-        unfinished(left) and left.run is not None and (left.run.group, left.run.row) == (group, row)
-        for left in grid.found.left_out
-    )
-    return Cell(f"{done} of {done + missing}" if missing else str(done), value=done)
-
-
-def _mean(grid: Grid, group: Group, row: str) -> float | None:
-    summary = summarize(grid.values(group, row, grid.judged.of).values())
-    return summary.mean if summary else None
-
-
-def _spread(grid: Grid) -> str:
-    several = any(len(runs) > 1 for cells in grid.cells.values() for runs in cells.values())
-    return "mean ± standard deviation over seeds" if several else "one seed, so no spread"
 
 
 # --- charts ---------------------------------------------------------------------------------------

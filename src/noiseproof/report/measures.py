@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ def last_epoch(run: Run) -> float | None:
     return None if run.setting("train.select") == "best" else run.metric("test_accuracy")
 
 
+def late_mean(run: Run) -> float | None:
+    """Test accuracy over the late epochs; of a run that was tested once there is none."""
+    tested = sum(math.isfinite(value) for value in run.curve("test_accuracy"))
+    return None if tested == 1 else run.metric("test_accuracy_late")
+
+
 ACCURACY = Measure(
     "Last epoch", "Test accuracy after the last epoch.", metric("test_accuracy"), better=1
 )
@@ -73,7 +80,7 @@ RESPONSES = Measure(
 LATE = Measure(
     "Late mean",
     "Test accuracy, mean over the last half of the epochs.",
-    metric("test_accuracy_late"),
+    late_mean,
     better=1,
 )
 BEST = Measure(
@@ -249,6 +256,21 @@ class Grid:
         if partner is None or partner == row:
             return None
         return compare(self.values(group, row, of), self.values(group, partner, of))
+
+    def mean(self, group: Group, row: str) -> float | None:
+        """What runs are judged by, the mean over seeds."""
+        values = self.values(group, row, self.judged.of).values()
+        return fmean(values) if values else None
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """Mean over the settings that all methods share, of those that have a result."""
+        found = {row: [self.mean(group, row) for group in self.shared] for row in self.rows}
+        return {
+            row: fmean(known)
+            for row, means in found.items()
+            if (known := [mean for mean in means if mean is not None])
+        }
 
     def overall(self, row: str) -> tuple[Difference, int] | None:
         """The difference in the mean over the settings that all methods share, and their number.
