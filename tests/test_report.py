@@ -65,7 +65,9 @@ def test_runs_without_test_rows_show_validation_and_no_test_accuracy(tmp_path: P
             )
     text = made(tmp_path / "runs", tmp_path / "report.md")
     assert "test accuracy" not in text.lower()
-    assert "Best" not in text and "+20.0 points of validation accuracy (one seed: no claim)" in text
+    assert (
+        "Best" not in text and "(+20.0 points of validation accuracy; one seed: no claim)" in text
+    )
     found = row(tables(text)["news.csv · symmetric:0.4"], "GCE")
     assert (found["Validation"], found["Memorised"]) == ("60.0", "25.0")
     assert found["Minus CrossEntropy"] == "+20.0 (one seed)"
@@ -94,8 +96,8 @@ def test_the_numbers_of_a_grid_by_hand(tmp_path: Path) -> None:
     shown = [f"+{100 * value:.1f}" for value in (mean, mean - half, mean + half)]
     assert wins["Mean difference"] == "{} ({} to {})".format(*shown)
     assert (
-        "Against CrossEntropy on average over 2 settings: GCE, {} points of test accuracy "
-        "(95% interval {} to {}: ahead).".format(*shown)
+        "Against CrossEntropy on average over 2 settings: GCE ({} points of test accuracy; "
+        "95% interval {} to {}: ahead).".format(*shown)
     ) in text
     settings = row(found["Accuracy in all settings"], "GCE")
     assert settings["no added noise"] == "95.3 ± 1.5" and settings["symmetric:0.4"] == "87.0 ± 2.6"
@@ -130,7 +132,7 @@ def test_one_seed_in_many_settings_is_still_no_claim(tmp_path: Path) -> None:
             noise = f"symmetric:0.{rate}"
             write_run(tmp_path / f"{method}{rate}", accuracy, method=method, noise=noise)
     text = made(tmp_path, tmp_path / "report.md")
-    assert "6 settings: GCE, +13.5 points of test accuracy (one seed: no claim)." in text
+    assert "6 settings: GCE (+13.5 points of test accuracy; one seed: no claim)." in text
     (wins,) = tables(text)["Won, open, lost against CrossEntropy"]
     assert wins["Mean difference"] == "+13.5 (one seed)" and wins["No claim"] == "6"
 
@@ -153,7 +155,7 @@ def test_means_are_over_the_settings_that_all_methods_share(tmp_path: Path) -> N
         ("GCE", "+10.0 (one seed)", "2"), ("ELR", "+5.0 (one seed)", "1"),
     ]  # fmt: skip
     assert "The mean is over the setting in which every method has a result." in text
-    assert "against CrossEntropy under symmetric:0.2, which all methods share: GCE, +10.0" in text
+    assert "against CrossEntropy under symmetric:0.2, which all methods share: GCE (+10.0" in text
 
 
 def test_without_a_common_setting_the_report_says_so(tmp_path: Path) -> None:
@@ -388,7 +390,7 @@ def test_a_baseline_of_several_families_meets_each_method_with_its_own(
     assert [r["Method"] for r in tables(text)["Won, open, lost against plain"]] == [
         "GCE · lora", "GCE · ia3",
     ]  # fmt: skip
-    assert "Largest gain over plain with the same adapters: GCE · lora, +10.5 points" in text
+    assert "Largest gain over plain with the same adapters: GCE · lora (+10.5 points" in text
 
 
 def test_one_family_of_the_baseline_can_be_asked_for(tmp_path: Path) -> None:

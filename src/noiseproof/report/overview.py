@@ -29,12 +29,12 @@ def verdict(grid: Grid) -> str:
         if len(found) == 1:
             among = f"Against {against}"
         sentences.append(
-            f"{among}: {best}, {percent(mean, signed=True)} points of {grid.judged_name} "
-            f"({_sure(difference)})."
+            f"{among}: {best} ({percent(mean, signed=True)} points of {grid.judged_name}; "
+            f"{_sure(difference)})."
         )
         ahead = [row for row, (one, _) in found.items() if one.verdict == "won"]
         if ahead and ahead != [best]:
-            sentences.append(f"Ahead with an interval above 0: {', '.join(ahead)}.")
+            sentences.append(f"Ahead with an interval above 0: {'; '.join(ahead)}.")
     missing = [
         left for left in grid.found.left_out if unfinished(left) or left.status == "not started"
     ]
