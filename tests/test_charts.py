@@ -150,6 +150,8 @@ def test_whiskers_at_one_place_stand_within_a_few_pixels() -> None:
     bars = [line([1.0, 2.0], str(n), low=[0.0, 1.0], high=[2.0, 3.0]) for n in range(12)]
     firsts = [x for x, _ in points(chart(*bars))[::2]]
     assert len(firsts) == 12 and 7 <= max(firsts) - min(firsts) <= 8.1
+    none = [line([1.0, 2.0], str(n), low=[math.nan] * 2, high=[math.nan] * 2) for n in range(3)]
+    assert len({x for x, _ in points(chart(*none))[::2]}) == 1, "without whiskers no shift"
 
 
 def test_no_leader_runs_across_the_chart() -> None:

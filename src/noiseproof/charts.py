@@ -131,7 +131,8 @@ def line_chart(
     ends: list[tuple[Series, tuple[float, float]]] = []
     step = min(4.0, SHIFT / max(1, len(lines) - 1))
     for index, line in enumerate(lines):
-        shift = step * (index - (len(lines) - 1) / 2) if line.low else 0  # whiskers side by side
+        whiskers = any(map(math.isfinite, line.low))  # they stand side by side
+        shift = step * (index - (len(lines) - 1) / 2) if whiskers else 0
         drawn, last = _line(line, x_at, y_at, marks and line.style is not None, shift)
         parts.append(drawn)
         if legend:
