@@ -84,10 +84,10 @@ def test_language_models_are_compared_by_choices_else_by_tokens(tmp_path: Path) 
     text = report(tmp_path, tmp_path / "all.md").read_text(encoding="utf-8")
     overview = section(text, "Overview")
     assert (
-        "| CrossEntropy | 62.5 | 37.5 |" in overview
-        and "| LoPE | **75.0** | **50.0** |" in overview
+        "| CrossEntropy | 50.0 | 62.5 | 37.5 |" in overview
+        and "| LoPE | **62.5** | **75.0** | **50.0** |" in overview
     )
-    assert "| LoPE | 0 | 0 | 0 | 2 | +12.5" in overview
+    assert "| LoPE | +12.5 (one seed) | 0 | 0 | 0 | 2 |" in overview
     assert "| LoPE | 75.0 | 50.0 |" in section(text, "quiz · no added noise")
     assert "1 classes" not in text  # a response is no class
 

@@ -16,15 +16,16 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
+    bounds,
     percent,
     quantity,
 )
-from noiseproof.report.figures import epoch_ticks, mean_curve
+from noiseproof.report.figures import epoch_ticks, mean_curve, mean_line
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost as time_and_memory
 from noiseproof.report.provenance import facts, left_out, what_was_run
 from noiseproof.report.runs import Found, Run
-from noiseproof.statistics import LEVEL, Difference, Interval, Summary
+from noiseproof.statistics import LEVEL, Difference, Summary
 from noiseproof.study.probe_vs_finetune.analysis import (
     APPROACHES,
     BASELINE,
@@ -36,10 +37,10 @@ from noiseproof.study.probe_vs_finetune.analysis import (
     passes_of,
     tuned,
 )
-from noiseproof.study.showing import mean_line, summary_cell
+from noiseproof.study.showing import summary_cell
 
 WRONG = "wrong labels, %"
-TOLD = {"won": "ahead", "lost": "behind", "tied": "no clear difference", "no claim": "one seed"}
+TOLD = {"won": ", ahead", "lost": ", behind", "open": ", open", "no claim": ""}
 DISTORTION: tuple[tuple[str, str, float], ...] = (
     ("distortion_probe", "Linear re-probe with true labels, %", 100),
     ("distortion_knn", "Nearest neighbours with true labels, %", 100),
@@ -72,7 +73,7 @@ def page(found: Found, title: str) -> Report:
             _cost(records, kind),
         ]
     sections += [
-        Section("Runs", [facts(grid, "full fine-tuning with cross-entropy")]),
+        Section("Runs", facts(grid, "full fine-tuning with cross-entropy")),
         time_and_memory(grid),
         what_was_run(grid),
         left_out(found),
@@ -114,11 +115,8 @@ def _crossing_told(found: Crossing, probe: str, tuning: str) -> str:
         return f"{probe} and {tuning} do not cross: {' and '.join(ends)} {of}"
     where = f"{probe} and {tuning} cross at {percent(found.summary.mean)} % of wrong labels"
     if not ends:
-        return f"{where} ({_within(found.summary.interval)})"
-    return (
-        f"{where} in {len(found.rates)} {of} ({_within(found.summary.interval)}); "
-        f"{' and '.join(ends)}"
-    )
+        return f"{where} ({_within(found.summary)})"
+    return f"{where} in {len(found.rates)} {of} ({_within(found.summary)}); {' and '.join(ends)}"
 
 
 def _accuracy(records: Records, kind: str) -> Section:
@@ -192,8 +190,7 @@ def _bent_told(records: Records, kind: str, approach: str) -> str:
     ends = list(dict.fromkeys([next(iter(found)), list(found)[-1]]))
     parts = [
         f"{percent(found[noise].summary.mean, signed=True)} points "
-        f"({_interval(found[noise].summary.interval, signed=True)}) at "
-        f"{percent(records.rates[noise])} % of wrong labels"
+        f"{bounds(found[noise].summary)} at {percent(records.rates[noise])} % of wrong labels"
         for noise in ends
     ]
     return f"Re-probe after {approach} against the pre-trained features: {', '.join(parts)}."
@@ -365,7 +362,7 @@ def _chart(records: Records, kind: str, lines: list[charts.Series], title: str) 
 
 
 def _note(what: str) -> str:
-    return f"Means over seeds with {LEVEL:.0%} t intervals where there are several: {what}."
+    return f"Means over seeds with {LEVEL:.0%} t intervals from three seeds on: {what}."
 
 
 def _rate_cell(records: Records, noise: str) -> Cell:
@@ -375,26 +372,18 @@ def _rate_cell(records: Records, noise: str) -> Cell:
 def _difference_cell(found: Difference | None) -> Cell:
     if found is None:
         return Cell(MISSING)
-    mean = found.summary.mean
-    if found.summary.interval is None:
-        return Cell(percent(mean, signed=True), "one seed", mean)
-    interval = _interval(found.summary.interval, signed=True)
-    return Cell(percent(mean, signed=True), f"{interval}, {TOLD[found.verdict]}", mean)
+    mean, note = found.summary.mean, bounds(found.summary) + TOLD[found.verdict]
+    return Cell(percent(mean, signed=True), note, mean)
 
 
-def _within(found: Interval | None) -> str:
+def _within(found: Summary) -> str:
     """The interval of a rate, as far as it lies between 0 and 100 %.
 
-    >>> _within(Interval(-0.2, 0.5))
-    '95% interval 0.0 to 50.0'
+    >>> from noiseproof.statistics import summarize
+    >>> _within(summarize([0.1, 0.2]))
+    '95% interval 0.0 to 78.5'
     """
-    if found is None:
-        return "one seed"
-    cut = Interval(max(found.low, 0.0), min(found.high, 1.0))
-    return f"{LEVEL:.0%} interval {_interval(cut)}"
-
-
-def _interval(found: Interval | None, *, signed: bool = False) -> str:
-    if found is None:
-        return "one seed"
-    return f"{percent(found.low, signed=signed)} to {percent(found.high, signed=signed)}"
+    if found.interval is None:
+        return bounds(found).strip("()")
+    low, high = max(found.interval.low, 0.0), min(found.interval.high, 1.0)
+    return f"{LEVEL:.0%} interval {percent(low)} to {percent(high)}"
