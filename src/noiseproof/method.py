@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, unknown_name
 from noiseproof.losses import cross_entropy
 from noiseproof.tokens import TARGETS, RowLoss, token_losses
 
@@ -289,17 +289,26 @@ class Method:
 
     @classmethod
     def preset(cls: type[M], name: str, **changes: Any) -> M:
-        """Settings by name, with changes on top.
+        """Settings by name, with changes on top; a dict changes some of nested settings.
 
         Raises:
-            InputError: The method has no preset of that name.
+            InputError: There is no preset, or no nested setting, of that name.
         """
         presets = cls.presets()
         if name not in presets:
             raise InputError(
                 f"unknown preset {name!r} of {cls.__name__}; available: {', '.join(presets)}"
             )
-        return dataclasses.replace(presets[name], **changes)
+        chosen = presets[name]
+        for field_name, value in changes.items():
+            nested: Any = getattr(chosen, field_name, None)
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(nested):
+                known = [item.name for item in dataclasses.fields(nested)]
+                for inner in value:
+                    if inner not in known:
+                        raise InputError(unknown_name(f"setting of {field_name}", inner, known))
+                changes[field_name] = dataclasses.replace(nested, **value)  # type: ignore[type-var]
+        return dataclasses.replace(chosen, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the record: ``{"name": ..., field: value, ...}``."""
