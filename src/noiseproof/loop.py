@@ -469,7 +469,7 @@ class _Loop:
         self._predicted, self._forgotten = None, True
 
     def _encode(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
-        """What the head reads of the training rows (N, D, 2)."""
+        """What the head reads of the training rows (N, D, 1 or 2)."""
         return self.engine.encode(self.run.model, self.encoded, position, before_batch)
 
     def _rows_of_epoch(self) -> np.ndarray:

@@ -71,7 +71,7 @@ class Encode(Protocol):
     """Compute what the head reads of every training row, in row order, without gradient."""
 
     def __call__(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
-        """Return features (N, D, 2) on the CPU, see `noiseproof.frozen.encode_batch`."""
+        """Return features (N, D, 1 or 2) on the CPU, see `noiseproof.frozen.encode_batch`."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Run:
         seed: Seed of the run, for draws that are keyed by row.
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
         redrawn: Whether steps see a row otherwise than `encode` does, such as an augmented image.
-        features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
-            trains on cached features; else it returns None.
+        features: What the head reads of the training rows, (N, D, 1 or 2) on the CPU, in a stage
+            that trains on cached features; else it returns None.
         forget: For `Method.finalize_model`: the model answers differently now. What `predict` kept
             is dropped, and the last epoch is measured again.
         changed: Which rows the stage's transform changed (N,) bool; None without one.

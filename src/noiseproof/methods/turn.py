@@ -444,7 +444,7 @@ class TURN(Tuned):
 
     def _check_features(self, run: Run) -> None:
         """Before training: do the frozen features tell the labels of rows not trained on?"""
-        features = run.features()  # (N, D, 2)
+        features = run.features()  # (N, D, 1 or 2)
         if features is None or len(features) < 2 * run.num_classes:
             return
         rows = torch.randperm(len(features), generator=run.generator)[:CHECKED_ROWS]
