@@ -930,6 +930,13 @@ def test_signals_of_a_probe_are_what_they_say() -> None:
     )
 
 
+def test_the_seconds_of_each_stage_are_known(tiny_run: Tiny) -> None:
+    """What the probe costs, and what follows it: nothing of either is left out."""
+    seconds = tiny_run.fit(TURN(**QUICK), epochs=1).seconds
+    stages = [seconds.pop(f"stage_{name}_s") for name in ("probe", "tune")]
+    assert min(stages) > 0 and sum(stages) >= sum(seconds.values())
+
+
 def test_a_warning_reaches_the_user_once_and_the_history(tiny_run: Tiny) -> None:
     """Random weights and 25 rows: there is every reason to warn."""
     method = TURN(**(QUICK | {"precondition": "warn"}))

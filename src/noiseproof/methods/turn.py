@@ -16,7 +16,15 @@ default continues: mixtures that mean nothing leave the rows of their class as t
 falls below ``min_class_fraction``, and classes are not balanced where that would cost most rows.
 The published method tunes the whole model and knows images only; adapters and text are ours.
 ``probe_features=mean`` (ours) puts a linear head on the mean of the last hidden states, for
-encoders whose pooler no task has trained, such as sentence encoders.
+encoders whose pooler no task has trained, such as sentence encoders. With mean or first
+``probe_normalize`` scales what the head reads to length 1; other heads read features as they are.
+The head is what lies outside the encoder, or the last linear layer of a torch module, and cannot be
+named. New weights inside the encoder, such as a pooler that the checkpoint lacks, are no part of
+it: the probe reads them at random, which is warned of. Random draws are keyed by (seed, stage,
+epoch), for draw=fixed by the seed alone. The mixture starts at the best split into two clusters,
+not at k-means, so it has neither seed nor restarts. An empty class is an InputError. BatchNorm uses
+its running statistics in a step of one row, where an error would be needless. Cached features are
+fp32 and always memory-mapped.
 Settings: probe_epochs = 20, GCE, per class, threshold = 0.6, smallest count, every epoch (readings
 of the paper, which has 4 epochs in step 3); q = 0.7 (GCE's paper); scoring by cross-entropy and all
 guards (ours); probe_learning_rate = 0.03 (ours: with the 0.01 of a re-implementation, a probe with
