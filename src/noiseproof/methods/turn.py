@@ -12,8 +12,9 @@ mixture on the losses of each given class, keep the rows whose posterior of the 
 exceeds ``threshold``, and draw as many of each class as the smallest class has; (3) train what
 ``tune`` names on these rows with cross-entropy. ``train.epochs`` counts the epochs of (3).
 Deviations: the paper's form is the preset strict, which raises on a class that keeps no row. The
-default continues: mixtures that mean nothing leave the rows of their class as they were, no class
-falls below ``min_class_fraction``, and classes are not balanced where that would cost most rows.
+default, the guarded form, continues: mixtures that mean nothing leave the rows of their class as
+they were, no class falls below ``min_class_fraction``, and classes are not balanced where that
+would cost most rows.
 The published method tunes the whole model and knows images only; adapters and text are ours.
 ``probe_features=mean`` (ours) puts a linear head on the mean of the last hidden states, for
 encoders whose pooler no task has trained, such as sentence encoders. With mean or first

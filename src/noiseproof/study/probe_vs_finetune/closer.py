@@ -62,7 +62,8 @@ def memorization_charts(records: Records, kind: str) -> list[str]:
             if len(curve):
                 epochs = list(range(1, len(curve) + 1))
                 lines.append(charts.Series(name, epochs, curve.tolist(), APPROACHES[name].style))
-        title = f"Memorised at {percent(records.rates[noise])} % of wrong labels, %"
+        alone = f"{lines[0].name}: " if len(lines) == 1 else ""  # a lone line bears no name
+        title = f"{alone}Memorised at {percent(records.rates[noise])} % of wrong labels, %"
         drawn.append(charts.line_chart(lines, title=title, x_label="epoch of fine-tuning",
                                        x_ticks=epoch_ticks(lines)))  # fmt: skip
     return [chart for chart in drawn if chart]

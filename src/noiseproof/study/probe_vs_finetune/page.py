@@ -245,8 +245,7 @@ def _memorization(records: Records, kind: str) -> Section:
     title = _named(records, kind, "What is memorised")
     note = (
         "Wrong labels that are predicted as they were given, by epoch of fine-tuning, means over "
-        "seeds; a chart per rate. Probes are left out: what they memorise shows where the line of "
-        "LP-FT begins."
+        "seeds; a chart per rate. Probes have epochs of their own and are left out."
     )
     blocks: list[Block] = [Figures(drawn, note)] if drawn else []
     return Section(title, blocks, link=_named(records, kind, "Memorisation"))
