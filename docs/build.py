@@ -77,6 +77,7 @@ def pages() -> dict[Path, str]:
 def methods_page() -> str:
     """Cards, settings and presets of all methods."""
     shared = {item.name: item.default for item in cards.settings(Tuned)}
+    shared |= {item.name: item.default for item in cards.settings(LossMixture, "mixture.")}
     rates = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items())
     rates += f", others {ADAPTER_RATE:g}"
     lines = [
@@ -91,9 +92,12 @@ def methods_page() -> str:
     ]
     for name, method in METHODS.items():
         found = cards.settings(method)
-        own = [item for item in found if not item.name.startswith("mixture.")]
-        if issubclass(method, Tuned):
-            own = [item for item in own if shared.get(item.name) != item.default]
+        own = [
+            item
+            for item in found
+            if shared.get(item.name) != item.default
+            or not (issubclass(method, Tuned) or item.name.startswith("mixture."))
+        ]
         lines += [f"## {name}", "", card(cards.card(method)), ""]
         lines += [f"Runs on the tasks {', '.join(f'`{task}`' for task in method.tasks)}.", ""]
         lines += settings_table(own) if own else ["No settings of its own."]

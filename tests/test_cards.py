@@ -138,3 +138,11 @@ def test_defaults_are_those_of_the_code() -> None:
     shown = {setting.name: setting.default for setting in cards.settings(CleaR)}
     assert shown["gamma"] == str(CleaR().gamma)
     assert shown["mixture.scope"] == CleaR().mixture.scope
+    for name, method in METHODS.items():
+        values = method().to_dict()
+        for setting in cards.settings(method):
+            outer, _, inner = setting.name.partition(".")
+            if inner:  # a nested default is that of the method, not of the nested class
+                assert setting.default == str(values[outer][inner]), (name, setting.name)
+    shown = {setting.name: setting.default for setting in cards.settings(METHODS["TURN"])}
+    assert shown["mixture.scope"] == "per_class"

@@ -96,7 +96,8 @@ class Outcome:
         model: The model to deploy.
         run: The run, with its last columns.
         history: One row per stage and epoch.
-        seconds: ``train_s``, ``score_s``, ``eval_s``, over all legs of a resumed run.
+        seconds: ``train_s``, ``score_s``, ``eval_s``, and ``stage_NAME_s`` of every stage as a
+            whole, over all legs of a resumed run.
         precision: fp32, bf16 or fp16.
         trainable: Trained parameters over all stages.
         best_epoch: Number of the history row whose weights were taken, with select=best.
@@ -123,6 +124,7 @@ class _State:
     logged: dict[str, float] = field(default_factory=dict)
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
     doubted: bool = False  # whether it was judged if a selection leaves enough rows
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
@@ -217,6 +219,7 @@ class _Loop:
         self._predicted: Tensor | None = None
         self._transformed: tuple[tuple[int, int], Encoded, Tensor] | None = None
         self._forgotten = False
+        self._since = time.perf_counter()
 
     def run_all(self, model: nn.Module, resume: bool) -> Outcome:
         self.stages = stages = self.method.stages(self.settings.epochs)
@@ -253,7 +256,7 @@ class _Loop:
         return self._finish(model)
 
     def _run_stage(self, number: int, stage: Stage, saved: dict[str, Tensor]) -> None:
-        run = self.run
+        run, self._since = self.run, time.perf_counter()
         self.settings = settings = settings_of_stage(self.asked, stage)
         set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
@@ -468,7 +471,7 @@ class _Loop:
         self._predicted, self._forgotten = None, True
 
     def _encode(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
-        """What the head reads of the training rows (N, D, 2)."""
+        """What the head reads of the training rows (N, D, 1 or 2)."""
         return self.engine.encode(self.run.model, self.encoded, position, before_batch)
 
     def _rows_of_epoch(self) -> np.ndarray:
@@ -547,6 +550,9 @@ class _Loop:
         return weights | dict(model.named_buffers())
 
     def _checkpoint(self) -> None:
+        now, key = time.perf_counter(), f"stage_{self.run.stage}_s"
+        self.state.seconds[key] = self.state.seconds.get(key, 0.0) + now - self._since
+        self._since = now
         if self.checkpoints is None:
             return
         self._merge()
@@ -565,6 +571,7 @@ class _Loop:
         tensors |= {"random": random, "generator": self.run.generator.get_state()}
         self.state.columns, self.state.logged = list(self.run.columns), self.run.logged
         self.state.sums, self.state.warned = self.run.sums, self.run.warned
+        self.state.findings = self.run.findings
         self.state.legs = self.watch.seconds()
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 
@@ -576,6 +583,7 @@ class _Loop:
         columns = with_prefix("column", tensors)
         self.run.columns = {name: columns[name] for name in self.state.columns}
         self.run.logged, self.run.warned = self.state.logged, self.state.warned
+        self.run.findings = self.state.findings
         self.run.sums = self.state.sums if self.engine.main else {}  # those of all processes
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from noiseproof.data import (
     Examples,
@@ -22,11 +21,10 @@ from noiseproof.data import (
 )
 from noiseproof.distortion import encoder_features
 from noiseproof.encoding import Encoded
-from noiseproof.engine import Engine, TrainSettings, derive_seed
+from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError
-from noiseproof.features import fingerprint, kept
 from noiseproof.job import CORRUPTED, Job
-from noiseproof.models import count_parameters, has_weights
+from noiseproof.models import count_parameters
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
 from noiseproof.tasks import LabelColumns, Task, find_task
@@ -300,14 +298,4 @@ def frozen_features(
     model: torch.nn.Module, encoded: Encoded, settings: TrainSettings
 ) -> np.ndarray:
     """Mean-pooled features of the pre-trained encoder (N, D), kept on disk as those of a head."""
-
-    def compute() -> Tensor:
-        return encoder_features(model, encoded, settings)
-
-    engine = Engine(settings)
-    shared = encoded.key and engine.processes == 1 and has_weights(model)
-    weights = fingerprint(model) if shared else ""
-    if not weights:
-        return compute().numpy()
-    key = " ".join(["1", encoded.key, "pooled", engine.device.type, weights])
-    return kept(key, len(encoded), compute).numpy()
+    return encoder_features(model, encoded, settings, keep=True).numpy()

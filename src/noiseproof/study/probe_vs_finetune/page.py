@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import fmean
 
 from noiseproof import charts
@@ -37,6 +38,11 @@ from noiseproof.study.probe_vs_finetune.analysis import (
     passes_of,
     tuned,
 )
+from noiseproof.study.probe_vs_finetune.closer import (
+    loss_charts,
+    memorization_charts,
+    selection_table,
+)
 from noiseproof.study.showing import summary_cell
 
 WRONG = "wrong labels, %"
@@ -50,6 +56,7 @@ DISTORTION: tuple[tuple[str, str, float], ...] = (
 SEPARATION = (
     ("detection_auroc", "AUROC of the losses, all rows, %"),
     ("detection_auroc_by_class", "AUROC of the losses, mean over classes, %"),
+    ("detection_ap", "Average precision of the losses, all rows, %"),
 )
 Number = Callable[[Run], float | None]
 
@@ -69,6 +76,7 @@ def page(found: Found, title: str) -> Report:
             _accuracy(records, kind),
             _distortion(records, kind),
             _separation(records, kind),
+            _memorization(records, kind),
             _selection(records, kind),
             _cost(records, kind),
         ]
@@ -216,11 +224,31 @@ def _separation(records: Records, kind: str) -> Section:
             told = ", ".join(f"{name} {percent(means[name])}" for name in order)
             blocks.append(Text(f"{title.removesuffix(', %')}, mean over the rates: {told}."))
     note = _note(
-        "how well the loss after training ranks wrong labels first, 50 is chance; of TURN the loss "
-        "by which it selected last"
+        "how well the loss after training ranks wrong labels first, by chance 50 (AUROC) or the "
+        "share of wrong labels (average precision); of TURN the loss by which it selected last"
     )
-    return Section(_named(records, kind, "Which rows look wrong"), [*blocks, Figures(drawn, note)],
+    blocks.append(Figures(drawn, note))
+    losses, rate = loss_charts(records, kind)
+    if losses:
+        note = (
+            f"The same losses at {rate} % of wrong labels, one seed: right labels and wrong labels "
+            "by their loss, each 100 % together. The last point holds all losses beyond it."
+        )
+        blocks.append(Figures(losses, note))
+    return Section(_named(records, kind, "Which rows look wrong"), blocks,
                    link=_named(records, kind, "Separation"))  # fmt: skip
+
+
+def _memorization(records: Records, kind: str) -> Section:
+    """What is memorised in every epoch of fine-tuning."""
+    drawn = memorization_charts(records, kind)
+    title = _named(records, kind, "What is memorised")
+    note = (
+        "Wrong labels that are predicted as they were given, by epoch of fine-tuning, means over "
+        "seeds; a chart per rate. Probes have epochs of their own and are left out."
+    )
+    blocks: list[Block] = [Figures(drawn, note)] if drawn else []
+    return Section(title, blocks, link=_named(records, kind, "Memorisation"))
 
 
 # --- selection -----------------------------------------------------------------------------------
@@ -257,7 +285,10 @@ def _selection(records: Records, kind: str) -> Section:
         "What TURN trains on, by epoch, means over seeds, a line per rate. Overlap is that of "
         "Jaccard: rows kept in both epochs among those kept in either."
     )
-    return Section(_named(records, kind, "What TURN selects"), [*blocks, Figures(drawn, note)],
+    blocks.append(Figures(drawn, note))
+    table = selection_table(records, kind)
+    blocks += [] if table is None else [table]
+    return Section(_named(records, kind, "What TURN selects"), blocks,
                    link=_named(records, kind, "Selection"))  # fmt: skip
 
 
@@ -291,6 +322,12 @@ def _backward(run: Run) -> float | None:
     return None if found is None else found.backward
 
 
+def _seconds(run: Run, stages: Sequence[str]) -> float | None:
+    """Wall-clock of the stages of these names; None where the record does not tell."""
+    found = [value for stage in stages if (value := run.timing(f"stage_{stage}_s")) is not None]
+    return sum(found) if found else None
+
+
 def _cost(records: Records, kind: str) -> Section:
     """Passes of the encoder."""
     title = "Passes over the training rows (backward counts two)"
@@ -309,15 +346,21 @@ def _cost(records: Records, kind: str) -> Section:
                   if (one := records.mean(name, noise, cost))
                   and (base := records.mean(BASELINE, noise, cost)) and base.mean]  # fmt: skip
         share = Cell(f"{fmean(shares):.2f}", value=fmean(shares)) if shares else Cell(MISSING)
-        rows.append([Cell(name), *cells, share])
+        for stages in (("probe",), ("tune", "train")):
+            seconds = _all(records, kind, name, partial(_seconds, stages=stages))
+            shown = Cell(quantity(fmean(seconds)), value=fmean(seconds)) if seconds else None
+            cells.append(shown or Cell(MISSING))
+        rows.append([Cell(name), *cells[:3], share, *cells[3:]])
     columns = [Column("Approach", numeric=False), Column("Forward"), Column("Backward"),
                Column("Together", "In forward passes; a backward pass counts two."),
-               Column(f"Over {BASELINE}", "Mean of the ratio over the rates.")]  # fmt: skip
+               Column(f"Over {BASELINE}", "Mean of the ratio over the rates."),
+               Column("Probe, s", "Wall-clock, encoding and measuring included."),
+               Column("Tuning, s", "Wall-clock, scoring and measuring included.")]  # fmt: skip
     note = (
         "Passes of the encoder over all training rows, counted from the rows of every epoch; means "
         "over rates and seeds. A probe takes one pass for its features, as heads that read cached "
         "features do; a selection takes a scoring pass an epoch, except right after a probe. "
-        "Measuring is left out."
+        "Measuring is left out, but for the seconds."
     )
     blocks: list[Block] = [Figures([drawn], _note("counted from the history"))]
     blocks.append(Table(columns, rows, note))
