@@ -239,12 +239,12 @@ def test_the_poisoning_expert_counts_in_the_second_stage_as_told(
 
 
 def test_rows_learn_to_do_without_the_poisoning_expert(tiny_run: Tiny) -> None:
-    """With every row left out it is renorm; with none the published stage; between, neither."""
+    """With every row left out it is mask; with none the published stage; between, neither."""
     losses = [
         [row["loss"] for row in tiny_run.fit(LoPE(**NOISY, **settings), epochs=3).history]
         for settings in (
             {"poison_dropout": 1.0},
-            {"adapt_forward": "renorm"},
+            {"adapt_forward": "mask"},
             {"poison_dropout": 0.5},
             {},
         )

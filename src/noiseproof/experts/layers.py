@@ -55,8 +55,9 @@ class Switch:
     Attributes:
         mode: How poisoning experts count in eval mode.
         training_mode: How they count in training.
-        absent: Rows (B,) bool of a training batch that go without poisoning experts, as in renorm;
-            None is none of them.
+        absent: Rows (B,) bool of a training batch that go without poisoning experts; None is none
+            of them.
+        absent_mode: How the others count then: mask or renorm.
         reading: Which tokens are real in the call that runs; None outside of calls.
         watch: Gets what each layer sees, in a call for the sake of that.
         loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
@@ -68,6 +69,7 @@ class Switch:
         self.mode = mode
         self.training_mode = "none"
         self.absent: Tensor | None = None
+        self.absent_mode = "renorm"
         self.reading: Reading | None = None
         self.watch: Watch | None = None
         self.loads: list[Tensor] | None = None
@@ -198,7 +200,7 @@ class ExpertLinear(nn.Module):
         theta = self._theta(hidden, mode)
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
         if self.training and self.switch.absent is not None:
-            without = expert_weights(logits, self.settings, "renorm")
+            without = expert_weights(logits, self.settings, self.switch.absent_mode)
             weights = torch.where(self._absent(weights), without, weights)
         if self.switch.watch is not None:
             self.switch.watch.note(self, input, output, hidden, logits)

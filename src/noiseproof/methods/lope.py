@@ -119,7 +119,7 @@ class LoPE(Method):
         adapt_forward: How the poisoning expert counts in the stage adapt: none (it takes part as
             it is), mask, renorm or compensate.
         poison_dropout: adapt_forward=none: share of rows that go without the poisoning expert in a
-            step of the stage adapt, so that the others can do without it.
+            step of the stage adapt, with weights as at inference; the others learn to do without.
         inference_mode: How it counts at inference: none, mask, renorm or compensate.
         theta_mode: calibrate (one similarity a layer), or online (of every token).
         theta_examples: Training rows that calibrate.
@@ -391,10 +391,9 @@ class LoPE(Method):
         poisoning = run.stage == POISON
         model.switch.training_mode = "none" if poisoning else self.adapt_forward
         if self.num_poison_experts:
-            told = self.inference_mode
-            if told == "compensate":  # similarities are not known yet
-                told = "mask" if self.beta == "keep_mass" else "renorm"
-            model.switch.mode = "none" if poisoning else told
+            model.switch.absent_mode = self._without
+            keeps = poisoning or self.inference_mode == "none"
+            model.switch.mode = "none" if keeps else self._without
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Labels of a noisy stage, and which rows it corrupts; the head at the start of adapt."""
@@ -529,6 +528,13 @@ class LoPE(Method):
     def _adds_noise(self) -> bool:
         texts = self.noise_rate > 0 and bool(self.noise_ops)
         return texts or self._target_rate > 0 or self._shakes
+
+    @property
+    def _without(self) -> str:
+        """The mode next to inference_mode that needs no similarities: mask or renorm."""
+        if self.inference_mode in ("mask", "renorm"):
+            return self.inference_mode
+        return "mask" if self.beta == "keep_mass" else "renorm"
 
     @property
     def _restores_head(self) -> bool:
