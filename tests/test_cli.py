@@ -677,12 +677,12 @@ READING = [
         f"{FIT} --test unseen.csv",
         r"'harbor' of row 2 \(line 3\) of unseen\.csv was never seen in training; did you mean "
         r"'harbour'\?; known: garden, harbour, kitchen; correct it, or leave "
-        r"such rows out with drop_label$",
+        r"such rows out with --drop-label$",
     ),
     (
         "no label in a test row",
         f"{FIT} --test gap.csv",
-        r"row 2 .* no label .*; fill or remove them, or .* with drop_label=''$",
+        r"row 2 .* no label .*; fill or remove them, or .* with --drop-label ''$",
     ),
     (
         "no room for words",
@@ -711,7 +711,7 @@ READING = [
     (
         "label outside names",
         f"{FIT} --label-names names.txt",
-        r"'kitchen' of row \d+ .* not in lab",
+        r"'kitchen' of row \d+ .* not in --label-names",
     ),
     ("no such id column", f"{FIT} --row-id idx", r"no column 'idx' \(row id\)"),
     (
@@ -764,7 +764,7 @@ SETTING = [
     ("noise end", f"{FIT} --noise symmetric:0.4+", r"must be a number, got '0\.4\+'"),
     ("noise file", f"{FIT} --noise transition:none.json", r"none\.json: cannot be read \(No such"),
     ("noise matrix", f"{FIT} --noise transition:matrix.json", r"row 0 must sum to 1, got 1\.1"),
-    ("no pool", f"{FIT} --noise openset:0.3", r"replaces inputs and needs noise_pool"),
+    ("no pool", f"{FIT} --noise openset:0.3", r"and needs --noise-pool, a file"),
     ("method", f"{FIT} --method Clear", r"method 'Clear'; did you mean 'CleaR'\? available: Cl"),
     ("no method", f"{FIT} --method", r"--method needs a name; noiseproof methods lists them"),
     ("preset", f"{FIT} --method CleaR:fats", r"preset 'fats' of CleaR; available: default, pl"),
@@ -792,9 +792,14 @@ SETTING = [
     ("boolean", f"{FIT} --merge maybe", r"--merge: expected true or false, got 'maybe'$"),
     ("list", f"{FIT} --method.target_modules q", r"expected a JSON list or null, got 'q'$"),
     ("no value", f"{FIT} --train.epochs", r"--train\.epochs needs a value: a whole number$"),
-    ("few epochs", f"{FIT} --train.epochs 3", r"train\.epochs=3 must exceed warmup_epochs=3"),
-    ("best of none", f"{FIT} --train.select best", r"select=best needs validation rows; give"),
-    ("unsaid", f"{FIT} --validation test.csv", r"say whether .*validation_labels must be clean"),
+    (
+        "few epochs",
+        f"{FIT} --train.epochs 3",
+        r"noiseproof: --train\.epochs 3 leaves no epoch after the warm-up of CleaR; give more than "
+        r"3, or --method\.warmup_epochs 2$",
+    ),
+    ("best of none", f"{FIT} --train.select best", r"select best needs .*; give --validation, or"),
+    ("unsaid", f"{FIT} --validation test.csv", r"whether .*--validation-labels must be clean"),
     ("trusted share", f"{FIT} --validation 0.2 --validation-labels clean", r"share .* are noisy"),
     ("two tables", f"{FIT} test.csv", r"unexpected argument 'test\.csv'; usage: noiseproof fit D"),
     ("short option", f"{FIT} -e", r"unexpected argument '-e'; usage: noiseproof fit DATA --out"),
@@ -853,7 +858,7 @@ OTHER = [
     (
         "no splits",
         "predict DONE test.csv --out o.csv --split tset",
-        r"split=tset: test\.csv is a file of rows, which has no splits; leave split out",
+        r"--split tset: test\.csv is a file of rows, which has no splits; leave --split out",
     ),
     ("far output", "predict DONE test.csv --out no/o.csv", r"the folder no does not exist"),
     ("new rows", "predict DONE tst.csv --out o.csv", r"tst\.csv does not exist; .*'test\.csv'"),
@@ -867,7 +872,7 @@ OTHER = [
     ("label", f"{CORRUPT} --noise symmetric:.4 --label lable", r"no column 'lable' .*'label'"),
     ("clean there", f"{CORRUPT} --noise symmetric:.4 --clean-label context", r"'context' already"),
     ("same column", f"{CORRUPT} --noise symmetric:.4 --clean-label label", r"'label' already"),
-    ("pool", f"{CORRUPT} --noise openset:.4", r"replaces inputs; give noise_pool, a file of"),
+    ("pool", f"{CORRUPT} --noise openset:.4", r"inputs; give --noise-pool, a file of"),
     ("pair", f"{CORRUPT} --noise pairflip:.4,pairs=0>9", r"0>9 is outside of 3 classes"),
     (
         "matrix there",

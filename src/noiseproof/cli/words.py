@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from noiseproof.cli.showing import PROGRAM
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, in_words, path_of, unknown_name
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -126,25 +125,13 @@ def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
     for action in parser._actions:
         if name not in (action.dest, *action.option_strings):
             continue
-        expected = _expected(getattr(action, "_typehint", None) or action.type or str)
+        expected = in_words(
+            getattr(action, "_typehint", None) or action.type or str, "null", "a JSON list"
+        )
         if "expected one argument" in text:
             return f"{_shown(action)} needs a value: {expected}"
         return f"{_shown(action)}: expected {expected}, got {_given(action, words)!r}"
     return f"{text} (see {parser.prog} --help)"
-
-
-def _expected(hint: Any) -> str:
-    """A type in plain words.
-
-    >>> _expected(int | None), _expected(Literal["a", "b"])
-    ('a whole number or null', 'one of a, b')
-    """
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_expected(part) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint, "null" if hint is types.NoneType else "a JSON list")
 
 
 def _default(value: object) -> str:
@@ -196,7 +183,7 @@ def _unknown(parser: ArgumentParser, option: str, kind: str) -> str:
         return f"unknown {kind} {option[cut:]!r}; did you mean {' or '.join(inside)}?"
     left_out = NO_SETTINGS if kind == "setting" else ()
     near = [name[cut:] for name in _options_like(parser, option) if name not in left_out]
-    return unknown_name(kind, option[cut:], near)
+    return unknown_name(kind, option[cut:], near, f"{parser.prog} --help")
 
 
 def check_matrix_file(path: Path, overwrite: bool) -> None:
@@ -219,7 +206,7 @@ def take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
     rest, files = _take(words, "--config", "a file: YAML, TOML or JSON")
     settings: list[tuple[str, Path]] = []
     for file in files:
-        path = Path(file).expanduser()
+        path = path_of(file)
         settings += [(setting, path) for setting in _option_words(_read_config(path))]
     typed = {word.partition("=")[0] for word in rest} - {"--test-ood"}  # of which each counts
     return rest, [item for item in settings if item[0].partition("=")[0] not in typed]
@@ -236,9 +223,9 @@ def check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) 
 
 @contextmanager
 def as_typed(parser: ArgumentParser, configs: Sequence[tuple[str, Path]] = ()) -> Iterator[None]:
-    """Name a setting in a message by its option, and by the config file that it was read from.
+    """Name settings in a message by their options, and the config file that the first came from.
 
-    Python names a setting at the start of its message: ``train.epochs``, ``CleaR.gamma``.
+    Python names a setting ``train.epochs``, ``CleaR.gamma`` or ``noise_pool``.
     """
     try:
         yield
@@ -246,18 +233,46 @@ def as_typed(parser: ArgumentParser, configs: Sequence[tuple[str, Path]] = ()) -
         raise InputError(_as_typed(str(error), parser, configs)) from error
 
 
+_NAMED = re.compile(
+    r"(?<!\w)'[^']*'|"  # what is quoted came from the user
+    r"(?<![\w./-])(?P<name>[A-Za-z]\w*(?:\.\w+)*)(?P<value>=(?:'[^']*'|[^\s;,)]*[^\s;,).:]))?"
+)
+_SURELY = re.compile("[._]")  # no word of a sentence looks like this
+_BEFORE = ("give ", "leave ")
+_AFTER = (" must ", " is nothing ", " works ", " would ", ": ", " '")
+
+
 def _as_typed(message: str, parser: ArgumentParser, configs: Sequence[tuple[str, Path]]) -> str:
-    first, _, rest = message.partition(" ")
-    name = first.rstrip(":").lstrip("-")
-    field = name.partition(".")[2]
     options = {option for action in parser._actions for option in action.option_strings}
-    spelled = (f"--{name}", f"--{name.replace('_', '-')}", f"--method.{field}")
-    option = next((one for one in spelled if one in options), None)
-    if option is None:
-        return message
-    message = f"{option}{':' * first.endswith(':')} {rest}"
-    files = [path for word, path in configs if word.partition("=")[0] == option]
+    first = [word for word in re.findall(r"^--[\w.-]+", message) if word in options]
+
+    def typed(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"] or ""
+        option = _option_of(name, options) if name else None
+        starts = not found.start() and message.startswith(_AFTER, found.end())
+        told = message[: found.start()].endswith(_BEFORE)
+        if option is None or not (value or starts or told or _SURELY.search(name)):
+            return found[0]
+        if not found.start():
+            first.append(option)
+        return f"{option}{value.replace('=', ' ', 1)}"
+
+    message = _NAMED.sub(typed, message)
+    files = [path for word, path in configs if word.partition("=")[0] in first]
     return f"config {files[-1]}: {message.removeprefix('--')}" if files else message
+
+
+def _option_of(name: str, options: set[str]) -> str | None:
+    """The option that a setting has, whose name may lack its group where one group has it."""
+    field = name.rpartition(".")[2]
+    grouped = [f"--{group}.{field}" for group in ("method", "train")]
+    for spelled in (f"--{name}", f"--{name.replace('_', '-')}"):
+        if spelled in options:
+            return spelled
+    if "." in name:
+        return grouped[0] if grouped[0] in options else None
+    found = [option for option in grouped if option in options]
+    return found[0] if len(found) == 1 else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -316,13 +331,12 @@ def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:
 
 def method_words(words: list[str]) -> tuple[list[str], Any]:
     """Take ``--method NAME[:PRESET]`` out of the words; the rest, and the preset's settings."""
-    from noiseproof.methods import CleaR, find_method
+    from noiseproof.methods import CleaR, method_of
 
     chosen: Any = CleaR()
     rest, given = _take(words, "--method", "a name; noiseproof methods lists them")
     for name in given:
-        method, _, preset = name.partition(":")
-        chosen = find_method(method).preset(preset or "default")
+        chosen = method_of(name)
     return rest, chosen
 
 

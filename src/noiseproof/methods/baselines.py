@@ -34,6 +34,7 @@ from noiseproof.method import (
     losses_of,
     require,
     require_range,
+    require_warmup,
 )
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
@@ -112,15 +113,6 @@ class Tuned(Method):
     def stages(self, epochs: int) -> list[Stage]:
         """One stage, at the rate of the tuned part."""
         return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.tune))]
-
-
-def require_warmup(method: Method, warmup_epochs: int, epochs: int) -> None:
-    """Refuse a run that ends before the method begins."""
-    require(
-        epochs > warmup_epochs,
-        f"{method.name} needs more epochs than its warm-up: train.epochs={epochs}, "
-        f"warmup_epochs={warmup_epochs}",
-    )
 
 
 @dataclass(frozen=True)
@@ -289,7 +281,7 @@ class ForwardCorrection(Tuned):
     def stages(self, epochs: int) -> list[Stage]:
         """One stage that outlasts the warm-up."""
         if self.transition is None:
-            require_warmup(self, self.warmup_epochs, epochs)
+            require_warmup(self, self.warmup_epochs, epochs, least=1)
         return super().stages(epochs)
 
     def on_epoch_start(self, run: Run) -> Columns:
@@ -487,7 +479,7 @@ class CoTeaching(Tuned):
 
     def stages(self, epochs: int) -> list[Stage]:
         """One stage that outlasts the warm-up."""
-        require_warmup(self, self.warmup_epochs, epochs)
+        require_warmup(self, self.warmup_epochs, epochs, least=1)
         return super().stages(epochs)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
