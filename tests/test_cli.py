@@ -583,7 +583,7 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
     assert answer.out == works("help", command).out
     lines = answer.out.splitlines()
     assert lines[0].startswith(f"usage: noiseproof {command} ")
-    assert len(lines) < (110 if command == "fit" else 35)
+    assert len(lines) < {"fit": 130, "corrupt": 45}.get(command, 40)
     assert max(map(len, lines)) <= 125
     example = next(line for line in lines if line.startswith("example: noiseproof "))
     words = shlex.split(example.removeprefix("example: noiseproof "))
@@ -610,7 +610,7 @@ def test_options_that_only_studies_use_are_not_offered(tmp_path: Path) -> None:
     for given in (("--lable", "x"), ("--config", str(config))):
         told = complaint("fit", "t.csv", "--out", "r", *given)
         assert "label" in told and "only-clean-rows" not in told and "probe-gradients" not in told
-    assert "available: text, label, " in told and not told.endswith("config")
+    assert told.endswith("see noiseproof fit --help")
 
 
 def test_the_version_and_the_commands_are_told() -> None:
@@ -763,12 +763,16 @@ SETTING = [
     ("noise setting", f"{FIT} --noise pairflip:0.4,stepp=1", r"'stepp', known: step, pairs"),
     ("noise end", f"{FIT} --noise symmetric:0.4+", r"must be a number, got '0\.4\+'"),
     ("noise file", f"{FIT} --noise transition:none.json", r"none\.json: cannot be read \(No such"),
-    ("noise matrix", f"{FIT} --noise transition:matrix.json", r"row 0 must sum to 1, got 1\.1"),
+    ("noise matrix", f"{FIT} --noise transition:matrix.json", r"row 1 of the matrix must sum to 1"),
     ("no pool", f"{FIT} --noise openset:0.3", r"and needs --noise-pool, a file"),
     ("method", f"{FIT} --method Clear", r"method 'Clear'; did you mean 'CleaR'\? available: Cl"),
     ("no method", f"{FIT} --method", r"--method needs a name; noiseproof methods lists them"),
     ("preset", f"{FIT} --method CleaR:fats", r"preset 'fats' of CleaR; available: default, pl"),
-    ("option", f"{FIT} --lable x", r"option '--lable'; did you mean '--label' .*available: --"),
+    (
+        "option",
+        f"{FIT} --lable x",
+        r"--lable'; did you mean '--label' .*\? see noiseproof fit --help$",
+    ),
     ("cut option", f"{FIT} --train.epoch 3", r"option '--train\.epoch'; did you mean '--train\.ep"),
     (
         "method option",

@@ -839,8 +839,12 @@ def test_a_result_is_one_line_with_its_metrics_and_suspects(whole: Whole) -> Non
 
 def test_a_home_that_does_not_exist_is_refused(fit: Fit) -> None:
     """It is a RuntimeError in Python, which the command line took for a bug of ours."""
-    for settings in ({"out": "~nobody/x"}, {"model": "~nobody/x"}, {"label_names": "~nobody/x"}):
-        with pytest.raises(InputError, match="'~nobody/x' is not a path"):
+    for settings in (
+        {"out": "~no-such-user/x"},
+        {"model": "~no-such-user/x"},
+        {"label_names": "~no-such-user/x"},
+    ):
+        with pytest.raises(InputError, match="'~no-such-user/x' is not a path"):
             fit(**settings)
     for empty in ({"out": ""}, {"model": " "}, {"data": ""}):
         with pytest.raises(InputError, match=r"expected the name of a file or folder, got ' ?'"):

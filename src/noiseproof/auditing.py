@@ -35,7 +35,7 @@ from noiseproof.method import require
 from noiseproof.methods import CrossEntropy
 from noiseproof.metrics import detection
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.noise import Symmetric
+from noiseproof.noise import Symmetric, estimate_transition_from_labels
 from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord
 from noiseproof.selection import confident_class, kappa
@@ -64,11 +64,14 @@ class Audit:
             finding them, a lower and an upper bound; where the truth is known ``noise_rate``,
             ``auroc``, ``ap``, ``precision`` and ``recall``.
         verdict: What these numbers mean, in a sentence or two.
+        transition: How true classes became given ones, where the truth is known (C, C): row = true
+            class, column = given class.
     """
 
     table: Any
     summary: dict[str, Any]
     verdict: str
+    transition: np.ndarray | None = None
 
     @property
     def suspects(self) -> Any:
@@ -245,7 +248,13 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
         ties = looks.loss.double().numpy() * 1e-9  # rows of the same score, by their loss
         measured = detection(score + ties, prepared.wrong, flagged=flagged)
         summary |= {"noise_rate": float(prepared.wrong.mean()), **measured}
-    return Audit(table.reset_index(drop=True), summary, verdict(summary))
+    transition = None
+    if data.clean_labels is not None:
+        known = data.clean_labels >= 0  # no class is right for a foreign row
+        transition = estimate_transition_from_labels(
+            data.clean_labels[known], data.labels[known], classes
+        )
+    return Audit(table.reset_index(drop=True), summary, verdict(summary), transition)
 
 
 def verdict(summary: Mapping[str, Any]) -> str:

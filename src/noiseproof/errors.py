@@ -127,7 +127,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, kind) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str | Path)
-    if isinstance(hint, type):
+    if isinstance(hint, type) and hint is not Any:  # Any is a class from Python 3.11 on
         return isinstance(value, hint)
     return True
 

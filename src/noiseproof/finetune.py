@@ -28,6 +28,7 @@ from noiseproof.job import Job, JobSettings, check_names
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
 from noiseproof.methods import method_of
+from noiseproof.noise import save_transition
 from noiseproof.prediction import Predictor, predict_logits
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
@@ -239,6 +240,8 @@ def run_job(
                     predictor.model = merged(predictor.model)
                 prepared.task.save(predictor.model, folder / "model")
                 write_results(folder, outcome.history, samples, prepared)
+                if "transition" in record.findings:
+                    save_transition(folder / "transition.json", record.findings["transition"])
             record.status = "done"
         except Exception as error:
             record.status = "interrupted" if isinstance(error, Interrupted) else "failed"

@@ -71,9 +71,11 @@ class Job:
         image_workers: Processes that decode images; 0 decodes in this one.
         template: Text around the {prompt} of a language model; chat has its own.
         max_new_tokens: Longest response that is generated.
-        choice_score: mean or sum of the log-likelihoods of its tokens.
-        answer_pattern: Regular expression of the answer in a generated response.
-        answer_rows: Most test rows that are answered for it.
+        choice_score: Choices are compared by the mean or the sum of the log-likelihoods of their
+            tokens.
+        answer_pattern: Regular expression that finds the answer in a generated response; with it
+            test rows are also answered by generating.
+        answer_rows: How many test rows at most are answered by generating.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.

@@ -123,6 +123,7 @@ class _State:
     logged: dict[str, float] = field(default_factory=dict)
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
     doubted: bool = False  # whether it was judged if a selection leaves enough rows
     history: list[HistoryRow] = field(default_factory=list)
     seconds: dict[str, float] = field(
@@ -565,6 +566,7 @@ class _Loop:
         tensors |= {"random": random, "generator": self.run.generator.get_state()}
         self.state.columns, self.state.logged = list(self.run.columns), self.run.logged
         self.state.sums, self.state.warned = self.run.sums, self.run.warned
+        self.state.findings = self.run.findings
         self.state.legs = self.watch.seconds()
         save_checkpoint(self.checkpoints, tensors, vars(self.state))
 
@@ -576,6 +578,7 @@ class _Loop:
         columns = with_prefix("column", tensors)
         self.run.columns = {name: columns[name] for name in self.state.columns}
         self.run.logged, self.run.warned = self.state.logged, self.state.warned
+        self.run.findings = self.state.findings
         self.run.sums = self.state.sums if self.engine.main else {}  # those of all processes
 
 

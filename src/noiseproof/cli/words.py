@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from noiseproof.cli.showing import PROGRAM
 from noiseproof.errors import InputError, in_words, path_of, unknown_name
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 NO_SETTINGS = {"--help", "--config"}  # options that a config cannot give
+
+
+_COLUMNS = ("text", "label", "clean_label", "row_id", "image")
+METAVARS = {
+    **dict.fromkeys(_COLUMNS, "COLUMN"),
+    **dict.fromkeys(("test", "validation"), "FILE|SHARE"),
+    **dict.fromkeys(("label_names", "noise_pool", "config", "transition_out"), "FILE"),
+    **dict.fromkeys(("noise", "test_noise"), "SPEC"),
+    "features": "COLUMNS",
+    "answer_pattern": "REGEX",
+    "validation_labels": "{clean,noisy}",
+    "on_bad_image": "{error,skip}",
+    "choice_score": "{mean,sum}",
+    "task": "KIND",
+    "schedule": "{linear,cosine,constant}",
+    "precision": "{auto,fp32,bf16,fp16}",
+    "device": "{auto,cpu}",
+    "evaluate": "{epoch,end}",
+    "select": "{last,best}",
+}
+"""What the help shows as the value of an option, by the name of its setting."""
 
 
 def new_parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
@@ -35,8 +57,9 @@ def new_parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
             super().__init__(prog, **settings)  # type: ignore[no-untyped-call]
 
         def _get_default_metavar_for_optional(self, action: Any) -> str:
-            """The last word of the name: the whole would take a line of its own."""
-            return str(action.dest).rpartition(".")[2].rpartition("_")[2].upper()
+            """What to give, or the last word of the name: the whole would take a line."""
+            name = str(action.dest).rpartition(".")[2]
+            return METAVARS.get(name) or name.rpartition("_")[2].upper()
 
         def _get_help_string(self, action: Any) -> str:
             text, value = str(action.help or ""), action.default
@@ -101,10 +124,31 @@ def parse(parser: ArgumentParser, words: list[str]) -> Any:
     """Parse, and turn what jsonargparse says of a mistake into one plain line."""
     from jsonargparse import ArgumentError
 
+    words = _nulls(parser, words)
     try:
         return parser.parse_args(words)
     except (ArgumentError, TypeError, KeyError) as error:
         raise InputError(_plain(parser, words, " ".join(str(error).split()))) from error
+
+
+def _nulls(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """The words with null for None, as Python writes it, where it cannot be a text."""
+    options = {
+        option
+        for action in parser._actions
+        if types.NoneType in (parts := get_args(getattr(action, "_typehint", None)))
+        and str not in parts
+        for option in action.option_strings
+    }
+    found: list[str] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if value == "None" and name in options:
+            word = f"{name}=null"
+        elif word == "None" and found and found[-1] in options:
+            word = "null"
+        found.append(word)
+    return found
 
 
 def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:

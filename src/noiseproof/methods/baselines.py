@@ -258,7 +258,8 @@ class ForwardCorrection(Tuned):
     then learns the clean ones.
     Steps: (1) cross-entropy for ``warmup_epochs``; (2) unless given, estimate the matrix from
     anchor rows; (3) train on with the corrected loss.
-    Deviations: one run, not two; the estimate is made once, at the end of the warm-up.
+    Deviations: one run, not two; the estimate is made once, at the end of the warm-up, and kept in
+    ``transition.json``.
     Settings: warmup_epochs = 2 (ours), percentile = 97 (released code).
     Cost: one scoring pass.
 
@@ -296,6 +297,8 @@ class ForwardCorrection(Tuned):
             probabilities = torch.softmax(run.predict(), dim=1)
             usable = torch.isfinite(probabilities).all(dim=1)
             matrix = estimate_transition(probabilities[usable], run.labels[usable], self.percentile)
+            exact = matrix.double()  # rows of float32 that sum to 1 do not in double
+            run.findings["transition"] = (exact / exact.sum(dim=1, keepdim=True)).tolist()
         run.log(transition_trace=float(matrix.diagonal().mean()))
         return {"likelihood": matrix.float().T[run.labels].contiguous()}
 
