@@ -27,10 +27,11 @@ import yaml
 import noiseproof
 from noiseproof import cards, finetune
 from noiseproof.cli import COMMANDS, main
+from noiseproof.cli.commands import FIT_GROUPS, NOT_FLAT
 from noiseproof.errors import InputError
 from noiseproof.job import Job
 from noiseproof.methods import METHODS, CleaR
-from noiseproof.noise import estimate_transition_from_labels, load_transition
+from noiseproof.noise import NOISE_MODELS, estimate_transition_from_labels, load_transition
 from noiseproof.record import RunRecord, spec_id
 from noiseproof.tables import read_table, write_table
 from tiny import LABELS, build_model, environment, python, table
@@ -594,6 +595,44 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
         assert re.search("tickets(.csv|.toml)? (does not exist|is not a run)", complaint(*words))
 
 
+def test_the_help_of_fit_shows_every_setting_of_a_job_in_a_group() -> None:
+    grouped = [name for names in FIT_GROUPS.values() for name in names]
+    flat = [item.name for item in dataclasses.fields(Job) if item.name not in NOT_FLAT]
+    assert sorted(grouped) == sorted(flat)
+    shown = works("fit", "--help").out
+    groups = ["data", "model", "noise", "features", "images", "language models", "output"]
+    places = [shown.index(f"\n{title}:\n") for title in groups]
+    assert places == sorted(places) and "studies:" not in shown
+    for metavar in ("--on-bad-image {error,skip}", "--validation-labels {clean,noisy}",
+                    "--label-names FILE", "--noise SPEC", "--text COLUMN"):  # fmt: skip
+        assert metavar in shown
+
+
+def test_the_help_of_corrupt_lists_every_kind_of_noise() -> None:
+    shown = works("corrupt", "--help").out
+    assert [kind.example for kind in NOISE_MODELS.values() if kind.example not in shown] == []
+
+
+def test_what_fit_did_not_do_is_said_in_a_line(place: Place) -> None:
+    """Neither a run that was to be resumed and is new, nor one without test rows, is silent."""
+    run = place.folder / "runs" / "new"
+    words = ("fit", place.folder / "train.csv", "--model", place.model, "--out", run, *QUICK)
+    answer = works(*words, "--resume")
+    assert f"{run} holds no run to resume; a new one starts there" in answer.err
+    assert "no test rows: give --test FILE or --test 0.2" in answer.out
+    assert "no test rows" not in works(*words, "--test", "0.2", "--overwrite").out
+
+
+def test_an_audit_writes_how_true_labels_became_given_ones(place: Place, tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.json"
+    works("audit", place.folder / "train.csv", "--model", place.model, "--clean-label",
+          "clean_label", "--out", tmp_path / "s.csv", "--transition-out", matrix)  # fmt: skip
+    train = read_table(place.folder / "train.csv")
+    true, given = ([LABELS.index(name) for name in train[c]] for c in ("clean_label", "label"))
+    expected = estimate_transition_from_labels(true, given, len(LABELS))
+    np.testing.assert_allclose(load_transition(matrix), expected)
+
+
 def test_defaults_are_told_as_one_types_them() -> None:
     """Not as Python writes them, and a new line does not break the table of the page."""
     lines = " ".join(works("fit", "--help").out.split())
@@ -697,9 +736,21 @@ READING = [
     ("text is label", f"{FIT} --text label", r"'label' of train\.csv cannot be both text and"),
     ("three texts", f"{FIT} --text text,label,context", r"must name one column or two diff"),
     (
+        "no model in a folder",
+        "fit train.csv --out out --model folder/none",
+        r"cannot load model 'folder/none': the folder does not exist \(give a local folder",
+    ),
+    (
+        "near minilm",
+        "fit train.csv --out out --model minilmm",
+        r"cannot load model 'minilmm'; did you mean 'minilm'\?",
+    ),
+    ("sample 1", f"{FIT} --sample 1", r"--sample 1 leaves a single row; expected at least 2 rows"),
+    ("rows of their own", f"{FIT} --label text", r"cannot be both text and label|class of its own"),
+    (
         "no model folder",
         "fit train.csv --out out --model ./none",
-        r"model './none': .*config\.json",
+        r"model './none': the folder does not exist \(.*config\.json",
     ),
     (
         "folder without config",
@@ -734,6 +785,20 @@ SETTING = [
         "fit train.csv --out folder --overwrite",
         r"folder holds files but no run; --overwrite replaces runs only",
     ),
+    ("no home", "fit train.csv --out ~no-such-user/x", r"'~no-such-user/x' is not a path: Could n"),
+    ("out is nothing", "fit train.csv --out ''", r"expected the name of a file or folder, got ''"),
+    ("noise is nothing", f"{FIT} --noise ''", r"--noise must not be empty; none injects nothing"),
+    (
+        "pool alone",
+        f"{FIT} --noise-pool test.csv",
+        r"--noise-pool is for .*, or leave --noise-pool",
+    ),
+    (
+        "true is given",
+        f"{FIT} --clean-label label",
+        r"--clean-label label is the column of the giv",
+    ),
+    ("huge batch", f"{FIT} --train.batch_size 99999999", r"--train\.batch_size must be at most 10"),
     ("0 epochs", f"{FIT} --train.epochs 0", r"train\.epochs must be at least 1, got 0"),
     ("-1 epochs", f"{FIT} --train.epochs -1", r"train\.epochs must be at least 1, got -1"),
     (
@@ -877,7 +942,23 @@ OTHER = [
     ("clean there", f"{CORRUPT} --noise symmetric:.4 --clean-label context", r"'context' already"),
     ("same column", f"{CORRUPT} --noise symmetric:.4 --clean-label label", r"'label' already"),
     ("pool", f"{CORRUPT} --noise openset:.4", r"inputs; give --noise-pool, a file of"),
-    ("pair", f"{CORRUPT} --noise pairflip:.4,pairs=0>9", r"0>9 is outside of 3 classes"),
+    ("pair", f"{CORRUPT} --noise pairflip:.4,pairs=0>9", r"no class 9; classes: 0=garden, 1=ha"),
+    (
+        "no truth",
+        "audit train.csv --model MODEL --out o.csv --transition-out m.json",
+        r"--transition-out needs the true labels; give --clean-label$",
+    ),
+    (
+        "audited label",
+        "audit train.csv --model MODEL --out o.csv --clean-label label",
+        r"--clean-label label is the column of the given labels too; name .*, or leave "
+        r"--clean-label out$",
+    ),
+    (
+        "neighbours",
+        "audit train.csv --out o.csv --neighbours 0",
+        r": --neighbours must be at least",
+    ),
     (
         "matrix there",
         f"{CORRUPT} --noise symmetric:.4 --transition-out matrix.json",
@@ -999,7 +1080,10 @@ def test_a_hub_name_without_network_fails_at_once(done: Path, place: Place) -> N
     assert "cannot load model 'someone/no-such-model': " in line
 
 
-def test_a_setting_can_be_taken_back_with_null(asked: list[Job]) -> None:
+@pytest.mark.parametrize("nothing", ["null", "None"])
+def test_a_setting_can_be_taken_back_with_null(asked: list[Job], nothing: str) -> None:
+    """The help speaks of None, as Python does."""
     words = ("fit", "t.csv", "--out", "r", "--train.learning_rate", "0.1", "--sample", "5")
-    call(*words, "--train.learning_rate", "null", "--sample=null")
+    call(*words, "--train.learning_rate", nothing, f"--sample={nothing}", "--drop-label", "None")
     assert (asked[0].train.learning_rate, asked[0].sample) == (None, None)
+    assert asked[0].drop_label == "None"  # a text may be this word

@@ -28,11 +28,11 @@ from noiseproof.finetune import FitResult
 from noiseproof.frozen import mean_pooled
 from noiseproof.job import LATER, Job, JobSettings
 from noiseproof.loop import Progress
-from noiseproof.methods.baselines import GCE, CrossEntropy, SmallLoss
+from noiseproof.methods.baselines import GCE, CrossEntropy, ForwardCorrection, SmallLoss
 from noiseproof.methods.clear import CleaR
 from noiseproof.methods.lope import LoPE
 from noiseproof.mixture import LossMixture
-from noiseproof.noise import parse_noise
+from noiseproof.noise import load_transition, parse_noise
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, prepare_folder, spec_id
 from noiseproof.tuning import VIRTUAL_TOKENS
@@ -837,15 +837,40 @@ def test_a_result_is_one_line_with_its_metrics_and_suspects(whole: Whole) -> Non
     assert whole.result.suspects["row_id"].tolist() == saved["row_id"].tolist()
 
 
+def test_an_estimated_transition_matrix_is_left_in_the_run(fit: Fit, tmp_path: Path) -> None:
+    """It is what the method is about; it was in no file and lost with the process."""
+    run = tmp_path / "run"
+    method = ForwardCorrection(warmup_epochs=1)
+    result = fit(table(18, wrong=0.3), method=method, train={"epochs": 2}, out=run)
+    matrix = load_transition(run / "transition.json")
+    assert matrix.shape == (3, 3) and result.record.findings["transition"] == matrix.tolist()
+    assert parse_noise(f"transition:{run / 'transition.json'}") is not None
+    fit(method=PLAIN, out=run, overwrite=True)
+    assert not (run / "transition.json").exists()
+
+
+def test_findings_outlive_an_interruption(fit: Fit, tmp_path: Path) -> None:
+    """The estimate is made once, at the end of the warm-up; a run resumed later kept none."""
+    run, method = tmp_path / "run", ForwardCorrection(warmup_epochs=1)
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == 2 and progress.history is None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    common = {"method": method, "train": {"epochs": 4}, "out": run}
+    with pytest.raises(Interrupted):
+        fit(table(18, wrong=0.3), report=stop, **common)
+    resumed = fit(table(18, wrong=0.3), resume=True, **common)
+    whole = fit(table(18, wrong=0.3), **(common | {"out": None}))
+    assert resumed.record.findings == whole.record.findings
+    assert (run / "transition.json").exists()
+
+
 def test_a_home_that_does_not_exist_is_refused(fit: Fit) -> None:
     """It is a RuntimeError in Python, which the command line took for a bug of ours."""
-    for settings in (
-        {"out": "~no-such-user/x"},
-        {"model": "~no-such-user/x"},
-        {"label_names": "~no-such-user/x"},
-    ):
+    for name in ("out", "model", "label_names"):
         with pytest.raises(InputError, match="'~no-such-user/x' is not a path"):
-            fit(**settings)
+            fit(**{name: "~no-such-user/x"})
     for empty in ({"out": ""}, {"model": " "}, {"data": ""}):
         with pytest.raises(InputError, match=r"expected the name of a file or folder, got ' ?'"):
             fit(**empty)
