@@ -425,7 +425,7 @@ def test_a_run_that_ctrl_c_stopped_is_resumed_by_the_same_command(place: Place) 
     assert RunRecord.read(run).status == "interrupted"
 
     changed = complaint(*words, "--train.seed", 7, "--resume")
-    assert "settings differ in train.seed (0 then, 7 now)" in changed
+    assert "settings differ in --train.seed (0 then, 7 now)" in changed
     predict = ("predict", run, place.folder / "test.csv", "--out", place.folder / "no.csv")
     assert "is interrupted; finish it with --resume" in complaint(*predict)
     assert RunRecord.read(run).status == "interrupted"
