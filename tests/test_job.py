@@ -795,6 +795,24 @@ def test_settings_of_another_type_are_told_too(make: Callable[[], Any], message:
         make()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: noiseproof.corrupt(table(6), 0.4), "noise must be a text such as symmetric:0.4"),
+        (lambda: noiseproof.corrupt(table(6), "symmetric:1", label=3), "label must be text, got 3"),
+        (
+            lambda: noiseproof.corrupt(table(6), "symmetric:1", seed="a"),
+            "seed must be a whole numb",
+        ),
+        (lambda: noiseproof.corrupt(table(6), "symmetric:1", text=3), "text must be text, got 3"),
+        (lambda: noiseproof.audit(table(6), neighbours="a"), "neighbours must be a whole number"),
+    ],
+)
+def test_corrupt_and_audit_tell_the_type_too(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        call()
+
+
 def test_numbers_of_numpy_and_whole_numbers_are_numbers() -> None:
     assert TrainSettings(epochs=np.int64(3), weight_decay=0).epochs == 3
     assert GCE(q=np.float32(0.5)).q == 0.5 and GCE(q=1).q == 1

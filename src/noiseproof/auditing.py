@@ -23,7 +23,7 @@ from torch import Tensor
 
 from noiseproof.data import Examples
 from noiseproof.engine import TrainSettings, derive_seed
-from noiseproof.errors import path_of
+from noiseproof.errors import check_type, path_of
 from noiseproof.evidence import (
     held_out_probabilities,
     loss_of_given,
@@ -198,6 +198,8 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
     Raises:
         InputError: The data or a setting is wrong, or the run is not finished.
     """
+    check_type("neighbours", neighbours, int)
+    check_type("seed", seed, int)
     require(neighbours >= 1, f"neighbours must be at least 1, got {neighbours}")
     require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}")
     folder = _run_folder(source)

@@ -12,7 +12,7 @@ import torch
 
 from noiseproof.data import FOREIGN, Examples, Inputs, Reader, read_labels
 from noiseproof.engine import TrainSettings, derive_seed
-from noiseproof.errors import InputError, path_of, unknown_name
+from noiseproof.errors import InputError, check_type, path_of, unknown_name
 from noiseproof.noise import Corruption, NoiseModel, parse_noise
 from noiseproof.preparation import frozen_features
 from noiseproof.tables import Table, load_table
@@ -81,6 +81,9 @@ def corrupt_table(
     Raises:
         InputError: The noise cannot be parsed, or the table does not fit it.
     """
+    for name, value in (("label", label), ("clean_label", clean_label), ("task", task)):
+        check_type(name, value, str)
+    check_type("seed", seed, int)
     model_of_noise = parse_noise(noise)
     if model_of_noise is None:
         raise InputError("noise is 'none': nothing to do; give for example symmetric:0.4")

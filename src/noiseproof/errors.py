@@ -81,12 +81,22 @@ def check_types(settings: Any, owner: str) -> None:
     """
     hints = _hints(type(settings))
     for item in dataclasses.fields(settings):
-        hint, value = hints.get(item.name, Any), getattr(settings, item.name)
-        if not _fits(value, hint):
-            raise InputError(
-                f"{owner}{item.name} must be {in_words(hint)}, got {_told(value)}"
-                f"{_instead(value, hint)}"
-            )
+        value = getattr(settings, item.name)
+        check_type(f"{owner}{item.name}", value, hints.get(item.name, Any))
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value that is not of a type, see `check_types`.
+
+    >>> check_type("seed", "3", int)
+    Traceback (most recent call last):
+        ...
+    noiseproof.errors.InputError: seed must be a whole number, got '3'
+    """
+    if not _fits(value, hint):
+        raise InputError(
+            f"{name} must be {in_words(hint)}, got {_told(value)}{_instead(value, hint)}"
+        )
 
 
 def in_words(hint: Any, nothing: str = "None", rows: str = "a tuple") -> str:
