@@ -759,7 +759,7 @@ def test_an_unknown_setting_or_method_is_one_line() -> None:
     [
         ({"label": 3}, "label must be text, got 3"),
         ({"sample": "5"}, "sample must be a whole number or None, got '5'"),
-        ({"noise": 0.4}, "noise must be text, got 0.4"),
+        ({"noise": 0.4}, "noise must be a text such as symmetric:0.4, or a noise model, got 0.4"),
         ({"merge": 1}, "merge must be true or false, got 1"),
         (
             {"train": {"epochs": 1}},

@@ -133,8 +133,10 @@ class Job:
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
         for name in ("noise", "test_noise"):
-            if isinstance(value := getattr(self, name), NoiseModel):
-                object.__setattr__(self, name, value.spec)
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                model = parse_noise(value)  # which refuses what is no model
+                object.__setattr__(self, name, model and model.spec)
         check_types(self, "")
         task, _ = find_task(self.task), self.rows  # which checks itself
         others = [name for name, method in METHODS.items() if self.task in method.tasks]
