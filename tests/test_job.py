@@ -889,7 +889,7 @@ def test_a_home_that_does_not_exist_is_refused(fit: Fit) -> None:
     for name in ("out", "model", "label_names"):
         with pytest.raises(InputError, match="'~no-such-user/x' is not a path"):
             fit(**{name: "~no-such-user/x"})
-    for empty in ({"out": ""}, {"model": " "}, {"data": ""}):
+    for empty in ({"out": ""}, {"label_names": " "}, {"data": ""}):
         with pytest.raises(InputError, match=r"expected the name of a file or folder, got ' ?'"):
             fit(**empty)
 

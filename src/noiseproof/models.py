@@ -41,6 +41,8 @@ def resolve_model(name: str) -> str:
         InputError: It is the path of a folder that does not exist.
     """
     if name != "minilm":
+        if not name.strip():
+            raise InputError(cannot_load(name, ValueError("the name is empty")))
         path = path_of(name)
         if path.exists():
             return str(path.absolute())
