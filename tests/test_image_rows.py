@@ -287,6 +287,7 @@ def test_a_bad_image_is_an_error_or_is_left_out_and_counted(
     words = ["fit", str(spoilt), "--task", "image", "--model", image_model(), "--method", "GCE",
              "--train.epochs", "1", "--train.device", "cpu"]  # fmt: skip
     words += ["--test", str(spoilt), "--out"]
+    capsys.readouterr()  # what saving the model said
     assert main([*words, str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "(2 such images)" in error and "--on-bad-image skip" in error
