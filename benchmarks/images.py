@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import noiseproof
 from noiseproof.finetune import run_job
 from noiseproof.job import Job
+from noiseproof.record import RunRecord
 
 MEANS = (104.0, 117.0, 123.0)  # of blue, green, red, from 0 to 255
 FIRES = {  # name -> channels in, squeezed, expanded twice
@@ -87,6 +88,11 @@ def images(folder: Path, split: str, rows: np.ndarray) -> list[bytes]:
     return [whole[offsets[row] : offsets[row + 1]].tobytes() for row in rows]
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a run has ended there; one that failed or was interrupted is gone on with."""
+    return (folder / "record.json").exists() and RunRecord.read(folder).status == "done"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cifar10", type=Path)
@@ -117,8 +123,8 @@ def main() -> None:
     settings = {"epochs": args.epochs, "learning_rate": args.learning_rate, "seed": args.seed}
     for method in args.methods:
         out = args.out and args.out / f"{args.labels}_{method.replace(':', '-')}_{args.seed}"
-        if out and (out / "record.json").exists():
-            print(f"{method}: there is a run in {out}")
+        if out and is_done(out):
+            print(f"{method}: there is a finished run in {out}")
             continue
         name, _, preset = method.partition(":")
         job = Job(
@@ -132,7 +138,8 @@ def main() -> None:
             train=noiseproof.TrainSettings(**settings),
         )
         named = {"data": args.labels.removesuffix("_label"), "method": method, "seed": args.seed}
-        result = run_job(job, out=out, labels={key: str(value) for key, value in named.items()})
+        told = {key: str(value) for key, value in named.items()}
+        result = run_job(job, out=out, resume=out is not None, labels=told)
         for row in result.history:
             print({name: round(v, 4) for name, v in row.items() if isinstance(v, float)})
         for metric, value in result.record.metrics.items():

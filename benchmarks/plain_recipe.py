@@ -24,9 +24,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")  # the library's
     args = parser.parse_args()
 
     import pandas as pd
+    import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import (
@@ -62,6 +64,8 @@ def main() -> None:
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
+            bf16=args.precision == "bf16",
+            use_cpu=args.precision == "bf16" and not torch.cuda.is_available(),  # else refused
             eval_strategy="epoch",
             save_strategy="no",
             report_to=[],
@@ -82,6 +86,7 @@ def main() -> None:
         "seconds": time.perf_counter() - STARTED,
         "peak_memory_mb": peak,
         "test_accuracy": accuracy[-1],
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
     }
     with open(f"{args.out}/result.json", "w", encoding="utf-8") as out:
         json.dump(result, out)

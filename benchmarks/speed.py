@@ -6,6 +6,8 @@ Each pair runs the plain recipe (``plain_recipe.py``) and then ``noiseproof fit`
 model, rows, epochs, batch size, rank, learning rate and evaluation, each in a process of its own,
 start-up and imports included. Ratios are taken within a pair, because the machine's speed drifts;
 the ratio of processor time hardly depends on what else the machine does.
+Left to itself each side takes its own precision: the Trainer fp32, noiseproof bf16 where the
+machine runs it faster. ``--precision`` gives both the same; what ran stands with every number.
 DATA and TEST have the column text and one of labels; those of DATA are corrupted here first.
 """
 
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 VARIANTS = {
@@ -29,7 +32,7 @@ VARIANTS = {
 }
 
 
-def run(words: list[str], environment: dict[str, str]) -> dict[str, float]:
+def run(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Seconds, processor seconds and peak memory (MB) of one process and its children."""
     started = time.perf_counter()
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--noise", default="symmetric:0.4")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--precision", choices=["bf16", "fp32"])
     parser.add_argument("--variant", choices=list(VARIANTS), default="reuse")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -95,11 +99,16 @@ def main() -> None:
             ours += ["--method.rank", str(args.rank), "--train.epochs", str(args.epochs)]
             ours += ["--train.batch_size", str(args.batch_size)]
             ours += ["--method.learning_rate", str(args.learning_rate)]
+            if args.precision:
+                plain += ["--precision", args.precision]
+                ours += ["--train.precision", args.precision]
             pair = {"plain": run(plain, fresh), "clear": run(ours, fresh)}
             result = json.loads((place / f"plain{number}" / "result.json").read_text())
             record = json.loads((place / f"ours{number}" / "record.json").read_text())
             pair["plain"]["test_accuracy"] = result["test_accuracy"]
             pair["clear"]["test_accuracy"] = record["metrics"]["test_accuracy"]
+            pair["plain"]["precision"] = result["precision"]
+            pair["clear"]["precision"] = record["model"]["precision"]
             pair["clear"] |= record["timings"]
             pair["time_ratio"] = pair["clear"]["seconds"] / pair["plain"]["seconds"]
             pair["cpu_ratio"] = pair["clear"]["cpu_seconds"] / pair["plain"]["cpu_seconds"]
@@ -111,6 +120,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         "variant": args.variant,
         "noise_rate": corruption.noise_rate,
+        "precision": {side: pairs[0][side]["precision"] for side in ("plain", "clear")},
         "time_ratio_median": statistics.median(ratios),
         "time_ratio_range": [min(ratios), max(ratios)],
         "cpu_ratio_median": statistics.median(pair["cpu_ratio"] for pair in pairs),
@@ -122,7 +132,8 @@ def main() -> None:
         f"time ratio {summary['time_ratio_median']:.2f} "
         f"(range {min(ratios):.2f} to {max(ratios):.2f}), "
         f"processor time ratio {summary['cpu_ratio_median']:.2f}, "
-        f"memory ratio {summary['memory_ratio_median']:.2f}"
+        f"memory ratio {summary['memory_ratio_median']:.2f}; "
+        f"plain recipe in {summary['precision']['plain']}, CleaR in {summary['precision']['clear']}"
     )
 
 

@@ -1,8 +1,8 @@
 """Generate what the documentation takes from the code.
 
-Writes docs/methods.md and docs/cli.md whole, and the parts of README.md and docs/noise.md between
-``<!-- generated: NAME -->`` and ``<!-- end -->``. With --check nothing is written: the exit code
-is 1 if a file on disk differs.
+Writes docs/methods.md and docs/cli.md whole, and the parts of README.md, docs/noise.md and
+docs/benchmark.md between ``<!-- generated: NAME -->`` and ``<!-- end -->``. With --check nothing is
+written: the exit code is 1 if a file on disk differs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -54,8 +59,13 @@ def main(words: list[str]) -> int:
 def pages() -> dict[Path, str]:
     """All generated files, as they should be."""
     whole = {ROOT / "docs/methods.md": methods_page(), ROOT / "docs/cli.md": cli_page()}
-    parts = {"methods": methods_table, "noises": noise_table, "formulas": noise_formulas}
-    for path in (ROOT / "README.md", ROOT / "docs/noise.md"):
+    parts = {
+        "methods": methods_table,
+        "noises": noise_table,
+        "formulas": noise_formulas,
+        "grids": grids_table,
+    }
+    for path in (ROOT / "README.md", ROOT / "docs/noise.md", ROOT / "docs/benchmark.md"):
         text = path.read_text(encoding="utf-8")
         whole[path] = PART.sub(lambda found: found[1] + parts[found[2]]() + found[3], text)
     return whole
@@ -67,6 +77,7 @@ def pages() -> dict[Path, str]:
 def methods_page() -> str:
     """Cards, settings and presets of all methods."""
     shared = {item.name: item.default for item in cards.settings(Tuned)}
+    shared |= {item.name: item.default for item in cards.settings(LossMixture, "mixture.")}
     rates = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items())
     rates += f", others {ADAPTER_RATE:g}"
     lines = [
@@ -81,9 +92,12 @@ def methods_page() -> str:
     ]
     for name, method in METHODS.items():
         found = cards.settings(method)
-        own = [item for item in found if not item.name.startswith("mixture.")]
-        if issubclass(method, Tuned):
-            own = [item for item in own if shared.get(item.name) != item.default]
+        own = [
+            item
+            for item in found
+            if shared.get(item.name) != item.default
+            or not (issubclass(method, Tuned) or item.name.startswith("mixture."))
+        ]
         lines += [f"## {name}", "", card(cards.card(method)), ""]
         lines += [f"Runs on the tasks {', '.join(f'`{task}`' for task in method.tasks)}.", ""]
         lines += settings_table(own) if own else ["No settings of its own."]
@@ -198,6 +212,20 @@ def noise_formulas() -> str:
         sections += [f"### {name}", "", marked(title), "", *map(marked, items), ""]
         sections += [f"Such as `{kind.example}`.", ""]
     return "\n".join(sections)
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+
+def grids_table() -> str:
+    """One line per grid of this project: what its first comment and its cost say."""
+    lines = ["| file | what it shows | estimated cost |", "|---|---|---|"]
+    for path in sorted(ROOT.glob("benchmarks/*.toml")):
+        text = path.read_text(encoding="utf-8")
+        comment = text.partition("#     noiseproof bench")[0]
+        shows = " ".join(re.findall(r"^# (.*)$", comment, re.MULTILINE)).removesuffix(".")
+        lines.append(f"| `{path.name}` | {cell(shows)} | {cell(tomllib.loads(text)['cost'])} |")
+    return "\n".join(lines) + "\n"
 
 
 # --- command line --------------------------------------------------------------------------------

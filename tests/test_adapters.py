@@ -15,16 +15,8 @@ from torch import Tensor, nn
 
 import noiseproof
 from families import ALL, classifier
-from noiseproof.adapters import (
-    AdaptedModel,
-    Adapter,
-    BiasShift,
-    Bottleneck,
-    calls_in_layers,
-    inserted,
-    restored,
-    without,
-)
+from noiseproof.adapters import AdaptedModel, Adapter, calls_in_layers, restored
+from noiseproof.adapters.parts import BiasShift, Bottleneck, inserted, without
 from noiseproof.errors import InputError
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR

@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from noiseproof import cli
-from noiseproof.benchmark import Board, CellState, run_cell, run_grid
+from noiseproof import benchmark, cli
+from noiseproof.benchmark import Board, CellState, _Local, _Runner, run_cell, run_grid
 from noiseproof.errors import InputError
 from noiseproof.grid import Cell, parse_grid, read_grid
 from noiseproof.record import RunRecord
@@ -180,6 +183,59 @@ def test_a_peer_is_a_cell_like_any_other(values: dict[str, Any], tmp_path: Path)
     assert peer.labels["method"] == "Trainer (peer)"
 
 
+class _Nowhere(_Runner):
+    """Runs nothing, on seven processors."""
+
+    workers = 7
+
+    def start(self, state: CellState, told: Callable[[str], None]) -> Future[None]:
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_time_left_counts_the_processors_of_the_cluster(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a cluster of a hundred would be told to take a hundred times as long."""
+    monkeypatch.setattr(benchmark, "_ray_runner", lambda address: _Nowhere())
+    shown: list[int] = []
+    run_grid(parse_grid(values), tmp_path / "grid", ray="auto",
+             show=lambda board, state: shown.append(board.workers))  # fmt: skip
+    assert set(shown) == {7}
+
+
+def test_a_cell_that_starts_as_the_grid_ends_is_ended_too(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Ctrl-C would wait for the whole of it."""
+    started: list[subprocess.Popen[str]] = []
+    ending = threading.Thread(target=lambda: runner.close())
+    popen = subprocess.Popen
+
+    def slow(words: list[str], **given: Any) -> subprocess.Popen[str]:
+        ending.start()
+        time.sleep(0.3)  # the grid ends before it knows the process
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **given))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    runner = _Local(1)
+    state = CellState(parse_grid(values).cells[0], tmp_path / "cell")
+    future = runner.start(state, lambda words: None)
+    try:
+        with pytest.raises(RuntimeError, match="killed by signal 15"):
+            future.result(timeout=20)
+        ending.join(timeout=20)
+        assert not ending.is_alive()
+    finally:
+        for process in started:
+            process.kill()
+
+
 def test_processes_waiting_for_one_cell_run_it_once(values: dict[str, Any], tmp_path: Path) -> None:
     """A grid that was killed may have left a cell behind that is still at work."""
     cell = parse_grid(values | {"methods": {"plain": {"name": "CrossEntropy"}}}).cells[0]
@@ -245,27 +301,65 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def bench(file: Path, out: Path, *words: str) -> list[str]:
+    """The command that runs a grid."""
+    return [sys.executable, "-m", "noiseproof", "bench", str(file), "--out", str(out), *words]
+
+
+def wait_for_an_epoch(process: subprocess.Popen[Any], out: Path, seen: set[Path]) -> None:
+    """Wait until a cell has written a checkpoint that was not there before."""
+    deadline = time.monotonic() + 480  # of a busy machine
+    while not set(out.glob("cells/*/checkpoints/*.safetensors")) - seen:
+        assert process.poll() is None, "ended before it was to be stopped"
+        assert time.monotonic() < deadline, "no cell comes on"
+        time.sleep(0.02)
+
+
+def kill(words: list[str], out: Path, pause: float = 0.0) -> int:
+    """Run a grid, kill it a while after it has come on, and give its exit code."""
+    seen = set(out.glob("cells/*/checkpoints/*.safetensors"))
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        wait_for_an_epoch(process, out, seen)
+        time.sleep(pause)
+        cells = children(process.pid)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in cells):  # or their last words were progress
+        assert time.monotonic() < deadline, "a cell outlives its grid"
+        time.sleep(0.02)
+    return process.returncode
+
+
 def test_a_grid_that_is_killed_comes_to_the_same_result(
-    kills: int, values: dict[str, Any], whole: Path, tmp_path: Path
+    values: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
     """SIGKILL leaves nobody to tidy up: neither a cell at work nor half a record may do harm."""
-    out, file = tmp_path / "grid", grid_file(values, tmp_path / "grid.toml")
-    words = [sys.executable, "-m", "noiseproof", "bench", str(file), "--out", str(out)]
-    draw, killed = random.Random(3), 0
-    for number in range(kills):
-        process = subprocess.Popen([*words, "--workers", "2"], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not any(out.glob("cells/*/record.json")) and time.monotonic() < deadline:
-            time.sleep(0.05)  # the first cells need their imports; then kills are minutes of work
-        time.sleep(draw.uniform(0.0, 2.0) if number else 0.2)
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-    assert killed >= 1
-    finished = subprocess.run([*words, "--workers", "2"], capture_output=True, text=True)
+    out = tmp_path / "grid"
+    words = bench(grid_file(values, tmp_path / "grid.toml"), out, "--workers", "2")
+    assert kill(words, out) == -signal.SIGKILL
+    finished = subprocess.run(words, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "2 of 2 cells done" in finished.stdout
     assert_same_results(out, whole)
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_killed_five_times_comes_to_the_same_result(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every kill comes after new work, at any place of an epoch, and before the last cell."""
+    more = values | {"seeds": [0, 1, 2], "train": values["train"] | {"epochs": 20}}
+    states = run_grid(parse_grid(more), tmp_path / "whole", workers=2)
+    assert [state.state for state in states] == ["done"] * 6, [s.error for s in states]
+    out, draw = tmp_path / "grid", random.Random(3)
+    words = bench(grid_file(more, tmp_path / "grid.toml"), out, "--workers", "2")
+    codes = [kill(words, out, draw.uniform(0.0, 0.3)) for _ in range(5)]
+    assert codes == [-signal.SIGKILL] * 5
+    assert [record.status for record in records(out).values()] != ["done"] * 6
+    finished = subprocess.run(words, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "6 of 6 cells done" in finished.stdout
+    assert_same_results(out, tmp_path / "whole")
 
 
 def test_an_interrupted_grid_leaves_no_process_and_goes_on(
@@ -274,11 +368,8 @@ def test_an_interrupted_grid_leaves_no_process_and_goes_on(
     """Ctrl-C: cells write a checkpoint and end, the program says how to go on."""
     file = grid_file(values | {"train": values["train"] | {"epochs": 60}}, tmp_path / "grid.toml")
     out = tmp_path / "grid"
-    words = [sys.executable, "-m", "noiseproof", "bench", str(file), "--out", str(out)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not any(out.glob("cells/*/checkpoints/*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with subprocess.Popen(bench(file, out), stderr=subprocess.PIPE, text=True) as process:
+        wait_for_an_epoch(process, out, set())
         cells = children(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
@@ -313,7 +404,13 @@ def test_a_search_gives_the_cells_their_settings(values: dict[str, Any], tmp_pat
     assert record.search["trials"] == 2
     assert record.search["best"] == {"learning_rate": rates[max(rates)]}
     assert record.search["score"] == max(rates)
+    spent = [trial.timings["total_s"] for trial in trials]
+    assert record.search["seconds"] == pytest.approx(sum(spent))
     assert (record.data["rows"], record.data["validation"]) == (40, "none")
+    before = dataclasses.replace(record, search=record.search | {"trials": 1})
+    before.write(state.folder)  # as a smaller search that found the same would have left it
+    run_grid(parse_grid(changed), tmp_path / "grid")
+    assert RunRecord.read(state.folder) == record
 
 
 # --- places --------------------------------------------------------------------------------------
@@ -329,6 +426,8 @@ def test_a_folder_that_holds_something_else_is_refused(
         run_grid(parse_grid(values), tmp_path / "notes.txt")
     with pytest.raises(InputError, match="workers must be 1 or more, got 0"):
         run_grid(parse_grid(values), tmp_path / "grid", workers=0)
+    with pytest.raises(InputError, match="--workers 2 is for this machine; with --ray"):
+        run_grid(parse_grid(values), tmp_path / "grid", workers=2, ray="auto")
     assert not (tmp_path / "grid").exists()
     with pytest.raises(InputError, match=r"cannot read the grid \S+: Is a directory$"):
         read_grid(tmp_path)
@@ -340,10 +439,14 @@ def test_the_command_lists_runs_and_reports_failures(
     """The exit code tells a script whether all cells are there."""
     data = {"missing": {"data": str(tmp_path / "no.csv")}}
     file = grid_file(values | {"data": data}, tmp_path / "grid.toml")
-    assert cli.main(["bench", str(file), "--list"]) == 0
-    listed = capsys.readouterr().out
-    assert "symmetric:0.3 plain seed 0" in listed
-    assert "2 cells; seconds" in listed
+    assert cli.main(["bench", str(file), "--list"]) == 2
+    listed = capsys.readouterr()
+    assert "symmetric:0.3 plain seed 0" in listed.out
+    assert "2 cells; seconds" in listed.out
+    (error,) = listed.err.splitlines()
+    assert f"missing: {tmp_path / 'no.csv'}; paths start" in error
+    assert cli.main(["bench", str(grid_file(values, tmp_path / "whole.toml")), "--list"]) == 0
+    assert not capsys.readouterr().err
     assert cli.main(["bench", str(file), "--out", str(tmp_path / "grid")]) == 1
     assert capsys.readouterr().out.count("FAILED") == 2
     assert cli.main(["bench", str(tmp_path / "no.toml"), "--out", "x"]) == 2
@@ -361,6 +464,33 @@ def test_cells_run_on_a_ray_cluster(values: dict[str, Any], whole: Path, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_results(out, whole)
+
+
+def test_an_interrupted_grid_on_a_ray_cluster_goes_on(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C here is a cancelled task there, which must write its checkpoint all the same."""
+    pytest.importorskip("ray", reason="needs the extra 'ray'")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    methods = {"plain": values["methods"]["plain"]}
+    longer = values | {"methods": methods, "train": values["train"] | {"epochs": 60}}
+    out = tmp_path / "grid"
+    words = bench(grid_file(longer, tmp_path / "grid.toml"), out, "--ray", "local")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_an_epoch(process, out, set())
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted; the same command continues" in errors
+    (record,) = records(out).values()
+    assert record.status == "interrupted"
+    assert list(out.glob("cells/*/checkpoints/*.safetensors"))
+    finished = subprocess.run(words, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    run_grid(parse_grid(longer), tmp_path / "whole")
+    assert_same_results(out, tmp_path / "whole")
 
 
 def test_run_cell_skips_what_another_process_finished(

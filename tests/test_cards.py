@@ -78,6 +78,12 @@ def test_settings_are_listed_in_order_with_nested_ones_behind_dots() -> None:
     ]
 
 
+def test_the_values_of_a_preset_stand_in_the_place_of_the_defaults() -> None:
+    preset = Outer(size=7, inner=Inner(depth=5))
+    shown = {one.name: one.default for one in cards.settings(Outer, preset=preset)}
+    assert shown == {"size": "7", "rate": "None", "inner.depth": "5", "bare": "False"}
+
+
 def test_a_card_ends_before_the_attributes() -> None:
     outer: Any = Outer
     assert cards.summary(outer) == "One line that says it."
@@ -132,3 +138,11 @@ def test_defaults_are_those_of_the_code() -> None:
     shown = {setting.name: setting.default for setting in cards.settings(CleaR)}
     assert shown["gamma"] == str(CleaR().gamma)
     assert shown["mixture.scope"] == CleaR().mixture.scope
+    for name, method in METHODS.items():
+        values = method().to_dict()
+        for setting in cards.settings(method):
+            outer, _, inner = setting.name.partition(".")
+            if inner:  # a nested default is that of the method, not of the nested class
+                assert setting.default == str(values[outer][inner]), (name, setting.name)
+    shown = {setting.name: setting.default for setting in cards.settings(METHODS["TURN"])}
+    assert shown["mixture.scope"] == "per_class"

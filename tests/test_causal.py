@@ -16,6 +16,7 @@ import noiseproof
 from language import CHAT, language_model, tokenizer
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
+from noiseproof.experts.mixing import MODES
 from noiseproof.finetune import FitResult
 from noiseproof.job import Job
 from noiseproof.loop import Progress
@@ -406,6 +407,53 @@ def test_chat_messages_train_and_are_answered(tmp_path: Path) -> None:
     assert [*new.columns] == ["messages", "predicted_response"]
     scored = noiseproof.predict(tmp_path / "run", {"messages": turns[:3]})
     assert scored["response_loss"].notna().all()
+
+
+def test_a_saved_model_with_experts_generates_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """By `predict`, by `generate`, and in a pipeline of transformers, in every mode."""
+    out = tmp_path / "run"
+    made = fit(kind="llama", method=LoPE(theta_examples=8, noise_rate=0.3), out=out)
+    prompts = response_rows(3, seed=5)["text"]
+    code = """
+import json, sys
+import noiseproof
+from transformers import pipeline
+loaded = noiseproof.load(sys.argv[1])
+inside, prompts = loaded.model.get_base_model(), sys.argv[2:]
+said = {"predict": loaded.predict(prompts)}
+for mode in ("none", "mask", "renorm", "compensate"):
+    loaded.model.set_inference_mode(mode)
+    pipe = pipeline("text-generation", model=inside, tokenizer=loaded.task.tokenizer)
+    asked = [pipe(p, max_new_tokens=4, do_sample=False, return_full_text=False) for p in prompts]
+    said[mode] = [answer[0]["generated_text"].split() for answer in asked]
+    tokens = loaded.task.tokenizer(prompts[0], return_tensors="pt")
+    whole = inside.generate(**tokens, max_new_tokens=4, do_sample=False)
+    words = loaded.task.tokenizer.decode(whole[0, tokens["input_ids"].shape[1]:]).split()
+    assert words == said[mode][0], (words, said[mode][0])
+print(json.dumps(said))
+"""
+    done = python("-c", code, str(out), *prompts)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = last_json(done.stdout)
+    assert said["predict"] == made.predictor.predict(prompts)
+    assert all(len(words) <= 4 for mode in MODES for words in said[mode])
+
+
+def test_methods_that_noise_texts_noise_what_is_said_in_a_chat(tmp_path: Path) -> None:
+    """The roles stay, and only the response counts as a label."""
+    rows = response_rows(wrong=0.0)
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+        for text, label in zip(rows["text"], rows["label"], strict=True)
+    ]
+    kept = {"messages": turns}
+    noisy = fit(kept, chat=True, text="messages", noise="text:0.5", out=tmp_path / "noisy",
+                test=kept, test_noise="text:1")  # fmt: skip
+    assert noisy.record.noise["text_rate"] > 0.2
+    assert {"corrupted"} == set(noisy.record.ood)
+    method = LoPE(theta_examples=8, noise_rate=0.5)
+    found = fit(kept, chat=True, text="messages", method=method, out=tmp_path / "lope").record
+    assert found.findings["noise"]["corrupted_share"] > 0.2
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -129,8 +129,38 @@ def test_ticks_cover_the_range_with_few_even_steps(low: float, span: float) -> N
     assert all(b - a == pytest.approx(step, rel=1e-3) for a, b in itertools.pairwise(found))
 
 
-def test_styles_repeat_dashed() -> None:
-    assert [style(n) for n in (0, 1, 6, 7, 13)] == ["s0", "s1", "s6", "s1 dashed", "s1"]
+def test_twenty_four_styles_are_all_different() -> None:
+    """A grid of 21 methods in which two lines look alike cannot be read."""
+    assert len({style(n) for n in range(1, 25)}) == 24
+    assert len({style(n) for n in (0, -1, -2, -3)}) == 4 and style(25) == style(1)
+
+
+def test_a_line_without_a_style_has_no_name_and_is_drawn_below() -> None:
+    """Of many methods the few best are named; the others stay in sight and in the tooltip."""
+    drawn = chart(line([1.0, 2.0], "best"), line([1.0, 3.0], "one of many", style=None))
+    assert [node.text for node in parsed(drawn).iter("text") if node.get("class") == "name"] == [
+        "best"
+    ]
+    groups = [g.get("class") for g in parsed(drawn) if (g.get("class") or "").startswith("series")]
+    assert groups == ["series quiet", "series s0"] and "one of many" in drawn
+
+
+def test_whiskers_at_one_place_stand_within_a_few_pixels() -> None:
+    """Twelve lines shifted by four pixels each would move a point by a whole rate."""
+    bars = [line([1.0, 2.0], str(n), low=[0.0, 1.0], high=[2.0, 3.0]) for n in range(12)]
+    firsts = [x for x, _ in points(chart(*bars))[::2]]
+    assert len(firsts) == 12 and 7 <= max(firsts) - min(firsts) <= 8.1
+    none = [line([1.0, 2.0], str(n), low=[math.nan] * 2, high=[math.nan] * 2) for n in range(3)]
+    assert len({x for x, _ in points(chart(*none))[::2]}) == 1, "without whiskers no shift"
+
+
+def test_no_leader_runs_across_the_chart() -> None:
+    """A line that ends early has a dash beside its name; the others are led to theirs."""
+    drawn = chart(line([1.0, 2.0], "short"), line([1.0, 2.0, 2.5, 3.0, 3.5], "long"))
+    for node in parsed(drawn).iter("path"):
+        if node.get("class") == "leader":
+            start, end = re.findall(r"[ML]([\d.]+) ", node.attrib["d"])
+            assert 0 < float(end) - float(start) < 40
 
 
 def test_long_names_keep_both_ends() -> None:

@@ -600,6 +600,22 @@ def test_sampled_gates_at_test_open_at_rate_gamma() -> None:
     assert SALT_EVAL not in (SALT_TRAIN, SALT_SCORE)
 
 
+def test_a_batch_has_gates_of_its_own_at_test() -> None:
+    """One draw for ever would leave the same adapters out of every answer."""
+    routing = Routing(4, gamma=0.5, eval_gate="sample", free="batch")
+    found = []
+    for _ in range(300):
+        ids = torch.randint(1, 10_000, (3, 6))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        gate = routing.eval_gates(given, 0)
+        assert gate is not None and torch.equal(gate, gate[:1].expand_as(gate))
+        turned = {name: values.flip(0) for name, values in given.items()}
+        assert torch.equal(gate, routing.eval_gates(turned, 0))
+        found.append(gate[0])
+    rates = torch.stack(found).mean(dim=0)
+    assert (rates - 0.5).abs().max() < 4 * (0.25 / 300) ** 0.5
+
+
 # --- scoring -------------------------------------------------------------------------------------
 
 

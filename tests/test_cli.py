@@ -573,6 +573,18 @@ def test_the_page_of_a_method_has_its_card_and_all_settings(name: str, asked: li
         assert message.startswith(f"noiseproof: --method.{option} needs a value: ")
 
 
+def test_a_preset_is_shown_with_its_values() -> None:
+    """A preset is named as for fit; its settings are why one looks."""
+    page = works("methods", "CleaR:paper").out
+    shown = dict(re.findall(r"^--method\.(\S+) +(\S+)", page, re.MULTILINE))
+    names = ("rank", "scoring_passes", "mixture.guard", "dropout")
+    assert [shown[name] for name in names] == ["8", "5", "off", "None"]
+    assert page != works("methods", "CleaR").out == works("methods", "CleaR:default").out
+    assert "unknown preset 'quick' of CleaR; available: default" in complaint(
+        "methods", "CleaR:quick"
+    )
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_is_short_and_its_example_is_valid(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,7 +99,7 @@ def test_rows_are_taken_with_all_they_have() -> None:
 def test_text_noise_and_swaps_keep_the_first_responses_as_the_truth() -> None:
     """A noised response of which nobody knows any more that it is wrong cannot be detected."""
     rows = dialogues(read({"p": ["a", "b"], "r": ["x", "y"]}))
-    noised = rows.with_texts(np.array([["a!", "x"], ["b", "y?"]], dtype=object))
+    noised = rows.with_texts([("a!", "x"), ("b", "y?")])
     assert list(noised.prompts) == ["a!", "b"]
     assert noised.right is not None and noised.right.tolist() == [0, -1]
     twice = noised.with_responses(["y?", "x"])
@@ -138,11 +138,18 @@ def test_a_bad_table_is_refused_in_one_line_that_says_where(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_chat_messages_take_no_text_noise() -> None:
-    """Noise on their JSON would break it."""
-    rows = dialogues(read({"p": [CHAT, CHAT]}))
-    with pytest.raises(InputError, match="chat messages"):
-        rows.as_texts()
+def test_text_noise_goes_into_what_is_said_in_a_chat() -> None:
+    """Noise on the JSON of the messages would break it."""
+    long = [{"role": "system", "content": "be kind"}, *CHAT]
+    rows = dialogues(read({"p": [CHAT, long]}))
+    texts = rows.as_texts()
+    assert [len(row) for row in texts] == [len(CHAT), len(CHAT) + 1]
+    assert texts[1][0] == "be kind" and texts[1][1:] == texts[0]
+    noised = rows.with_texts([tuple(f"{text}!" for text in row) for row in texts])
+    assert [tuple(f"{text}!" for text in row) for row in texts] == noised.as_texts()
+    turns = json.loads(noised.prompts[1])
+    assert [turn["role"] for turn in turns] == [turn["role"] for turn in long[:-1]]
+    assert noised.right is not None and noised.right.tolist() == [-1, -1]
 
 
 def test_rows_with_one_response_can_be_left_out() -> None:

@@ -134,6 +134,7 @@ def test_measuring_changes_no_weight_and_no_number(tiny_model: Path, name: str) 
                     "distortion_knn_before", "distortion_cka", "distortion_parameters"}  # fmt: skip
     assert "measure_distortion" not in plain.record.spec
     assert measured.record.spec["measure_distortion"] is True
+    assert set(measured.record.curves) == {"roc", "pr", "losses"}
 
 
 def test_adapters_are_seen_in_the_features(tiny_model: Path) -> None:

@@ -199,6 +199,13 @@ def test_generated_pages_are_up_to_date(
     assert build.main(["--check"]) == 0, f"{capsys.readouterr().out}(make docs)"
 
 
+def test_every_grid_of_this_project_is_in_the_documentation() -> None:
+    """A grid that nobody can find is not run again."""
+    page = (ROOT / "docs/benchmark.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\S+\.toml)` \| .+ \| .+ \|$", page, re.MULTILINE)
+    assert listed == sorted(path.name for path in ROOT.glob("benchmarks/*.toml"))
+
+
 def test_check_answers_1_and_writes_nothing(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -596,6 +596,35 @@ def test_rows_go_without_the_poisoning_expert_in_training_alone(kind: str) -> No
     torch.testing.assert_close(answer(model, inputs), wanted)
 
 
+def test_rows_cannot_be_left_out_where_tokens_belong_to_none() -> None:
+    switch = Switch("none")
+    layer = layer_of(switch).train()
+    switch.absent = torch.tensor([True, False])
+    assert layer(torch.randn(2, 3, 6)).shape == (2, 3, 5)
+    assert layer(torch.randn(6, 6)).shape == (6, 5)
+    with pytest.raises(InputError, match="9 tokens that do not belong to 2 rows alike"):
+        layer(torch.randn(9, 6))
+
+
+def test_t5_can_have_experts_in_its_feed_forward_layers() -> None:
+    """It asks the last of them for its weight."""
+    model, inputs = bare("t5")
+    wanted = answer(model, inputs)
+    wrapped = ExpertModel(model, Experts(targets=("wo",))).eval()
+    assert torch.equal(answer(wrapped, inputs), wanted)
+
+
+def test_online_similarities_need_no_calibration() -> None:
+    """The Gram matrices come from the experts; zeros in their place would make it renorm."""
+    _, model, inputs = trained_pair(online=True)
+    wanted = answers_by_mode(model, inputs, "compensate", "renorm")
+    assert not torch.allclose(*wanted)
+    for layer in model.layers.values():
+        layer.lora_gram.zero_()
+        layer.lora_calibrated.fill_(False)
+    torch.testing.assert_close(answers_by_mode(model, inputs, "compensate")[0], wanted[0])
+
+
 def pair_of_texts(width: int, seed: int = 0) -> dict[str, Tensor]:
     """Rows for an encoder, and rows of this width for its decoder, each with a mask of its own."""
     torch.manual_seed(seed)

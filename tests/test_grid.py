@@ -21,6 +21,7 @@ from noiseproof.grid import (
     Search,
     draw,
     method_of,
+    missing_files,
     parse_grid,
     read_grid,
     typed,
@@ -218,6 +219,16 @@ def test_the_grids_of_this_project_are_valid() -> None:
         assert grid.title
 
 
+def test_missing_files_of_rows_are_named_once(tmp_path: Path) -> None:
+    """A name on the hub and a share to split off are no files."""
+    (tmp_path / "train.csv").write_text("text,label\n")
+    data = {
+        "files": {"data": str(tmp_path / "train.csv"), "test": str(tmp_path / "no.csv")},
+        "hub": {"data": "someone/rows", "test": "0.2", "test_ood": {"late": "late.csv"}},
+    }
+    assert missing_files(parse_grid(values(data=data))) == [str(tmp_path / "no.csv"), "late.csv"]
+
+
 # --- search --------------------------------------------------------------------------------------
 
 
@@ -231,6 +242,14 @@ def test_every_method_gets_the_same_number_of_trials() -> None:
     grid, _ = searched()
     assert {len(search.trials) for search in grid.searches.values()} == {3}
     assert set(grid.searches) == set(range(8))
+
+
+def test_fewer_settings_than_trials_are_told() -> None:
+    """Else a comparison with equal numbers of trials would be none, without a word."""
+    space = TUNE["space"] | {"plain": {"learning_rate": [1e-3, 2e-3]}}
+    with pytest.warns(UserWarning, match=r"\[tune.space.plain\] holds 2 settings, .* not 3"):
+        grid = parse_grid(values(tune=TUNE | {"space": space}))
+    assert [len(grid.searches[place].trials) for place in (0, 1)] == [2, 3]
 
 
 def test_trials_see_neither_test_rows_nor_clean_labels() -> None:
@@ -253,18 +272,19 @@ def test_the_seeds_of_a_cell_share_its_search() -> None:
 
 def test_the_best_trial_gives_the_settings() -> None:
     grid, search = searched()
-    best = with_best(grid.cells[3], search, [0.5, None, 0.7])
+    best = with_best(grid.cells[3], search, [0.5, None, 0.7], 12.5)
     assert best.settings == {"rank": 4} | search.trials[2].settings
     assert best.search["best"] == {
         name: search.trials[2].settings[name] for name in ("learning_rate", "rank")
     }
     assert (best.search["trials"], best.search["failed"], best.search["score"]) == (3, 1, 0.7)
-    first = with_best(grid.cells[3], search, [0.7, 0.7, 0.7])
+    assert best.search["seconds"] == 12.5
+    first = with_best(grid.cells[3], search, [0.7, 0.7, 0.7], 12.5)
     assert first.search["best"] == {
         name: search.trials[0].settings[name] for name in ("learning_rate", "rank")
     }
     with pytest.raises(InputError, match="no trial of its search succeeded"):
-        with_best(grid.cells[3], search, [None, None, None])
+        with_best(grid.cells[3], search, [None, None, None], 12.5)
 
 
 def test_draws_are_reproducible_and_inside_their_range() -> None:

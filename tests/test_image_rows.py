@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from noiseproof.tasks.augmentation import CHANGES, augmented, parse_changes
 from noiseproof.tasks.images import ImageClassification, ImageColumn, Pixels
 from noiseproof.tuning import tune_model
 from rows import IMAGE_CONFIGS, image_model, image_rows
-from tiny import LABELS, same_weights, train_settings, weights
+from tiny import LABELS, python, same_weights, train_settings, weights
 
 
 @pytest.fixture(autouse=True)
@@ -125,17 +128,64 @@ def test_a_folder_per_class_is_a_table(tmp_path: Path) -> None:
         load_table(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "I;16"])
-def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
-    """Grey scans and transparent icons stand beside photos."""
-    picture = Image.fromarray(image_rows(1)["image"][0])
-    picture = (
-        Image.fromarray(np.zeros((8, 8), np.uint16)) if mode == "I;16" else picture.convert(mode)
-    )
-    file = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str, in_memory: bool) -> None:
+    """Grey scans and transparent icons stand beside photos; a scan of 16 bits is not all white."""
+    colour = Image.fromarray(image_rows(1)["image"][0])
+    grey = np.asarray(colour.convert("L"))
+    wanted = np.asarray(colour)
+    if mode == "I;16":
+        picture = Image.fromarray(grey.astype(np.uint16) * 257)
+        wanted = np.stack([grey] * 3, axis=-1)
+    else:
+        picture = colour.convert(mode)
+        if mode in ("L", "LA"):
+            wanted = np.stack([grey] * 3, axis=-1)
+        elif mode in ("P", "1"):
+            wanted = np.asarray(picture.convert("RGB"))
+            assert len(np.unique(wanted)) > 1
+    file = tmp_path / f"x.{'tif' if mode == 'CMYK' else 'png'}"
     picture.save(file)
-    assert read({"image": [str(file)]}).shape == (1, 8, 8, 3)
+    found = read({"image": [picture if in_memory else str(file)]})
+    np.testing.assert_array_equal(found, wanted[None])
+
+
+def test_grey_arrays_become_rgb() -> None:
+    grey = image_rows(2)["image"][:, :, :, 0]
+    np.testing.assert_array_equal(read({"image": grey}), np.stack([grey] * 3, axis=-1))
     assert read({"image": np.zeros((2, 9, 7), np.uint8)}).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_mode_that_does_not_say_what_is_white_is_refused(mode: str) -> None:
+    """Clipped to 8 bits, such pictures would be white or black."""
+    picture = Image.new(mode, (8, 8), 70_000)
+    with pytest.raises(InputError, match=rf"have the mode {mode}, which.*convert it to L or RGB"):
+        read({"image": [picture]})
+
+
+def test_a_16_bit_png_of_an_older_pillow_is_scaled() -> None:
+    """It was read as mode I."""
+    picture = Image.new("I", (8, 8), 128 * 257)
+    picture.format = "PNG"
+    assert (read({"image": [picture]}) == 128).all()
+
+
+def test_a_palette_tells_pictures_apart() -> None:
+    """The numbers of a picture alone are not what it shows."""
+    indices = Image.fromarray(np.tile(np.arange(2, dtype=np.uint8), (8, 4)))
+    pictures = []
+    for colours in ((0, 0, 0, 255, 0, 0), (0, 0, 255, 0, 255, 0)):
+        one = indices.copy()
+        one.putpalette(colours)
+        pictures.append(one)
+    assert pictures[0].mode == "P" and pictures[0].tobytes() == pictures[1].tobytes()
+    for one in pictures:
+        wanted = np.asarray(one.convert("RGB"))[None]
+        np.testing.assert_array_equal(read({"image": [one]}), wanted)
+    found, _ = task_of().ready(task_of().inputs_of(pictures))
+    assert isinstance(found, Pixels) and len({mark.tobytes() for mark in found.digests}) == 2
 
 
 def test_a_turned_photo_is_put_upright(tmp_path: Path) -> None:
@@ -144,16 +194,20 @@ def test_a_turned_photo_is_put_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "turned.png", exif=exif)
-    turned = read({"image": [str(tmp_path / "turned.png")]})[0]
-    np.testing.assert_array_equal(turned, np.asarray(picture)[::-1, ::-1])
+    with Image.open(tmp_path / "turned.png") as opened:
+        found = read({"image": [str(tmp_path / "turned.png"), opened]})
+    for turned in found:  # of a file, and of an image of Pillow
+        np.testing.assert_array_equal(turned, np.asarray(picture)[::-1, ::-1])
 
 
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ([""], "row 1 of the table has nothing in column 'image', expected an image"),
-        ([None], "row 1 of the table has nothing in column 'image'"),
-        ([3], "row 1 of the table has a value of type int in column 'image'"),
+        ([""], "cannot read row 1 of the table (image 0): the cell is empty"),
+        ([None], "cannot read row 1 of the table (image 0): the cell is empty"),
+        ([b""], "cannot read row 1 of the table (image 0): the cell is empty"),
+        ([{"bytes": None, "path": None}], "(image 0): the cell is empty"),
+        ([3], "row 1 of the table, column 'image', has a value of type int, expected an image"),
         (["absent.png"], "cannot read row 1 of the table (absent.png): the file does not exist"),
         ([b"no image"], "cannot read row 1 of the table (image 0): it is no image"),
         (
@@ -178,19 +232,46 @@ def test_a_column_that_is_missing_is_told() -> None:
 # --- decoding and its cache ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit", "convnext"])
-def test_pixel_values_are_those_of_the_processor(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit", "convnext", "efficientnet", "efficientnet-top"])
+def test_pixel_values_are_those_of_the_processor(name: str, tmp_path: Path) -> None:
     """Scaled by other means than in pre-training, features are other features."""
-    processor = load_image_processor(image_model(name))
-    random = np.random.default_rng(0)
+    kind, _, top = name.partition("-")
+    processor = load_image_processor(image_model("vit" if kind == "efficientnet" else kind))
+    if kind == "efficientnet":
+        values = json.loads((Path(image_model()) / "preprocessor_config.json").read_text())
+        values |= {"image_processor_type": "EfficientNetImageProcessor"}
+        values |= {"rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": bool(top)}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+        processor = load_image_processor(str(tmp_path))
+    random = np.random.default_rng(1)
     pictures = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((8, 8), (20, 9))]
     task = ImageClassification(processor)
     found = task.encode(pictures).inputs(np.arange(2))["pixel_values"]
     wanted = np.stack([processor([Image.fromarray(one)])["pixel_values"][0] for one in pictures])
     assert found.shape == (2, 3, 8, 8) and found.dtype == torch.float32
     # the processor scales before it rounds to whole pixels, or after: half a step of 1 / 255
-    np.testing.assert_allclose(found.numpy(), wanted, atol=0.51 / 255 / 0.2)
-    np.testing.assert_allclose(found[0].numpy(), wanted[0], rtol=1e-5, atol=1e-6)
+    half = 0.51 / 255 / 0.2 * {"": 1, "top": 2 / 0.2}[top] * (2 if kind == "efficientnet" else 1)
+    np.testing.assert_allclose(found.numpy(), wanted, atol=half)
+    np.testing.assert_allclose(found[0].numpy(), wanted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_processor_of_which_no_pixel_can_be_scaled_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is decoded, by its name: wrong values would be learned from in silence."""
+    processor = load_image_processor(image_model())
+    original = type(processor)._preprocess
+
+    def curved(self: Any, *arguments: Any, **named: Any) -> Any:
+        answer = original(self, *arguments, **named)
+        if named["do_rescale"]:
+            answer["pixel_values"] = [np.square(one) for one in answer["pixel_values"]]
+        return answer
+
+    monkeypatch.setattr(type(processor), "_preprocess", curved)
+    monkeypatch.setattr(pixels, "_decode_one", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match=f"{type(processor).__name__} of this model changes"):
+        fit()
 
 
 def test_images_are_decoded_once_for_all_runs(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -242,6 +323,81 @@ def test_a_run_that_dies_while_decoding_leaves_no_table(
     assert not list((cache / "images").iterdir())
 
 
+def test_a_table_is_whole_while_others_look_for_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers of a grid decode the same images at once; neither may see half a file."""
+    data, inside = image_rows(4), []
+    original = os.replace
+
+    def looks(source: Any, target: Any) -> None:
+        names = {path.suffix for path in (cache / "images").iterdir() if path.is_file()}
+        assert ".npy" not in names and Path(target).suffix not in names
+        if not inside:  # another process does the same work in between
+            inside.append(1)
+            monkeypatch.setattr(os, "replace", original)
+            np.testing.assert_array_equal(read(data), data["image"])
+            for path in (cache / "images").glob("*.*"):
+                if path.is_file():  # and begins it anew
+                    path.write_bytes(b"")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", looks)
+    np.testing.assert_array_equal(read(data), data["image"])
+    assert inside
+    monkeypatch.setattr(pixels, "_decode_one", lambda *_: pytest.fail("decoded again"))
+    np.testing.assert_array_equal(read(data), data["image"])
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Written through a map, a page that finds no place on the disk ends the process."""
+    import resource
+
+    original = np.lib.format.open_memmap
+
+    def only_read(*arguments: Any, mode: str = "w+", **named: Any) -> Any:
+        assert mode == "r", "a map is written through"
+        return original(*arguments, mode=mode, **named)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", only_read)
+    read(image_rows(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write the image cache"):
+            read(image_rows(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(list((cache / "images").iterdir())) == 3  # those of the first
+
+
+def test_a_file_that_could_not_be_read_once_is_read_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Too many open files is no property of the image."""
+    data = image_rows(3)
+    names = [str(tmp_path / name) for name in files(tmp_path, data)]
+    original = Path.read_bytes
+
+    def refuses(self: Path) -> bytes:
+        if str(self) == names[1]:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuses)
+        with pytest.raises(InputError, match=r"001\.png\): Too many open files"):
+            read({"image": names})
+        assert not list((cache / "images").iterdir())
+        task = task_of(on_bad_image="skip")
+        found, good = task.ready(task.inputs_of(names))
+        assert good.tolist() == [0, 2] and isinstance(found, Pixels)
+        np.testing.assert_array_equal(found.block(np.arange(2)), data["image"][[0, 2]])
+    np.testing.assert_array_equal(read({"image": names}), data["image"])
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +420,23 @@ def test_worker_processes_decode_the_same(monkeypatch: pytest.MonkeyPatch, tmp_p
     np.testing.assert_array_equal(alone.pixels, shared.pixels)
     np.testing.assert_array_equal(alone.digests, shared.digests)
     assert alone.bad == shared.bad == {5: "the file does not exist"}
+
+
+def test_workers_of_a_script_without_a_guard_are_one_line(tmp_path: Path) -> None:
+    """They run the script anew, and one that is piped into Python cannot be found again."""
+    names = files(tmp_path, image_rows(pixels.PIECE + 1))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from noiseproof.models import load_image_processor\n"
+        "from noiseproof.tasks.images import ImageClassification\n"
+        f"task = ImageClassification(load_image_processor({image_model()!r}), workers=1)\n"
+        f"task.encode({[str(tmp_path / name) for name in names]!r})\n",
+        encoding="utf-8",
+    )
+    found = python(str(script), NOISEPROOF_CACHE=str(tmp_path / "cache"))
+    last = found.stderr.strip().splitlines()[-1]
+    assert found.returncode == 1 and "BrokenProcessPool" not in last
+    assert 'if __name__ == "__main__":' in last and "image_workers=0" in last
 
 
 # --- bad images ----------------------------------------------------------------------------------
@@ -308,6 +481,33 @@ def test_a_bad_image_is_an_error_or_is_left_out_and_counted(
     table = pd.read_csv(out)
     assert len(table) == 12 and table["predicted_label"].isna().sum() == 2
     assert table["confidence"].isna().tolist() == table["predicted_label"].isna().tolist()
+
+
+def test_an_empty_cell_is_skipped_like_an_image_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table of 50,000 paths with a gap."""
+    data = image_rows(12, wrong=0.0)
+    names: list[Any] = list(files(tmp_path, data, by_class=False))
+    names[4] = ""
+    table = pd.DataFrame({"image": names, "label": data["label"]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    words = ["fit", str(tmp_path / "t.csv"), "--task", "image", "--model", image_model(),
+             "--method", "GCE", "--train.epochs", "1", "--train.device", "cpu"]  # fmt: skip
+    assert main([*words, "--out", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert "row 5 " in error and "the cell is empty" in error and "on_bad_image=skip" in error
+    run = tmp_path / "b"
+    assert main([*words, "--out", str(run), "--on-bad-image", "skip"]) == 0
+    assert RunRecord.read(run).data["unreadable"] == {"training": 1}
+    out = tmp_path / "p.csv"
+    assert main(["predict", str(run), str(tmp_path / "t.csv"), "--out", str(out)]) == 0
+    assert np.flatnonzero(pd.read_csv(out)["predicted_label"].isna()).tolist() == [4]
+    away = tmp_path / "away" / "noisy.csv"  # no path of the folder stands there now
+    away.parent.mkdir()
+    noise = ["--noise", "symmetric:0.3", "--out", str(away)]
+    assert main(["corrupt", str(tmp_path / "t.csv"), "--task", "image", *noise]) == 0
+    assert np.flatnonzero(pd.read_csv(away)["image"].isna()).tolist() == [4]
 
 
 def test_images_of_which_none_can_be_read_are_an_error(tmp_path: Path) -> None:
@@ -420,7 +620,8 @@ def test_an_interrupted_run_goes_on_with_the_same_pictures(tmp_path: Path) -> No
         ({"on_bad_image": "hide"}, "on_bad_image must be one of error, skip; got 'hide'"),
         ({"image_size": 0}, "image_size must lie in"),
         ({"image_workers": -1}, "image_workers must lie in"),
-        ({"model": "minilm"}, "task 'image' needs a model: give model"),
+        ({"model": "minilm"}, "task 'image' needs a model of images: give model (minilm, which is"),
+        ({"model": None}, "task 'image' needs a model: give model"),
     ],
 )
 def test_settings_of_images_are_checked_before_anything_is_read(
@@ -690,6 +891,84 @@ def test_methods_that_ask_for_parts_work_on_a_module(method: Any, tmp_path: Path
     )
 
 
+def test_a_probe_leaves_every_number_of_the_encoder_as_it_was() -> None:
+    """Running statistics of BatchNorm are no parameters: freezing those does not hold them."""
+    torch.manual_seed(3)
+    net = Net()
+    before = weights(net.features)
+    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= set(before)
+    result = fit(model=net, image_size=8, method=TURN.preset("robust_probe", probe_epochs=3))
+    plain = result.predictor.model.plain()
+    after = weights(plain.features)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.equal(plain.fc.weight, net.fc.weight)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_turn_on_pictures_keeps_those_that_are_labelled_rightly(name: str) -> None:
+    """With all its checks on, from the files to the rows that the last step trains on."""
+    kept: list[Tensor] = []
+
+    class Watched(TURN):
+        def on_epoch_start(self, run: Run) -> Any:
+            columns = super().on_epoch_start(run)
+            if run.stage == "tune":
+                kept.append(columns["keep"])
+            return columns
+
+    data = image_rows(150, wrong=0.3)
+    result = fit(data, model=image_model(name), method=Watched(precondition="stop"),
+                 clean_label="clean_label", train={"epochs": 2})  # fmt: skip
+    wrong = np.array(data["label"]) != np.array(data["clean_label"])
+    assert len(kept) == 2 and wrong.mean() == 0.3
+    for keep in kept:
+        assert keep.float().mean() > 0.25 and wrong[keep.numpy()].mean() < 0.05
+        counts = np.unique(np.array(data["label"])[keep.numpy()], return_counts=True)[1]
+        assert len(counts) == 3
+    assert (result.samples["keep"].to_numpy() == kept[-1].numpy()).all()
+
+
+def test_features_are_kept_for_pictures_of_one_size_and_scale_alone(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Those of another size or normalisation would train a head on what no encoder gives."""
+    probe = CrossEntropy(tune="head")
+
+    def tables() -> int:
+        return len(list((cache / "features").glob("*.npy")))
+
+    source = image_model("convnext")
+    fit(model=source, method=probe)
+    fit(model=source, method=probe)
+    assert tables() == 1
+    fit(model=source, method=probe, image_size=12)
+    assert tables() == 2
+    other = shutil.copytree(source, tmp_path / "other")
+    values = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(values | {"image_std": [0.3] * 3}))
+    fit(model=str(other), method=probe)
+    assert tables() == 3
+
+
+def test_features_of_a_module_are_computed_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a network of convolutions on one core they are most of the time of a probe."""
+    probe = CrossEntropy(tune="head")
+    torch.manual_seed(3)
+    net = Net()
+    first = fit(model=net, image_size=8, method=probe)
+    assert len(list((cache / "features").glob("*.npy"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "encode", lambda *_: pytest.fail("encoded again"))
+        again = fit(model=net, image_size=8, method=probe)
+    assert same_weights(first.predictor.model, again.predictor.model)
+    with torch.no_grad():
+        net.features[1].running_mean.add_(0.1)
+    fit(model=net, image_size=8, method=probe)
+    assert len(list((cache / "features").glob("*.npy"))) == 2
+
+
 def test_texts_take_no_module() -> None:
     """A text needs a tokenizer, which lies beside the model."""
     with pytest.raises(InputError, match="must be a name or a folder, got a Net"):
@@ -697,7 +976,7 @@ def test_texts_take_no_module() -> None:
                        method=CrossEntropy())  # fmt: skip
 
 
-def test_pictures_come_from_memory_too() -> None:
+def test_pictures_come_from_memory_too(tmp_path: Path) -> None:
     """For a service that never writes what it gets."""
     predictor = fit().predictor
     arrays = image_rows(4, seed=2)["image"]
@@ -709,3 +988,18 @@ def test_pictures_come_from_memory_too() -> None:
         buffers.append(buffer.getvalue())
     wanted = predictor.predict(arrays)
     assert predictor.predict(pictures) == predictor.predict(buffers) == wanted
+    assert predictor.predict(list(arrays)) == wanted
+    pictures[0].save(tmp_path / "one.png")
+    for one in (tmp_path / "one.png", str(tmp_path / "one.png"), pictures[0], buffers[0]):
+        assert predictor.predict(one) == wanted[:1]
+    for rows, message in (
+        ([3], "row 1 of the images has a value of type int, expected an image"),
+        ([pictures[0], None], "cannot read row 2 of the images (image 1): the cell is empty"),
+        (3, "expected a list of images, got a value of type int"),
+        ({"image": pictures}, "expected a list of images, got a value of type dict"),
+        ([np.zeros((8, 8), np.float32)], "row 1 of the images has shape (1, 8, 8) and type float"),
+        ("absent.png", "cannot read row 1 of the images (absent.png): the file does not exist"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            predictor.predict(rows)
+        assert message in str(refusal.value)

@@ -27,7 +27,7 @@ from noiseproof.job import CORRUPTED, Job
 from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE, lope
-from noiseproof.methods.lope import ADAPT, GROUPS, POISON, group_of
+from noiseproof.methods.lope import ADAPT, GROUPS, POISON, digest, group_of
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.report.experts import verdict
 from noiseproof.saving import ADAPTERS_FILE
@@ -200,13 +200,40 @@ def test_too_few_epochs_are_refused_before_anything_runs(
         LoPE(**settings).stages(epochs)
 
 
+def test_a_new_head_must_train_with_the_poisoning_expert(tiny_run: Tiny) -> None:
+    """Against random logits the stage poison has no signal."""
+    with pytest.raises(InputError, match="put head into it"):
+        tiny_run.fit(LoPE(**NOISY, train_poison=("A", "BD")), epochs=2)
+
+
+def test_a_seal_covers_every_value_of_an_expert_and_a_sample_of_the_frozen_model() -> None:
+    tensor = torch.zeros(2048, 4)
+    names = ("q.lora_BD.weight", "q.base_layer.weight")
+    before = [digest(name, tensor) for name in names]
+    tensor[1500] = 1
+    assert [digest(name, tensor) == old for name, old in zip(names, before, strict=True)] == [
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_interim_epochs_are_measured_as_the_model_will_answer(
+    mode: str, spy: Spy, tiny_run: Tiny
+) -> None:
+    """Similarities are not known before the end; until then mask stands for compensate."""
+    outcome = tiny_run.fit(LoPE(**NOISY, inference_mode=mode), epochs=2)
+    assert spy.modes[ADAPT] == ("none", "mask" if mode == "compensate" else mode)
+    assert experts(outcome).mode == mode
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_poisoning_expert_counts_in_the_second_stage_as_told(
     mode: str, spy: Spy, tiny_run: Tiny
 ) -> None:
     """In training as ``adapt_forward`` says; measured in between it is left out."""
     outcome = tiny_run.fit(LoPE(**NOISY, adapt_forward=mode), epochs=2)
-    assert spy.modes == {POISON: ("none", "none"), ADAPT: (mode, "renorm")}
+    assert spy.modes == {POISON: ("none", "none"), ADAPT: (mode, "mask")}
     assert experts(outcome).mode == "compensate"
     assert all(np.isfinite(row["loss"]) for row in outcome.history)
 
@@ -615,7 +642,7 @@ def test_a_router_that_looks_at_nothing_is_found_out(tiny_run: Tiny) -> None:
     assert found["mean"]["above_even_share"] == 0
     assert found["mean"]["load_variation"] == pytest.approx(0, abs=1e-9)
     assert found["mean"]["entropy"] == pytest.approx(np.log(4))
-    assert "masking is only rescaling" in verdict(found)
+    assert "So masking is only rescaling" in verdict(found)
 
 
 def test_a_router_that_knows_noise_is_found_out_too(tiny_run: Tiny) -> None:
@@ -656,7 +683,7 @@ def test_a_poisoning_expert_that_learned_nothing_is_warned_of(tiny_run: Tiny) ->
 
 
 def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -> None:
-    """Before it is calibrated, compensate would be renorm."""
+    """Before it is calibrated, compensate would be mask."""
     outcome = tiny_run.fit(LoPE(**NOISY, compensate_k=1), epochs=4)
     model = experts(outcome).eval()
     model.set_inference_mode("none")
@@ -669,7 +696,7 @@ def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -
         for name in ("ratio", "mask", "renorm", "compensate"):
             assert row[f"update_{name}"] == pytest.approx(wanted[f"update_{name}"], rel=1e-5)
         assert row["update_mask"] < row["update_renorm"] / 1.1
-    more = [row["update_compensate"] / row["update_renorm"] for row in found]
+    more = [row["update_compensate"] / row["update_mask"] for row in found]
     assert max(abs(one - 1) for one in more) > 1e-4  # far more than the tolerance above
 
 
@@ -801,6 +828,27 @@ def test_the_record_holds_every_mode_and_what_the_router_does(run_of: Callable[.
     deployed = record["modes"]["compensate"]
     assert deployed["test_accuracy"] == record["metrics"]["test_accuracy"]
     assert set(record["findings"]) == {"experts", "noise"}
+
+
+def test_compensation_is_measured_in_all_its_forms_where_asked(run_of: Callable[..., Path]) -> None:
+    """One training; the deployed form is the last that is set."""
+    out = run_of("forms", method=LoPE(**NOISY, more_modes=True, compensate_sign=-1))
+    modes = json.loads((out / "record.json").read_bytes())["modes"]
+    forms = ["sum to one", "mass kept", "sign -1", "sign 0", "0 of 3", "1 of 3", "2 of 3"]
+    assert list(modes) == ["none", "mask", "renorm", *(f"compensate, {one}" for one in forms),
+                           "compensate"]  # fmt: skip
+    assert modes["compensate, sign -1"] == modes["compensate"]
+    loaded = noiseproof.load(out)
+    assert loaded.model.settings.sign == -1
+    texts = table(12, seed=1)["text"].tolist()
+    answers = []
+    for changes in ({}, {"sign": 1}, {"beta": 3.0}, {"sign": -1, "beta": LoPE().beta}):
+        loaded.model.set_inference_mode("compensate", **changes)
+        answers.append(loaded.predict_proba(texts, settings=train_settings()))
+    np.testing.assert_array_equal(answers[0], answers[3])
+    assert len({str(answer) for answer in answers}) == 3
+    with pytest.raises(InputError, match="compensate has no setting 'betta'; it has sign, most"):
+        loaded.model.set_inference_mode("compensate", betta=1)
 
 
 def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:
@@ -961,6 +1009,10 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"emb_noise_mode": "gauss"}, "LoPE.emb_noise_mode must be one of absolute, relative"),
         ({"poison_dropout": 1.5}, "LoPE.poison_dropout must lie in .0, 1."),
         ({"poison_dropout": 0.5, "adapt_forward": "mask"}, "needs adapt_forward=none"),
+        (
+            {"save_poison": False, "inference_mode": "none"},
+            "save_poison=False leaves out what inference_mode=none answers with",
+        ),
         ({"adapt_forward": "all"}, "LoPE.adapt_forward must be one of none, mask, renorm"),
         ({"inference_mode": "all"}, "LoPE.inference_mode must be one of none, mask, renorm"),
         ({"theta_mode": "token"}, "LoPE.theta_mode must be one of calibrate, online"),

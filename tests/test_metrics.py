@@ -215,6 +215,18 @@ def test_detection_curves_are_those_of_all_thresholds() -> None:
     assert metrics.detection_curves([0.1, 0.2], [True, True]) == {}
 
 
+def test_losses_of_right_and_of_wrong_labels_are_counted_apart() -> None:
+    """A few huge losses must not squeeze all others into one bin: the last holds them."""
+    losses = np.concatenate([np.linspace(0, 1, 500), np.linspace(2, 3, 500), [1e6]])
+    wrong = np.arange(1001) >= 500
+    found = np.array(metrics.loss_histogram(losses, wrong, bins=12)["losses"])
+    assert found.shape == (12, 3) and np.allclose(found[:, 1:].sum(axis=0), 1, atol=1e-3)
+    assert found[-1, 0] < 3 and found[-1, 2] > 0.1
+    assert not found[found[:, 0] > 1.2, 1].any() and not found[found[:, 0] < 1.8, 2].any()
+    assert metrics.loss_histogram([0.1, 0.2], [True, True]) == {}
+    assert len(metrics.loss_histogram([1.0, 1.0], [True, False])["losses"]) == 30  # all equal
+
+
 def test_confusion_counts_every_row_once() -> None:
     table = metrics.confusion([0, 1, 1, 2], [0, 0, 1, 1], num_classes=4)
     assert table.tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]

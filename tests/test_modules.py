@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
+from noiseproof.features import fingerprint
 from noiseproof.models import encoder_of, head_modules, is_head, row_statistics
 from noiseproof.modules import SplitModule, WholeModule, logits_in, numbered_classes, wrap_module
 
@@ -47,6 +48,100 @@ def test_a_last_linear_layer_is_the_head() -> None:
     torch.testing.assert_close(split(features=ROWS).logits, module(ROWS))
     torch.testing.assert_close(split.plain()(ROWS), module(ROWS))
     assert split.plain().state_dict().keys() == module.state_dict().keys()
+
+
+class Auxiliary(Deep):
+    """It has more layers of as many classes, which have no part in its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 3)
+        self.used = nn.Linear(5, 3)
+
+    def forward(self, rows: Tensor) -> Any:
+        logits = self.inner(rows)
+        return {"logits": logits, "more": self.used(rows)}
+
+
+class Giving(nn.Module):
+    """It answers with its features, and its head is all that stands behind them."""
+
+    def __init__(self, before: nn.Module | None = None, as_object: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+        self.before = before or nn.Identity()
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.after = nn.Linear(3, 2)
+        self.as_object = as_object
+
+    def forward(self, rows: Tensor) -> Any:
+        features = self.body(rows)
+        logits = self.head(self.before(features))
+        found = {"features": features, "logits": logits, "coarse": self.after(logits)}
+        return type("Output", (), found)() if self.as_object else found
+
+
+def test_a_layer_that_is_declared_last_need_not_be_the_head() -> None:
+    """It would take the probe from the module without a word."""
+    torch.manual_seed(1)
+    module = Auxiliary()
+    split = wrapped(module)
+    assert isinstance(split, SplitModule) and split.config.hidden_size == 4
+    torch.testing.assert_close(split(features=ROWS).logits, module(ROWS)["logits"])
+    assert torch.equal(split.classifier.weight, module.inner[2].weight)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_features_that_are_given_are_those_of_the_head(as_object: bool) -> None:
+    """Split at its last layer, the fresh layers before it would be frozen with the encoder."""
+    module = Giving(as_object=as_object)
+    split = wrapped(module)
+    assert isinstance(split, SplitModule) and split.config.hidden_size == 4
+    assert [type(part) for part in split.classifier] == [type(part) for part in module.head]
+    read = split.encoder(features=ROWS)
+    torch.testing.assert_close(read, module.body(ROWS))
+    torch.manual_seed(2)
+    wanted = logits_in(module.train()(ROWS))
+    torch.manual_seed(2)
+    torch.testing.assert_close(split.train()(features=ROWS).logits, wanted)
+    head = is_head(split)
+    trained = {name for name, _ in split.named_parameters() if head(name)}
+    assert trained == {f"classifier.{n}.{kind}" for n in (1, 3) for kind in ("weight", "bias")}
+    plain = split.plain().eval()
+    assert plain.state_dict().keys() == module.state_dict().keys()
+    torch.testing.assert_close(logits_in(plain(ROWS)), logits_in(module.eval()(ROWS)))
+
+
+@pytest.mark.parametrize("before", [nn.Dropout(0.5), nn.Tanh()])
+def test_features_that_the_head_does_not_read_as_they_are_are_not_taken(before: nn.Module) -> None:
+    """Dropout before the head would be lost without a trace in evaluation."""
+    split = wrapped(Giving(before))
+    assert not isinstance(split, SplitModule) or not split.encoder.split.given
+
+
+def test_encoders_of_equal_weights_are_told_apart_by_what_they_compute() -> None:
+    """A number in the code is no weight; features of other code would be wrong in silence."""
+
+    class Scaled(Deep):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return super().forward(self.scale * rows)
+
+    prints = []
+    for scale in (1.0, 1.0, 2.0):
+        torch.manual_seed(0)
+        prints.append(fingerprint(wrapped(Scaled(scale))))
+    assert prints[0] and prints[0] == prints[1] != prints[2]
+    torch.manual_seed(0)
+    other = type("Scaled", (Scaled,), {"__module__": "elsewhere"})(1.0)  # of no file
+    assert fingerprint(wrapped(other)) == ""
+    with torch.no_grad():
+        blind = Deep()
+        blind.inner[0].weight.zero_()
+    assert fingerprint(wrapped(blind)) == ""
 
 
 class Twice(Deep):

@@ -40,18 +40,27 @@ def record(folder: Path, method: str, rate: float, seed: int, accuracy: float, *
     if method == "TURN":
         for row in tune:
             row |= {"rows": 50, "kept_share": 0.5, "selection_precision": 0.9,
-                    "selection_recall": 0.75}  # fmt: skip
+                    "selection_recall": 0.75, "selected_min": 11, "selected_median": 22,
+                    "selected_max": 33}  # fmt: skip
+        tune[0]["balance_cap"] = 99
+        tune[1]["balance_cap"] = 11
+        for epoch, row in enumerate(tune):
+            row["memorization"] = 0.1 + 0.1 * epoch
         tune[1]["kept_again"] = 0.625
     history = {"LP": probe, "FT": tune}.get(method[:2], probe + tune)
     history = probe + tune if method == "LP-FT" else history
     settings = dict(APPROACHES[method].method)
     settings["name"] = settings["name"].partition(":")[0]
     metrics = {"test_accuracy": accuracy, "distortion_probe_before": 0.8,
+               "detection_ap": 0.85 if rate else None,
                "detection_auroc": 0.9 if rate else None,
                "detection_auroc_by_class": 0.95 if rate else None, **more}  # fmt: skip
     place = folder / f"{method}-{rate}-{seed}"
     write_run(place, method=settings, noise=noise, seed=seed, labels=labels, metrics=metrics,
-              history=history, found={"noise_rate": rate})  # fmt: skip
+              history=history, found={"noise_rate": rate},
+              curves={"losses": [[0.5, 0.75, 0.25], [1.5, 0.25, 0.75]]} if rate else {},
+              timings={"total_s": 90.0, "stage_tune_s": 40.0,
+                       **({"stage_probe_s": 2.5} if method != "FT-CE" else {})})  # fmt: skip
 
 
 def write_study(folder: Path, seeds: Iterable[int] = (0, 1, 2)) -> Path:
@@ -126,10 +135,13 @@ def test_every_sentence_of_the_page_is_a_number_of_the_records(tmp_path: Path) -
     assert "\N{MINUS SIGN}14.1 points" in text and "at 80.0 % of wrong labels." in text
     assert "Of 40.0 % wrong labels 10.0 % are left in the rows of the last epoch, 50.0 %" in text
     assert "AUROC of the losses, mean over classes, mean over the rates: LP-GCE 95.0" in text
-    assert "| TURN | 3 | 1 | 5 | 0.83 |" in text  # 1 + 1 + 3 * 2 * 0.5 passes against 6
+    assert "| TURN | 3 | 1 | 5 | 0.83 | 2.50 | 40 |" in text  # 1 + 1 + 3 * 2 * 0.5 against 6
+    assert "Average precision of the losses, all rows, mean over the rates: LP-GCE 85.0" in text
+    assert "| 81.8 | 81.8 | 11 | 22 | 33 | 11 |" in text  # 2 * 0.9 * 0.75 / 1.65; the last epoch
     html = paths[0].read_text(encoding="utf-8")
     for title in ("Test accuracy, %", "Linear CKA to the", "Right labels among", "Passes over the",
-                  "Overlap with the rows"):  # fmt: skip
+                  "Overlap with the rows", "FT-CE: rows by their loss", "TURN: rows by their loss",
+                  "Memorised at 40.0 % of wrong labels", "Memorised at 80.0 %"):  # fmt: skip
         assert title in html
     assert "nan" not in text and "None" not in text
 

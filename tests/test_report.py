@@ -64,10 +64,14 @@ def test_runs_without_test_rows_show_validation_and_no_test_accuracy(tmp_path: P
                 history=[],
             )
     text = made(tmp_path / "runs", tmp_path / "report.md")
-    assert "Test accuracy" not in text
-    assert "Won, tied, lost" not in text
+    assert "test accuracy" not in text.lower()
+    assert (
+        "Best" not in text and "(+20.0 points of validation accuracy; one seed: no claim)" in text
+    )
     found = row(tables(text)["news.csv · symmetric:0.4"], "GCE")
     assert (found["Validation"], found["Memorised"]) == ("60.0", "25.0")
+    assert found["Minus CrossEntropy"] == "+20.0 (one seed)"
+    assert "Recovered gap" not in found, "validation rows of other noise are another measure"
 
 
 def test_the_numbers_of_a_grid_by_hand(tmp_path: Path) -> None:
@@ -82,13 +86,19 @@ def test_the_numbers_of_a_grid_by_hand(tmp_path: Path) -> None:
     low, high = 100 * (0.15 - half), 100 * (0.15 + half)
     assert gce["Minus CrossEntropy"] == f"+15.0 (+{low:.1f} to +{high:.1f})"
     assert gce["Recovered gap"] == f"{100 * (0.87 - 0.72) / (0.96 - 0.72):.1f}"
-    assert gce["Best epoch (oracle)"] == "99.0 ± 0.0" and gce["CPU min"] == "2 ± 0"
+    assert gce["Best epoch (oracle)"] == "99.0 ± 0.0"
     plain = row(found["news.csv · symmetric:0.4"], "CrossEntropy")
     assert plain["Minus CrossEntropy"] == "0 baseline" and plain["Recovered gap"] == "0"
-    (wins,) = found["Won, tied, lost against CrossEntropy"]
-    assert [wins[name] for name in ("Won", "Tied", "Lost", "No claim")] == ["1", "1", "0", "0"]
-    mean = (0.15 + statistics.fmean([-0.01, -0.01, 0.0])) / 2
-    assert wins["Mean difference"] == f"+{100 * mean:.1f} 2 settings"
+    (wins,) = found["Won, open, lost against CrossEntropy"]
+    assert [wins[name] for name in ("Won", "Open", "Lost", "No claim")] == ["1", "1", "0", "0"]
+    by_seed = [(0.15 - 0.01) / 2, (0.14 - 0.01) / 2, (0.16 + 0.0) / 2]
+    mean, half = statistics.fmean(by_seed), 4.302653 * statistics.stdev(by_seed) / 3**0.5
+    shown = [f"+{100 * value:.1f}" for value in (mean, mean - half, mean + half)]
+    assert wins["Mean difference"] == "{} ({} to {})".format(*shown)
+    assert (
+        "Against CrossEntropy on average over 2 settings: GCE ({} points of test accuracy; "
+        "95% interval {} to {}: ahead).".format(*shown)
+    ) in text
     settings = row(found["Accuracy in all settings"], "GCE")
     assert settings["no added noise"] == "95.3 ± 1.5" and settings["symmetric:0.4"] == "87.0 ± 2.6"
     cost = row(found["Cost"], "GCE")
@@ -109,10 +119,77 @@ def test_one_seed_has_no_spread_no_interval_and_no_claim(tmp_path: Path) -> None
     text = made(tmp_path, tmp_path / "report.md")
     found = tables(text)
     gce = row(found["news.csv · no added noise"], "GCE")
-    assert gce["Last epoch"] == "90.0" and gce["Minus CrossEntropy"] == "+20.0 one seed"
-    (wins,) = found["Won, tied, lost against CrossEntropy"]
-    assert [wins[name] for name in ("Won", "Tied", "Lost", "No claim")] == ["0", "0", "0", "1"]
+    assert gce["Last epoch"] == "90.0" and gce["Minus CrossEntropy"] == "+20.0 (one seed)"
+    (wins,) = found["Won, open, lost against CrossEntropy"]
+    assert [wins[name] for name in ("Won", "Open", "Lost", "No claim")] == ["0", "0", "0", "1"]
     assert "±" not in text and "one seed, so no spread" in text
+
+
+def test_one_seed_in_many_settings_is_still_no_claim(tmp_path: Path) -> None:
+    """Settings of one seed share its rows; an interval over them would be a claim."""
+    for rate in range(1, 7):
+        for method, accuracy in (("CrossEntropy", 0.5), ("GCE", 0.6 + rate / 100)):
+            noise = f"symmetric:0.{rate}"
+            write_run(tmp_path / f"{method}{rate}", accuracy, method=method, noise=noise)
+    text = made(tmp_path, tmp_path / "report.md")
+    assert "6 settings: GCE (+13.5 points of test accuracy; one seed: no claim)." in text
+    (wins,) = tables(text)["Won, open, lost against CrossEntropy"]
+    assert wins["Mean difference"] == "+13.5 (one seed)" and wins["No claim"] == "6"
+
+
+def test_means_are_over_the_settings_that_all_methods_share(tmp_path: Path) -> None:
+    """A method that was run where it is easy must not lead by that."""
+    for noise, accuracies in (
+        ("symmetric:0.2", {"CrossEntropy": 0.8, "GCE": 0.9, "ELR": 0.85}),
+        ("symmetric:0.6", {"CrossEntropy": 0.1, "GCE": 0.2}),
+    ):
+        for method, accuracy in accuracies.items():
+            write_run(tmp_path / f"{method}{noise[-1]}", accuracy, method=method, noise=noise)
+    text = made(tmp_path, tmp_path / "report.md")
+    overview = tables(text)["Accuracy in all settings"]
+    assert [(r["Method"], r["Mean"]) for r in overview] == [
+        ("GCE", "90.0"), ("ELR", "85.0"), ("CrossEntropy", "80.0"),
+    ]  # fmt: skip
+    wins = tables(text)["Won, open, lost against CrossEntropy"]
+    assert [(r["Method"], r["Mean difference"], r["No claim"]) for r in wins] == [
+        ("GCE", "+10.0 (one seed)", "2"), ("ELR", "+5.0 (one seed)", "1"),
+    ]  # fmt: skip
+    assert "The mean is over the setting in which every method has a result." in text
+    assert "against CrossEntropy under symmetric:0.2, which all methods share: GCE (+10.0" in text
+
+
+def test_without_a_common_setting_the_report_says_so(tmp_path: Path) -> None:
+    for noise, methods in (("symmetric:0.2", ("GCE", "CrossEntropy")),
+                           ("symmetric:0.6", ("ELR", "CrossEntropy"))):  # fmt: skip
+        for seed, method in enumerate(methods):
+            write_run(
+                tmp_path / f"{method}{noise[-1]}", 0.5 + seed / 10, method=method, noise=noise
+            )
+    write_run(tmp_path / "other", 0.3, method="SCE", noise="symmetric:0.8")
+    text = made(tmp_path, tmp_path / "report.md")
+    assert "each method over its own settings" in text
+    assert "Mean" not in tables(text)["Accuracy in all settings"][0]
+    wins = row(tables(text)["Won, open, lost against CrossEntropy"], "GCE")
+    assert wins["Mean difference"].endswith("(one seed), 1 setting")
+
+
+def test_the_late_mean_stands_between_the_last_and_the_best_epoch(tmp_path: Path) -> None:
+    """Between runs that end high by luck and those that stay there only the late mean tells."""
+    for method in ("CrossEntropy", "GCE"):
+        metrics = {"test_accuracy": 0.8, "test_accuracy_late": 0.7, "test_accuracy_best": 0.9}
+        write_run(tmp_path / method, method=method, metrics=metrics)
+    text = made(tmp_path, tmp_path / "report.md")
+    found = list(row(tables(text)["news.csv · no added noise"], "GCE").items())
+    assert found[2:5] == [("Last epoch", "80.0"), ("Late mean", "70.0"),
+                          ("Best epoch (oracle)", "90.0")]  # fmt: skip
+
+
+def test_a_run_that_was_tested_once_has_no_late_mean(tmp_path: Path) -> None:
+    metrics = {"test_accuracy": 0.8, "test_accuracy_late": 0.8}
+    for method in ("CrossEntropy", "GCE"):
+        history = [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5, "test_accuracy": 0.8}]
+        write_run(tmp_path / method, method=method, metrics=metrics, history=history)
+    assert "Late mean" not in made(tmp_path, tmp_path / "report.md")
 
 
 def test_differences_use_common_seeds_only(tmp_path: Path) -> None:
@@ -284,6 +361,71 @@ def test_baselines(tmp_path: Path) -> None:
     assert "gone, the baseline of the grid, has no finished run" in made(runs, tmp_path / "e.md")
 
 
+def write_families(folder: Path) -> Path:
+    """Two methods on two families of adapters: GCE gains 10 points on one, loses 5 on one."""
+    accuracies = {("plain", "lora"): 0.5, ("plain", "ia3"): 0.7, ("GCE", "lora"): 0.6,
+                  ("GCE", "ia3"): 0.65}  # fmt: skip
+    for (method, peft), accuracy in accuracies.items():
+        for seed in (0, 1):
+            labels = {"data": "trec", "noise": "none", "method": method, "peft": peft,
+                      "seed": str(seed)}  # fmt: skip
+            write_run(folder / f"{method}{peft}{seed}", accuracy + seed / 100 * (method == "GCE"),
+                      method=method, seed=seed, labels=labels)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_baseline_of_several_families_meets_each_method_with_its_own(
+    tmp_path: Path, told: bool
+) -> None:
+    """The rows of such a grid are `plain · lora`, so `plain` would name none of them."""
+    runs = write_families(tmp_path / "runs")
+    if told:
+        (runs / "grid.json").write_text(json.dumps({"baseline": "plain"}))
+    text = made(runs, tmp_path / "report.md", baseline=None if told else "plain")
+    found = tables(text)["trec · no added noise"]
+    assert row(found, "GCE · lora")["Minus plain"].startswith("+10.5 (")
+    assert row(found, "GCE · ia3")["Minus plain"].startswith("\N{MINUS SIGN}4.5 (")
+    assert row(found, "plain · lora")["Minus plain"] == "0 baseline"
+    assert [r["Method"] for r in tables(text)["Won, open, lost against plain"]] == [
+        "GCE · lora", "GCE · ia3",
+    ]  # fmt: skip
+    assert "Largest gain over plain with the same adapters: GCE · lora (+10.5 points" in text
+
+
+def test_one_family_of_the_baseline_can_be_asked_for(tmp_path: Path) -> None:
+    text = made(write_families(tmp_path / "runs"), tmp_path / "r.md", baseline="plain · ia3")
+    found = tables(text)["trec · no added noise"]
+    assert row(found, "GCE · lora")["Minus plain · ia3"].startswith("\N{MINUS SIGN}9.5 (")
+    assert row(found, "plain · lora")["Minus plain · ia3"] == "\N{MINUS SIGN}20.0 (no spread)"
+
+
+def test_cells_that_were_not_started_share_a_line_under_their_name(tmp_path: Path) -> None:
+    grid = tmp_path / "grid"
+    write_run(grid / "cells/a")
+    labels = {"data": "trec", "noise": "none", "method": "GCE", "peft": "lora"}
+    cells = [{"folder": f"cells/{n}", "labels": labels | {"seed": str(n)}} for n in range(3)]
+    cells.append({"folder": "cells/a"})
+    (grid / "grid.json").write_text(json.dumps({"cells": cells}))
+    text = made(grid, tmp_path / "report.md")
+    assert "<summary>3 not started</summary>" in text
+    (left,) = tables(text)["Runs left out"]
+    assert left["Run"] == "trec · GCE · lora, seed 0, 1, 2"
+    page = made(grid, tmp_path / "report.html")
+    assert "<details><summary>3 not started</summary>" in page
+
+
+def test_what_comes_out_stands_before_what_was_run(tmp_path: Path) -> None:
+    runs = write_grid(tmp_path / "runs")
+    write_run(runs / "r", None, seed=4, status="running", metrics={})
+    text = made(runs, tmp_path / "report.md")
+    assert text.splitlines()[3].startswith("**Against CrossEntropy on average over 2 settings: GCE")
+    assert text.splitlines()[3].endswith("12 of 13 runs are done.**")
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings[0] == "## Overview" and headings.index("## Runs") == len(headings) - 4
+    assert "<details><summary>Model and grid</summary>" in text.split("## Runs")[1]
+
+
 def test_unequal_numbers_of_trials_are_told(tmp_path: Path) -> None:
     for method, trials in (("CrossEntropy", 4), ("GCE", 8)):
         search = {"trials": trials, "split": "noisy", "space": {"q": [0.5, 0.7]},
@@ -292,6 +434,17 @@ def test_unequal_numbers_of_trials_are_told(tmp_path: Path) -> None:
     text = made(tmp_path, tmp_path / "report.md")
     assert "unequal numbers of trials (4: CrossEntropy; 8: GCE)" in text
     assert row(tables(text)["Search for settings"], "GCE")["Space"] == "q 0.5 or 0.7"
+
+
+def test_the_seeds_share_the_trials(tmp_path: Path) -> None:
+    """Trials for every seed would be another, dearer search."""
+    for seed in (0, 1):
+        search = {"trials": 4, "split": "noisy", "space": {"q": [0.5, 0.7]}, "best": {"q": 0.7},
+                  "seconds": 90.0}  # fmt: skip
+        write_run(tmp_path / str(seed), method="GCE", seed=seed, search=search)
+    text = made(tmp_path, tmp_path / "report.md")
+    assert "4 trials for every method, shared by its seeds" in text
+    assert row(tables(text)["Search for settings"], "GCE")["Seconds"] == "90"
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -428,6 +581,71 @@ def test_charts_of_a_grid(tmp_path: Path) -> None:
         assert f">{title}</text>" in page
     # 3 seeds of 25 rows each: shares over all of them
     assert page.count("no → yes: 20.0 %") >= 2
+
+
+def test_of_many_methods_the_baseline_and_the_best_are_named_in_a_chart(tmp_path: Path) -> None:
+    for index in range(12):
+        method = f"method {index}" if index else "CrossEntropy"
+        write_run(tmp_path / str(index), 0.5 + index / 100, method=method)
+    page = made(tmp_path, tmp_path / "report.html")
+    chart = page.split(">Test accuracy, %</text>")[1].split("</svg>")[0]
+    named = re.findall(r'class="name" text-anchor="start">([^<]*)<', chart)
+    assert set(named) == {"CrossEntropy", *(f"method {index}" for index in range(7, 12))}
+    assert chart.count('class="series quiet"') == 6
+    assert "Lines without a name are the other methods." in page
+
+
+def test_unequal_numbers_of_epochs_are_drawn_over_the_share_of_the_training(tmp_path: Path) -> None:
+    """A probe of twenty epochs would press the four of the others into a corner."""
+    write_run(tmp_path / "a", epochs=4)
+    assert "share of the training" not in made(tmp_path, tmp_path / "one.html")
+    write_run(tmp_path / "b", method="TURN", epochs=20)
+    assert ">share of the training, %</text>" in made(tmp_path, tmp_path / "two.html")
+
+
+@pytest.mark.parametrize(("seeds", "drawn"), [(2, False), (3, True)])
+def test_an_interval_of_two_seeds_is_not_drawn_over_noise_rates(
+    tmp_path: Path, seeds: int, drawn: bool
+) -> None:
+    for seed in range(seeds):
+        for noise in ("none", "symmetric:0.2", "symmetric:0.4"):
+            write_run(tmp_path / f"{noise[-1]}{seed}", 0.7 + seed / 100, noise=noise, seed=seed)
+    page = made(tmp_path, tmp_path / "report.html")
+    assert ('<path class="whisker"' in page) is drawn
+
+
+@pytest.mark.parametrize(("seeds", "label"), [(1, "without interval"), (2, "with 95% interval")])
+def test_differences_without_intervals_are_not_called_so(
+    tmp_path: Path, seeds: int, label: str
+) -> None:
+    for seed in range(seeds):
+        write_run(tmp_path / f"a{seed}", 0.7, seed=seed)
+        write_run(tmp_path / f"b{seed}", 0.8 + seed / 100, method="GCE", seed=seed)
+    assert label in made(tmp_path, tmp_path / "report.html")
+
+
+def test_the_end_of_the_warm_up_is_marked_and_the_loss_explained(tmp_path: Path) -> None:
+    """The loss of CleaR jumps where its second term starts: that is no divergence."""
+    write_run(tmp_path / "a", method={"name": "CleaR", "warmup_epochs": 2})
+    page = made(tmp_path / "a", tmp_path / "one.html")
+    assert "end of the warm-up of 2 epochs" in page and 'class="grid dashed"' in page
+    assert "The training loss is what the method minimises" in page
+    write_run(tmp_path / "b", method={"name": "CleaR", "warmup_epochs": 3})
+    assert "warm-up of" not in made(tmp_path / "b", tmp_path / "two.html"), "three epochs in all"
+
+
+def test_the_maps_of_a_setting_show_the_same_classes(tmp_path: Path) -> None:
+    size = 60
+    plain = [[10 * (a == b) for b in range(size)] for a in range(size)]
+    for method, (true, given) in {"CrossEntropy": (7, 50), "GCE": (31, 40)}.items():
+        confusion = [list(values) for values in plain]
+        confusion[true][given] = 9
+        write_run(tmp_path / method, 0.5, method=method, confusion=confusion, found={},
+                  data={"rows": 9, "label_names": [f"c{n}" for n in range(size)]})  # fmt: skip
+    page = made(tmp_path, tmp_path / "report.html")
+    maps = [chart.split("</svg>")[0] for chart in page.split('<svg class="chart map"')[1:]]
+    names = [re.findall(r'class="name" text-anchor="end">([^<]*)<', chart) for chart in maps]
+    assert len(maps) == 2 and names[0] == names[1] and {"c7", "c50", "c31", "c40"} <= set(names[0])
 
 
 def test_many_classes_are_cut_to_the_most_confused(tmp_path: Path) -> None:

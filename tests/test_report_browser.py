@@ -18,6 +18,9 @@ from reports import write_run
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 METHODS = {"CrossEntropy": 0.70, "GCE": 0.85, "ELR": 0.80, "CleaR": 0.90, "SmallLoss": 0.75}
 
+SHARES = ("test_accuracy", "test_accuracy_late", "test_accuracy_best", "test_macro_f1", "test_ece",
+          "memorization", "clean_fit", "detection_auroc", "detection_ap")  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -40,7 +43,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for method, accuracy in METHODS.items():
             for seed in range(3):
                 place = folder / "grid" / noise.replace(":", "-") / method / str(seed)
-                write_run(place, accuracy + seed / 100, method=method, noise=noise, seed=seed)
+                accuracies = dict.fromkeys(SHARES, accuracy + seed / 100)
+                write_run(place, method=method, noise=noise, seed=seed, metrics=accuracies)
     evil = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
     write_run(folder / "one", method=evil, data={"rows": 9, "label_names": [evil, evil]})
     long = "a" * 400
@@ -104,6 +108,24 @@ def test_tables_sort_by_mouse_and_keyboard(browser: Any, pages: dict[str, Path])
     assert order() == sorted(METHODS) or order() == sorted(METHODS, key=str.lower)
     assert table.locator("[aria-sort]").count() == 1
     assert opened.problems == []
+
+
+def test_the_table_of_a_noisy_setting_fits_a_screen_and_heads_stand_above_their_numbers(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    opened = Opened(browser, pages["grid"])
+    scroll = opened.page.locator("section:has(> h2:text('symmetric:0.4')) .scroll").first
+    assert scroll.locator("thead th").count() == 12
+    assert scroll.evaluate("box => box.scrollWidth <= box.clientWidth")
+    ends = """row => [...row.querySelectorAll('.number')].map(cell => {
+        const range = document.createRange();
+        range.selectNodeContents(cell.querySelector('button') ?? cell.firstChild);
+        return Math.round(range.getBoundingClientRect().right);
+    })"""
+    heads = scroll.locator("thead tr").evaluate(ends)
+    numbers = scroll.locator("tbody tr").first.evaluate(ends)
+    assert len(heads) == 11
+    assert all(abs(head - number) <= 1 for head, number in zip(heads, numbers, strict=True))
 
 
 def test_tables_filter_by_words(browser: Any, pages: dict[str, Path]) -> None:

@@ -84,17 +84,17 @@ def test_language_models_are_compared_by_choices_else_by_tokens(tmp_path: Path) 
     text = report(tmp_path, tmp_path / "all.md").read_text(encoding="utf-8")
     overview = section(text, "Overview")
     assert (
-        "| CrossEntropy | 62.5 | 37.5 |" in overview
-        and "| LoPE | **75.0** | **50.0** |" in overview
+        "| CrossEntropy | 50.0 | 62.5 | 37.5 |" in overview
+        and "| LoPE | **62.5** | **75.0** | **50.0** |" in overview
     )
-    assert "| LoPE | 0 | 0 | 0 | 2 | +12.5" in overview
+    assert "| LoPE | +12.5 (one seed) | 0 | 0 | 0 | 2 |" in overview
     assert "| LoPE | 75.0 | 50.0 |" in section(text, "quiz · no added noise")
     assert "1 classes" not in text  # a response is no class
 
 
 def test_the_router_is_shown_layer_by_layer_under_its_verdict(tmp_path: Path) -> None:
     part = section(written(tmp_path, findings={"experts": EXPERTS}), "Poisoning expert")
-    assert "masking is only rescaling" in part and "40.0 % of the weight" in part
+    assert "masking takes from all texts alike" in part and "40.0 % of the weight" in part
     layer, mean = [line for line in part.splitlines() if line.startswith("|")][-2:]
     assert layer.endswith("| 40.0 | 10.0 | 75.0 | 31.0 | 5.0 | 4.0 | 20.0 | 15.0 | 0.50, "
                           "\N{MINUS SIGN}0.25, 0.00 |")  # fmt: skip
@@ -139,7 +139,8 @@ def test_the_losses_of_rows_with_noise_are_told_where_they_are_known(tmp_path: P
 def test_the_verdict_is_computed_from_the_numbers(found: dict[str, Any], said: str) -> None:
     text = verdict(EXPERTS | found)
     assert said in text
-    assert ("only rescaling" in text) == ("even share." in text or "not know" in text)
+    assert ("only rescaling" in text) == ("even share." in text)
+    assert ("from all texts alike" in text) == ("not know" in text)
 
 
 def test_damaged_findings_say_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -31,7 +33,8 @@ from noiseproof.method import Method, Run, Stage
 from noiseproof.methods import GCE, TURN
 from noiseproof.methods.turn import LEAST_AGREEMENT, MOST_OVERLAP, class_name, probe_signals
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.models import plain_model, start_head
+from noiseproof.models import load_text_classifier, plain_model, start_head
+from noiseproof.modules import WholeModule
 from noiseproof.tuning import usual_rate
 from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, weights
 
@@ -279,6 +282,68 @@ def test_without_noise_hardly_anything_is_dropped() -> None:
     assert bool(selected(TURN(), run).all())
     run = run_of(logits_with(loss, labels, 4), labels)
     assert float(selected(TURN.preset("strict"), run).float().mean()) < 0.9
+
+
+def test_a_class_without_a_finite_loss_is_left_out_and_the_run_continues() -> None:
+    """Its one row could not be read by the model; the other classes have done nothing wrong."""
+    run, _ = two_hills((60, 60), (20, 20))
+    labels = torch.cat([run.labels, torch.tensor([2])])
+    logits = torch.nn.functional.pad(run.predict(), (0, 1), value=-9.0)
+    logits = torch.cat([logits, torch.full((1, 3), float("nan"))])
+    broken = run_of(logits, labels)
+    keep = selected(TURN(precondition="off"), broken)
+    assert by_class(keep, labels) == [60, 60, 0]
+    assert broken.logged["selected_min"] == 60 and broken.logged["rows_not_finite"] == 1
+
+
+def test_the_floor_of_a_class_takes_a_row_that_has_a_loss() -> None:
+    """A row without one has posterior 0 as the worst do, and stands before them by its number."""
+    loss = torch.cat([torch.full((90,), 0.1), torch.full((60,), 5.0)])
+    labels = torch.cat([torch.zeros(148, dtype=torch.long), torch.ones(2, dtype=torch.long)])
+    loss[148:] = torch.tensor([float("nan"), 5.0])
+    logits = logits_with(loss, labels, 2)
+    logits[148] = float("nan")
+    method = TURN(precondition="off", mixture=LossMixture(), min_class_fraction=0.4)
+    keep = selected(method, run_of(logits, labels))
+    assert not keep[148] and keep[149]
+
+
+def test_without_guards_a_loss_that_is_not_finite_names_its_class() -> None:
+    run, _ = two_hills((60, 60), (20, 20))
+    logits = run.predict()
+    logits[int((run.labels == 1).nonzero()[0])] = float("nan")
+    with pytest.raises(InputError, match=r"1 of 160 losses are not finite \(of 'class 1'\)"):
+        TURN.preset("strict").on_epoch_start(run_of(logits, run.labels))
+
+
+def test_what_was_selected_of_each_class_is_found_in_the_record() -> None:
+    """By class for the first and the last selection; the history has the extremes alone."""
+    run, _ = two_hills((30, 20, 50), (10, 12, 14))
+    for run.epoch in range(3):
+        selected(TURN(), run)
+    found = run.findings["selection"]
+    assert json.loads(json.dumps(found)) == found and set(found) == {"first", "last"}
+    assert (found["first"]["epoch"], found["last"]["epoch"]) == (0, 2)
+    table = found["last"]
+    assert (table["rows"], table["selected"], table["kept"]) == (
+        [40, 32, 64], [30, 20, 50], [20, 20, 20])  # fmt: skip
+    assert [entry["label"] for entry in table["mixtures"]] == [0, 1, 2]
+    assert table["mixtures"][1]["weights"] == pytest.approx([20 / 32, 12 / 32], rel=1e-2)
+    assert table["mixtures"][1]["converged"] is True
+    shares = [run.logged[f"class_kept_{name}"] for name in ("min", "median", "max")]
+    assert shares == pytest.approx([20 / 64, 20 / 40, 20 / 32])
+    assert run.logged["balance_cap"] == 20
+
+
+def test_a_mixture_that_does_not_converge_is_warned_of_by_the_names_of_its_classes() -> None:
+    run, _ = two_hills((20,) * 7, (20,) * 7)
+    random = torch.Generator().manual_seed(0)
+    loss = 3 * torch.rand(len(run.labels), generator=random)
+    run = run_of(logits_with(loss, run.labels, 7), run.labels)
+    mixture = LossMixture(scope="per_class", max_iter=1)
+    TURN(mixture=mixture, precondition="off").on_epoch_start(run)
+    assert len(run.warned) == 1
+    assert "of 'class 0', 'class 1', 'class 2', 'class 3', 'class 4' and 2 more" in run.warned[0]
 
 
 # --- the draw ------------------------------------------------------------------------------------
@@ -686,6 +751,70 @@ def test_a_head_of_ones_own_needs_tokens_and_no_adapters() -> None:
         )
 
 
+def test_a_module_that_cannot_be_split_is_refused_by_its_linear_layers() -> None:
+    """The advice of the tuning, tune=full, is what the user already has."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.top = nn.Linear(6, 4), nn.Linear(6, 2)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.top(rows) + self.body(rows)[:, :2]
+
+    for changes in ({}, {"probe_features": "mean"}, {"probe_init": "keep"}):
+        with pytest.raises(
+            InputError, match=r"Summed does not end in one.*layers: body, top"
+        ) as got:
+            TURN(**changes).prepare_model(WholeModule(Summed(), "x"))
+        assert "tune=full" not in str(got.value)
+
+
+def test_a_normalised_head_reads_directions_and_comes_back(
+    tiny_model: Path, tiny_table: pd.DataFrame, tmp_path: Path
+) -> None:
+    """A saved head without the scaling would answer otherwise, and nothing would say so."""
+    method = TURN(**QUICK | {"probe_features": "mean", "probe_normalize": True})
+    settings = {"model": str(tiny_model), "train": train_settings(epochs=1)}
+    result = noiseproof.fit(tiny_table, method=method, out=tmp_path / "run", **settings)
+    head = result.predictor.model.classifier
+    features = torch.randn(4, head.in_features)
+    torch.testing.assert_close(head(3 * features).logits, head(features).logits)
+    texts = tiny_table["text"].tolist()[:6]
+    again = noiseproof.load(tmp_path / "run").predict_proba(texts)
+    np.testing.assert_allclose(again, result.predictor.predict_proba(texts), rtol=1e-5, atol=1e-6)
+    assert "probe_normalize" not in TURN().to_dict()
+    with pytest.raises(InputError, match="probe_features mean or first"):
+        TURN(probe_normalize=True)
+
+
+def test_a_pooler_that_the_checkpoint_does_not_hold_is_warned_of(
+    tiny_run: Tiny, tmp_path: Path
+) -> None:
+    """Its tanh of a random projection belongs to the encoder, and the probe would read it."""
+    tiny_run.model.bert.save_pretrained(tmp_path)
+    weights_file = tmp_path / "model.safetensors"
+    held = {name: value for name, value in load_file(weights_file).items() if "pooler" not in name}
+    save_file(held, weights_file, metadata={"format": "pt"})
+    tiny_run.task.tokenizer.save_pretrained(tmp_path)
+    model, _ = load_text_classifier(str(tmp_path), LABELS)
+    for method, told in (
+        (TURN(**QUICK | {"precondition": "warn"}), True),
+        (TURN.preset("robust_probe"), True),
+        (TURN(probe_features="mean"), False),
+        (TURN(precondition="off"), False),
+    ):
+        run = run_of(torch.zeros(25, 3), tiny_run.labels, stage="probe")
+        run.model = model
+        method.on_epoch_start(run)
+        assert any("bert.pooler.dense" in text and "probe_features=mean" in text
+                   for text in run.warned) == told  # fmt: skip
+    run = run_of(torch.zeros(25, 3), tiny_run.labels, stage="probe")
+    run.model = load_text_classifier(str(tiny_run.folder), LABELS)[0]
+    TURN().on_epoch_start(run)
+    assert not run.warned
+
+
 def test_a_head_can_start_random_or_be_left_as_it_is(tiny_run: Tiny) -> None:
     model = copy.deepcopy(tiny_run.model)
     start_head(model, 0.01)
@@ -723,6 +852,17 @@ def test_features_that_do_not_tell_the_classes_are_warned_of_before_training(
     assert "hardly tell the labels apart" in run.warned[0] and "CleaR" in run.warned[0]
     with pytest.raises(InputError, match=r"weak basis.*precondition=warn goes on"):
         TURN(precondition="stop").on_epoch_start(run)
+
+
+def test_what_to_use_instead_is_what_the_task_can_run() -> None:
+    """CleaR has adapters; on rows that are features fit refuses it."""
+    table = {"x": np.random.default_rng(0).normal(size=(80, 4)), "label": [0, 1] * 40}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        noiseproof.fit(table, task="features", features="x", method=TURN(probe_epochs=2),
+                       train=train_settings(epochs=1))  # fmt: skip
+    told = [str(item.message) for item in caught if "weak basis" in str(item.message)]
+    assert told and all("GCE and ELR" in text and "CleaR" not in text for text in told)
 
 
 def logits_of_kind(kind: str, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -790,6 +930,13 @@ def test_signals_of_a_probe_are_what_they_say() -> None:
     )
 
 
+def test_the_seconds_of_each_stage_are_known(tiny_run: Tiny) -> None:
+    """What the probe costs, and what follows it: nothing of either is left out."""
+    seconds = tiny_run.fit(TURN(**QUICK), epochs=1).seconds
+    stages = [seconds.pop(f"stage_{name}_s") for name in ("probe", "tune")]
+    assert min(stages) > 0 and sum(stages) >= sum(seconds.values())
+
+
 def test_a_warning_reaches_the_user_once_and_the_history(tiny_run: Tiny) -> None:
     """Random weights and 25 rows: there is every reason to warn."""
     method = TURN(**(QUICK | {"precondition": "warn"}))
@@ -837,6 +984,17 @@ def test_the_presets_are_what_their_names_say() -> None:
     assert not TURN.preset("lp_ft").cleanse and TURN.preset("robust_probe").tune_epochs == 0
 
 
+def test_a_preset_takes_some_settings_of_its_mixture_as_a_dict() -> None:
+    """What the preset itself says of the mixture stays."""
+    strict = TURN.preset("strict", mixture={"max_iter": 10})
+    assert strict.mixture == dataclasses.replace(TURN.preset("strict").mixture, max_iter=10)
+    assert TURN.from_dict(strict.to_dict()) == strict
+    with pytest.raises(InputError, match="unknown setting of mixture 'maxiter'; did you mean"):
+        TURN.preset("strict", mixture={"maxiter": 10})
+    with pytest.raises(InputError, match=r"TURN\.mixture must be a LossMixture, got dict"):
+        TURN(mixture={"max_iter": 10})  # type: ignore[arg-type]
+
+
 def test_classes_are_named_as_the_model_names_them(tiny_run: Tiny) -> None:
     assert class_name(tiny_run.model, 1) == repr(LABELS[1])
     assert class_name(nn.Identity(), 1) == "'class 1'"
@@ -882,6 +1040,7 @@ def test_a_run_that_is_stopped_anywhere_resumes_to_the_same_result(
     again = tiny_run.fit(method, extra=extra, **settings)
     assert same_weights(again.model, whole.model)
     assert again.history == whole.history
+    assert again.run.findings == whole.run.findings != {}
     for name, column in whole.run.columns.items():
         assert torch.equal(again.run.columns[name], column), name
 

@@ -103,7 +103,7 @@ def run_grid(
     grid: Grid,
     out: str | Path,
     *,
-    workers: int = 1,
+    workers: int | None = None,
     ray: str | None = None,
     show: Show | None = None,
 ) -> list[CellState]:
@@ -112,34 +112,42 @@ def run_grid(
     Args:
         grid: Made by `noiseproof.grid.read_grid`.
         out: Folder of the grid; the same folder continues it.
-        workers: Cells at a time; they share the processors evenly.
-        ray: Address of a Ray cluster, or auto; the cells run there instead. The folder must be one
-            that all its machines see.
+        workers: Cells at a time; they share the processors evenly. None is one.
+        ray: Address of a Ray cluster, or auto; the cells run there instead, as many at a time as
+            its processors allow. The folder must be one that all its machines see.
         show: Told of every change.
 
     Returns:
         The cells in the order of the grid; failed ones are among them, with their error.
 
     Raises:
-        InputError: The folder cannot be used, or a search had no success.
+        InputError: The folder cannot be used, a search had no success, or ``workers`` were given
+            with ``ray``.
         KeyboardInterrupt: Running cells have written a checkpoint; the same call continues.
     """
     folder = Path(out).expanduser()
-    if workers < 1:
+    if workers is not None and ray:
+        raise InputError(
+            f"--workers {workers} is for this machine; with --ray the processors of the cluster "
+            "decide, OMP_NUM_THREADS of them a cell: leave --workers out"
+        )
+    if workers is not None and workers < 1:
         raise InputError(f"--workers must be 1 or more, got {workers}")
     _prepare(folder)
     cells = list(grid.cells)
-    runner = _ray_runner(ray) if ray else _Local(workers)
+    runner = _ray_runner(ray) if ray else _Local(workers or 1)
     try:
         if grid.searches:
             trials = {cell.folder(): cell for one in grid.searches.values() for cell in one.trials}
-            board = _board(grid, "search", folder / "trials", list(trials.values()), workers)
+            board = _board(grid, "search", folder / "trials", list(trials.values()),
+                           runner.workers)  # fmt: skip
             _run_cells(board, runner, show)
             for place, search in grid.searches.items():
-                scores = [_score(folder / "trials" / cell.folder(), search.metric)
-                          for cell in search.trials]  # fmt: skip
-                cells[place] = with_best(cells[place], search, scores)
-        board = _board(grid, "cells", folder / "cells", cells, workers)
+                ended = [_record(folder / "trials" / cell.folder()) for cell in search.trials]
+                scores = [_score(record, search.metric) for record in ended]
+                seconds = sum(record.timings.get("total_s", 0.0) for record in ended if record)
+                cells[place] = with_best(cells[place], search, scores, seconds)
+        board = _board(grid, "cells", folder / "cells", cells, runner.workers)
         _write_summary(folder, grid, board)
         _run_cells(board, runner, show)
     finally:
@@ -185,8 +193,9 @@ def _look(state: CellState) -> None:
         return
     if record.status == "done":
         state.state, state.seconds = "done", record.timings.get("total_s", 0.0)
-        if record.labels != state.cell.labels:  # the grid calls the same run by another name now
-            record.labels = dict(state.cell.labels)
+        told = dict(state.cell.labels), dict(state.cell.search or record.search)
+        if (record.labels, record.search) != told:  # the grid says other words of the same run now
+            record.labels, record.search = told
             record.write(state.folder)
     elif record.status == "failed":
         state.error = record.error or "failed"
@@ -199,8 +208,7 @@ def _record(folder: Path) -> RunRecord | None:
         return None
 
 
-def _score(folder: Path, metric: str) -> float | None:
-    record = _record(folder)
+def _score(record: RunRecord | None, metric: str) -> float | None:
     if record is None or record.status != "done":
         return None
     if metric not in record.metrics:
@@ -347,6 +355,7 @@ class _Local(_Runner):
         self.workers = workers
         self.pool = ThreadPoolExecutor(workers)
         self.processes: set[subprocess.Popen[str]] = set()
+        self.lock, self.closed = threading.Lock(), False  # after `close` no process starts
         threads = str(max(1, (os.cpu_count() or 1) // workers))
         self.environment = {
             **os.environ,
@@ -362,16 +371,20 @@ class _Local(_Runner):
         words = [sys.executable, "-m", "noiseproof.benchmark"]
         pipe = subprocess.PIPE
         errors: list[str] = []
-        with subprocess.Popen(
-            words,
-            env=self.environment,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            start_new_session=True,  # Ctrl-C comes to the grid, which tells the cells
-        ) as process:
+        with self.lock:
+            if self.closed:
+                return
+            process = subprocess.Popen(
+                words,
+                env=self.environment,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                start_new_session=True,  # Ctrl-C comes to the grid, which tells the cells
+            )
             self.processes.add(process)
+        with process:
             assert process.stdin is not None
             assert process.stdout is not None
             listener = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
@@ -393,8 +406,10 @@ class _Local(_Runner):
 
     def close(self) -> None:
         """End the cells, softly."""
-        for process in list(self.processes):
-            process.send_signal(signal.SIGTERM)
+        with self.lock:
+            self.closed = True
+            for process in list(self.processes):
+                process.send_signal(signal.SIGTERM)
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 

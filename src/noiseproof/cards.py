@@ -38,8 +38,14 @@ def card(method: type[Method]) -> str:
     return re.split(r"\n\s*Attributes:", inspect.cleandoc(text or ""))[0].strip()
 
 
-def settings(kind: type[Any], prefix: str = "") -> list[Setting]:
-    """All fields of a settings class, nested ones with dots, with their meaning."""
+def settings(kind: type[Any], prefix: str = "", preset: Any = None) -> list[Setting]:
+    """All fields of a settings class, nested ones with dots, with their meaning.
+
+    Args:
+        kind: The class.
+        prefix: Stands before every name.
+        preset: An object of the class, whose values stand in the place of the defaults.
+    """
     found: list[Setting] = []
     meanings = field_meanings(kind)
     for item in dataclasses.fields(kind):
@@ -47,8 +53,10 @@ def settings(kind: type[Any], prefix: str = "") -> list[Setting]:
         factory: Any = item.default_factory
         if default is _MISSING and factory is not _MISSING:
             default = factory()
+        if preset is not None:
+            default = getattr(preset, item.name)
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            found += settings(type(default), f"{prefix}{item.name}.")
+            found += settings(type(default), f"{prefix}{item.name}.", default)
             continue
         shown = "required" if default is _MISSING else str(default)
         found.append(

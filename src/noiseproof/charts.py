@@ -1,8 +1,8 @@
 """Small charts: numbers in, one SVG string out.
 
 Colours and fonts are left to the page: a series has the class ``s0`` to ``s6`` (0 is grey, for what
-others are compared with), dashed beyond that. Every text is escaped, every mark has a tooltip, and
-what is not finite is not drawn.
+others are compared with), dashed, dotted and both beyond that. Every text is escaped, every mark
+has a tooltip, and what is not finite is not drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = 6  # beside the grey one
+PATTERNS = ("", " dashed", " dotted", " mixed")
+SHIFT = 8.0  # pixels by which the whiskers at one x stand apart, the first from the last
+NEAR = 30.0  # pixels from the end of a line to its name that a leader may bridge
 LETTER = 6.1  # width of a letter at 11 pixels, about
 SMALLEST_SPAN = 1e-300  # of an axis; below it steps cannot be told from 0
 Range = tuple[float, float]
@@ -26,7 +29,8 @@ class Series:
         name: Stands at the end of the line.
         x: Positions (n,).
         y: Values (n,); what is not finite leaves a gap.
-        style: Its colour: 0 is grey, then six colours, then the same dashed.
+        style: Its colour and pattern, as `style` numbers them; None is thin, grey and without a
+            name, for one of too many.
         low: Lower ends of intervals (n,), where there are any.
         high: Upper ends (n,).
     """
@@ -34,7 +38,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    style: int = 0
+    style: int | None = 0
     low: Sequence[float] = ()
     high: Sequence[float] = ()
 
@@ -82,14 +86,15 @@ def line_chart(
     lines = [line for line in series if any(map(math.isfinite, line.y))]
     if not lines:
         return ""
+    lines.sort(key=lambda line: line.style is not None)  # what has a name is drawn on top
+    named = [line for line in lines if line.style is not None and len(lines) > 1]
     xs = [x for line in lines for x in line.x]
     ys = [
         y for line in lines for y in (*line.y, *line.low, *line.high) if math.isfinite(y)
     ]  # fmt: skip
-    names = [shorten(line.name, 22) for line in lines]
-    right = 14 + LETTER * max(map(len, names)) if len(lines) > 1 else 14
+    right = 14 + LETTER * max((len(shorten(line.name, 22)) for line in named), default=0)
     width, left, top, bottom = 400, 34, 26, 36
-    height = max(250, top + bottom + 13 * len(lines))
+    height = max(250, top + bottom + 13 * len(named))
     low, high = y_range or _padded(ys)
     y_ticks = [tick for tick in ticks(low, high) if low <= tick <= high]
     start, end = x_range or (min(xs), max(xs))
@@ -123,16 +128,18 @@ def line_chart(
     if diagonal:
         corners = f"M{x_at(start):.1f} {y_at(low):.1f}L{x_at(end):.1f} {y_at(high):.1f}"
         parts.append(f'<path class="grid dashed" d="{corners}"/>')
-    ends = []
-    for index, (line, name) in enumerate(zip(lines, names, strict=True)):
-        shift = 4 * (index - (len(lines) - 1) / 2) if line.low else 0  # whiskers side by side
-        drawn, last = _line(line, x_at, y_at, marks, shift)
+    ends: list[tuple[Series, tuple[float, float]]] = []
+    step = min(4.0, SHIFT / max(1, len(lines) - 1))
+    for index, line in enumerate(lines):
+        whiskers = any(map(math.isfinite, line.low))  # they stand side by side
+        shift = step * (index - (len(lines) - 1) / 2) if whiskers else 0
+        drawn, last = _line(line, x_at, y_at, marks and line.style is not None, shift)
         parts.append(drawn)
         if legend:
-            last = (width - right - 5, top + 6 + 13 * index)
-        ends.append((name, line, last))
-    if len(lines) > 1:
-        parts += _end_labels(ends, width - right, top, height - bottom)
+            last = (width - right - 5, top + 6 + 13 * len(ends))
+        if named and line.style is not None:
+            ends.append((line, last))
+    parts += _end_labels(ends, width - right, top, height - bottom)
     return _svg(parts, width, height, f"{title}: {', '.join(line.name for line in lines)}")
 
 
@@ -228,16 +235,19 @@ def heat_map(
     return _svg(parts, width, height, title, kind="chart map")
 
 
-def style(number_: int) -> str:
-    """CSS classes of the n-th series: grey, six colours, then the same dashed.
+def style(number_: int | None) -> str:
+    """CSS classes of the n-th series.
 
-    >>> style(0), style(6), style(7)
-    ('s0', 's6', 's1 dashed')
+    Six colours, then the same in other patterns; 0 and below are grey in all patterns, and None is
+    what has no name.
+
+    >>> style(6), style(7), style(13), style(0), style(-1), style(None)
+    ('s6', 's1 dashed', 's1 dotted', 's0', 's0 dashed', 'quiet')
     """
-    if number_ == 0:
-        return "s0"
-    turn, colour = divmod(number_ - 1, COLOURS)
-    return f"s{colour + 1}" + (" dashed" if turn % 2 else "")
+    if number_ is None:
+        return "quiet"
+    turn, colour = divmod(number_ - 1, COLOURS) if number_ > 0 else (-number_, -1)
+    return f"s{colour + 1}{PATTERNS[turn % len(PATTERNS)]}"
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -306,22 +316,27 @@ def _line(
 
 
 def _end_labels(
-    ends: Iterable[tuple[str, Series, tuple[float, float]]], x: float, top: float, bottom: float
+    ends: Iterable[tuple[Series, tuple[float, float]]], x: float, top: float, bottom: float
 ) -> list[str]:
-    """Names beside the ends of their lines, pushed apart so that they do not overlap."""
-    ordered = sorted(ends, key=lambda end: end[2][1])
+    """Names beside the ends of their lines, pushed apart so that they do not overlap.
+
+    A line that ends far from its name has a dash of its kind beside it, and no leader.
+    """
+    ordered = sorted(ends, key=lambda end: end[1][1])
     gap = min(12.5, (bottom - top + 16) / max(1, len(ordered)))
     places: list[float] = []
-    for _, _, (_, y) in ordered:
+    for _, (_, y) in ordered:
         places.append(max(y, places[-1] + gap) if places else max(y, top - 6))
     limit = bottom + 8
     for index in range(len(places) - 1, -1, -1):
         places[index] = min(places[index], limit)
         limit = places[index] - gap
     parts = []
-    for (name, line, (end_x, end_y)), place in zip(ordered, places, strict=True):
-        leader = f'<path class="leader" d="M{end_x + 3:.1f} {end_y:.1f}L{x + 8:.1f} {place:.1f}"/>'
-        label = _text(x + 11, place + 3.5, name, "name")
+    for (line, (end_x, end_y)), place in zip(ordered, places, strict=True):
+        far = x - end_x > NEAR
+        start = f"{x - 4:.1f} {place:.1f}" if far else f"{end_x + 3:.1f} {end_y:.1f}"
+        leader = f'<path class="leader" d="M{start}L{x + 8:.1f} {place:.1f}"/>'
+        label = _text(x + 11, place + 3.5, shorten(line.name, 22), "name")
         parts.append(f'<g class="{style(line.style)}">{_tip(line.name)}{leader}{label}</g>')
     return parts
 

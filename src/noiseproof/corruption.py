@@ -138,7 +138,7 @@ def corrupt_table(
         table, frame=table.frame.assign(**{clean_label: truth, label: noisy})
     )
     if model_of_noise.needs_texts:
-        texts = corruption.extras["texts"].T.tolist()
+        texts = map(list, zip(*corruption.extras["texts"], strict=True))
         columns = dict(zip(reader.columns(table), texts, strict=True))
         table = dataclasses.replace(table, frame=table.frame.assign(**columns))
     if pool is not None:
@@ -166,7 +166,8 @@ def _other_responses(
     if noise.needs_responses:
         changed[label] = corruption.extras["responses"].tolist()
     else:
-        changed |= dict(zip(columns, corruption.extras["texts"].T.tolist(), strict=True))
+        cells_of = zip(*corruption.extras["texts"], strict=True)
+        changed |= {name: list(cells) for name, cells in zip(columns, cells_of, strict=True)}
     frame = table.frame.assign(**changed)
     return dataclasses.replace(table, frame=frame, texts={}), corruption
 

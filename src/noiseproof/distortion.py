@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
-from noiseproof.frozen import mean_pooled
-from noiseproof.models import encoder_of, evaluation_mode
+from noiseproof.models import encoder_of
 from noiseproof.selection import column_scales
 
 NEIGHBOURS = 20
@@ -141,26 +140,48 @@ class Look:
     weights: dict[str, Tensor]
 
 
-def encoder_features(model: nn.Module, encoded: Encoded, settings: TrainSettings) -> Tensor:
+def encoder_features(
+    model: nn.Module, encoded: Encoded, settings: TrainSettings, *, keep: bool = False
+) -> Tensor:
     """What an encoder makes of rows in eval mode, averaged over tokens or positions (N, D).
+
+    Args:
+        model: The classifier.
+        encoded: The rows.
+        settings: Of the run; they choose the device.
+        keep: Whether the features are kept on disk, as those of a head: for an encoder as loaded.
 
     Raises:
         InputError: The model does not tell its encoder.
     """
     engine = Engine(settings)
     model.to(engine.device)
-    with evaluation_mode(model):
-        return engine.compute(encoded, lambda inputs: mean_pooled(model, inputs))
+    encode = engine.frozen if keep else engine.encode
+    return encode(model, encoded, "mean")[:, :, 0]
 
 
-def look_at(model: nn.Module, train: Encoded, held_out: Encoded, settings: TrainSettings) -> Look:
+def look_at(
+    model: nn.Module,
+    train: Encoded,
+    held_out: Encoded,
+    settings: TrainSettings,
+    *,
+    keep: bool = False,
+) -> Look:
     """Features and weights of the encoder as it is now, in eval mode; nothing is changed.
+
+    Args:
+        model: The classifier.
+        train: The training rows.
+        held_out: The held-out rows.
+        settings: Of the run.
+        keep: As in `encoder_features`.
 
     Raises:
         InputError: The model does not tell its encoder.
     """
     _, encoder = encoder_of(model)
-    tables = [encoder_features(model, rows, settings) for rows in (train, held_out)]
+    tables = [encoder_features(model, rows, settings, keep=keep) for rows in (train, held_out)]
     weights = {name: part.detach().cpu().clone() for name, part in encoder.named_parameters()}
     return Look(tables[0], tables[1], weights)
 

@@ -72,7 +72,7 @@ class Encoded(ABC):
         given = inputs.as_texts()
         texts = [change(some, int(row)) for some, row in zip(given, chosen, strict=True)]
         differs = np.array([one != other for one, other in zip(given, texts, strict=True)])
-        return encode(inputs.with_texts(np.array(texts, dtype=object))), differs
+        return encode(inputs.with_texts(texts)), differs
 
     @abstractmethod
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:

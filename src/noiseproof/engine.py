@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.adapters import idle_parameters
 from noiseproof.encoding import Encoded, EncodedFeatures
 from noiseproof.errors import InputError, check_types
-from noiseproof.features import MAX_BYTES, fingerprint, kept
+from noiseproof.features import Allocate, fingerprint, kept
 from noiseproof.frozen import HeadOnly, encode_batch, feature_position
 from noiseproof.method import Batch, BeforeBatch, Method, Run, require, require_range
 from noiseproof.models import evaluation_mode, has_weights, row_statistics, trains_only_head
@@ -25,6 +26,8 @@ BUCKET_BATCHES = 50  # batches that are sorted by length together; order across 
 SHORT_TEXT = 32  # tokens up to which plain products are used for attention in bf16 on the CPU
 PREDICT_ROWS = 128  # rows of a prediction batch at most ...
 PREDICT_COST = 8192  # ... and rows x longest row at most, unless one row is longer
+
+MAX_BYTES = 2**31  # of features that are given to a hook where nothing is cached
 
 MOST = {"epochs": 10_000, "batch_size": 1_000_000, "max_length": 1_000_000}
 """Beyond which a setting is a mistake."""
@@ -273,7 +276,7 @@ class Engine:
         return self._features[id(encoded)][1]
 
     def features(self, encoded: Encoded) -> Tensor | None:
-        """Cached features of the rows (N, D, 2); None in a stage without a cache.
+        """Cached features of the rows (N, D, 1 or 2); None in a stage without a cache.
 
         Where the rows are features already there is nothing to cache; they are given unless they
         are very many.
@@ -285,19 +288,13 @@ class Engine:
         if not encoded.one_output or not trains_only_head(model) or has_weights(model):
             return None
         width = next(iter(encoded.inputs(np.arange(1)).values())).shape[1]
-        few = 8 * len(encoded) * width <= MAX_BYTES
+        few = 4 * len(encoded) * width <= MAX_BYTES
         return self.encode(model, encoded, "first") if few else None
 
     def _cache(self, model: nn.Module, encoded: Encoded) -> None:
         position = self._position
         assert position is not None
-        weights = fingerprint(model) if encoded.key and self.processes == 1 else ""
-        if weights:
-            words = ("1", encoded.key, position, self.precision, self.device.type)
-            key = " ".join([*words, weights])
-            features = kept(key, len(encoded), lambda: self.encode(model, encoded, position))
-        else:
-            features = self.encode(model, encoded, position)
+        features = self.frozen(model, encoded, position)
         self._features[id(encoded)] = (encoded, EncodedFeatures(features))
 
     # --- passes ----------------------------------------------------------------------------------
@@ -327,12 +324,35 @@ class Engine:
         encoded: Encoded,
         position: str,
         before_batch: BeforeBatch | None = None,
+        allocate: Allocate = torch.zeros,
     ) -> Tensor:
-        """What the head reads of all rows, in row order, eval mode (N, D, 2), on the CPU."""
+        """What the head reads of all rows, in row order, eval mode (N, D, 1 or 2), on the CPU.
+
+        In fp32 whatever the precision of the run: the encoder is called without autocast.
+        """
         with evaluation_mode(model):
             return self.compute(
-                encoded, lambda inputs: encode_batch(model, inputs, position), before_batch
+                encoded,
+                lambda inputs: encode_batch(model, inputs, position),
+                before_batch,
+                None,
+                allocate,
             )
+
+    def frozen(self, model: nn.Module, encoded: Encoded, position: str) -> Tensor:
+        """The same of an encoder as it was loaded, kept on disk where rows and weights have names.
+
+        All precisions share a table, as do all heads, seeds, methods and the audit.
+        """
+        named = encoded.key and self.processes == 1 and has_weights(model)
+        weights = fingerprint(model, idle_parameters(model)) if named else ""
+        if not weights:
+            return self.encode(model, encoded, position)
+        return kept(
+            " ".join(["2", encoded.key, position, self.device.type, weights]),
+            len(encoded),
+            lambda allocate: self.encode(model, encoded, position, None, allocate),
+        )
 
     def compute(
         self,
@@ -340,8 +360,17 @@ class Engine:
         compute: Callable[[dict[str, Tensor]], Tensor],
         before_batch: BeforeBatch | None = None,
         rows: Tensor | None = None,
+        allocate: Allocate = torch.zeros,
     ) -> Tensor:
-        """Compute a row-wise tensor over all rows, or these; batches are dealt to the processes."""
+        """Compute a row-wise tensor over all rows, or these; batches are dealt to the processes.
+
+        Args:
+            encoded: The rows.
+            compute: Inputs of a batch -> (B, ...).
+            before_batch: Called before every batch.
+            rows: Row numbers (M,); None takes all.
+            allocate: Makes the tensor that the batches are written into.
+        """
         chosen = np.arange(len(encoded)) if rows is None else rows.numpy()
         gathered: Tensor | None = None
         for number, places in enumerate(prediction_batches(encoded.lengths[chosen])):
@@ -352,7 +381,7 @@ class Engine:
                 before_batch(torch.from_numpy(batch))
             values = compute(self._to_device(encoded.inputs(batch))).float().cpu()
             if gathered is None:
-                gathered = torch.zeros(len(chosen), *values.shape[1:])
+                gathered = allocate((len(chosen), *values.shape[1:]))
             if number % self.processes == self.rank:
                 gathered[torch.from_numpy(places.copy())] = values
         assert gathered is not None

@@ -275,7 +275,8 @@ class _Measure:
         if count and wrong is not None:
             seed = derive_seed(prepared.job.train.seed, "gradients")
             self.probed = draw_sample(wrong, count, seed)
-        self.before = self._look(prepared.model) if prepared.job.measure_distortion else None
+        asked = prepared.job.measure_distortion
+        self.before = self._look(prepared.model, keep=True) if asked else None
 
     def __call__(self, predict_on: Callable[[Encoded], Tensor], run: Run) -> Mapping[str, Any]:
         """Numbers of one history row; training rows are predicted only if the truth is known."""
@@ -302,9 +303,10 @@ class _Measure:
             prepared.num_classes,
         )
 
-    def _look(self, model: nn.Module) -> Look:
+    def _look(self, model: nn.Module, *, keep: bool = False) -> Look:
         prepared = self.prepared
-        return look_at(model, prepared.encoded, self.sets["test"], prepared.job.train)
+        rows = (prepared.encoded, self.sets["test"])
+        return look_at(model, *rows, prepared.job.train, keep=keep)
 
     def deployed(self, outcome: Outcome) -> dict[str, Tensor]:
         """Logits of the test sets by the deployed model: name of the set -> (N, C)."""

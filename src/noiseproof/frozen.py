@@ -17,7 +17,8 @@ from noiseproof.models import encoder_of, evaluation_mode, is_head, main_input, 
 class HeadOnly(nn.Module):
     """A classifier whose encoder is replaced by its cached output at one position.
 
-    Features are (B, D, 2): the last hidden state at the chosen position and the pooled output.
+    Features are (B, D, 2): the last hidden state at the chosen position and the pooled output; or
+    (B, D, 1) where the encoder has no pooler.
     Holding the wrapped model as a plain attribute keeps its parameter names unchanged.
     """
 
@@ -27,10 +28,11 @@ class HeadOnly(nn.Module):
         self.encoder_name, _ = encoder_of(model)
 
     def forward(self, features: Tensor) -> Any:
-        """Output of the model for cached encoder outputs (B, D, 2)."""
+        """Output of the model for cached encoder outputs (B, D, 1 or 2)."""
         inner = plain_model(self.inner)
         encoder = getattr(inner, self.encoder_name)
-        token, pooled = features[:, :, 0], features[:, :, 1]
+        token = features[:, :, 0]
+        pooled = features[:, :, 1] if features.shape[2] > 1 else torch.zeros_like(token)
         output: Any = token
         if not getattr(inner, "encoder_gives_tensor", False):
             output = _encoder_output(token[:, None], pooled)
@@ -94,7 +96,7 @@ def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> 
         position: first, last, or mean over the real tokens.
 
     Returns:
-        (B, D, 2) fp32; the pooled half is zero where the encoder has no pooler.
+        (B, D, 2) fp32, or (B, D, 1) where the encoder pools nothing, or to another width.
     """
     _, encoder = encoder_of(model)
     accepted = {k: v for k, v in inputs.items() if k != "labels"}
@@ -109,8 +111,9 @@ def encode_batch(model: nn.Module, inputs: dict[str, Tensor], position: str) -> 
             index = index + hidden.shape[1] - 1 if mask is None else last_token(mask)
         token = hidden[torch.arange(len(hidden), device=hidden.device), index].float()
     pooled = getattr(output, "pooler_output", None)
-    pooled = torch.zeros_like(token) if pooled is None else pooled.float().flatten(1)
-    return torch.stack([token, pooled], dim=2)
+    if pooled is None or pooled.flatten(1).shape != token.shape:
+        return token[:, :, None]
+    return torch.stack([token, pooled.float().flatten(1)], dim=2)
 
 
 def feature_position(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:

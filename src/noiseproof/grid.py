@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,7 @@ from noiseproof.method import Method, require
 from noiseproof.methods import METHODS
 from noiseproof.peers import PEERS, Peer, find_peer
 from noiseproof.record import spec_id
+from noiseproof.tables import is_missing
 
 AXES = ("data", "models", "noise", "methods", "peft", "validation", "seeds")
 WORDS = ("title", "description", "cost", "baseline")
@@ -296,6 +298,17 @@ def _peft_field(method: str) -> str:
     raise InputError(f"the axis 'peft' does not fit {method}: it has no adapter setting")
 
 
+def missing_files(grid: Grid) -> list[str]:
+    """Files of rows that the grid names and that do not exist, each once."""
+    named: dict[str, None] = {}
+    for cell in grid.cells:
+        for name in ("data", "test", "test_ood", "validation", "noise_pool"):
+            given = cell.job.get(name)
+            places = given.values() if isinstance(given, Mapping) else [given]
+            named |= dict.fromkeys(place for place in places if isinstance(place, str))
+    return [place for place in named if is_missing(place)]
+
+
 # --- settings ------------------------------------------------------------------------------------
 
 
@@ -386,13 +399,21 @@ def _search(tune: Mapping[str, Any] | None, cell: Cell) -> Search | None:
     job = {name: value for name, value in cell.job.items() if name not in hidden}
     train = {**job["train"], **tune.get("train", {}), "seed": seed, "select": "last"}
     job |= {"validation": str(share), "validation_labels": "noisy", "train": train}
+    chosen = draw(space, trials, seed)
+    if len(chosen) < trials:
+        warnings.warn(
+            f"[tune.space.{label}] holds {len(chosen)} settings, so {label} has {len(chosen)} "
+            f"trials and not {trials} as the others; widen it, or lower tune.trials",
+            UserWarning,
+            stacklevel=2,
+        )
     drawn = tuple(
         Cell(
             {**cell.labels, "validation": f"noisy:{share}", "seed": str(seed),
              "trial": str(number)},
             job, cell.method, {**cell.settings, **settings},
         )
-        for number, settings in enumerate(draw(space, trials, seed))
+        for number, settings in enumerate(chosen)
     )  # fmt: skip
     return Search(drawn, str(tune.get("metric", "validation_accuracy")), dict(space), float(share))
 
@@ -436,13 +457,14 @@ def draw(space: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, Any
     ]  # fmt: skip
 
 
-def with_best(cell: Cell, search: Search, scores: Sequence[float | None]) -> Cell:
+def with_best(cell: Cell, search: Search, scores: Sequence[float | None], seconds: float) -> Cell:
     """The cell with the settings of its best trial; of equals the first.
 
     Args:
         cell: A cell of the grid.
         search: Its search.
         scores: Of the trials, None where one failed.
+        seconds: What all trials took.
 
     Raises:
         InputError: All trials failed.
@@ -454,6 +476,7 @@ def with_best(cell: Cell, search: Search, scores: Sequence[float | None]) -> Cel
     found = {
         "trials": len(search.trials),
         "failed": len(scores) - len(valid),
+        "seconds": seconds,
         "space": search.space,
         "split": f"noisy, {search.share:g} of the training rows",
         "metric": search.metric,

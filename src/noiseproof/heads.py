@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noiseproof.frozen import mean_pooled, token_states
@@ -63,8 +64,16 @@ class Scores(NamedTuple):
 
 
 class LinearHead(nn.Linear):
-    """A linear layer that answers as a classifier does."""
+    """A linear layer that answers as a classifier does.
+
+    Attributes:
+        normalize: Whether features are scaled to length 1 first.
+    """
+
+    def __init__(self, width: int, classes: int, *, normalize: bool = False) -> None:
+        super().__init__(width, classes)
+        self.normalize = normalize
 
     def forward(self, input: Tensor) -> Scores:  # type: ignore[override]
         """(B, D) -> logits (B, C)."""
-        return Scores(super().forward(input))
+        return Scores(super().forward(F.normalize(input, dim=1) if self.normalize else input))

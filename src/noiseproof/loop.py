@@ -96,7 +96,8 @@ class Outcome:
         model: The model to deploy.
         run: The run, with its last columns.
         history: One row per stage and epoch.
-        seconds: ``train_s``, ``score_s``, ``eval_s``, over all legs of a resumed run.
+        seconds: ``train_s``, ``score_s``, ``eval_s``, and ``stage_NAME_s`` of every stage as a
+            whole, over all legs of a resumed run.
         precision: fp32, bf16 or fp16.
         trainable: Trained parameters over all stages.
         best_epoch: Number of the history row whose weights were taken, with select=best.
@@ -218,6 +219,7 @@ class _Loop:
         self._predicted: Tensor | None = None
         self._transformed: tuple[tuple[int, int], Encoded, Tensor] | None = None
         self._forgotten = False
+        self._since = time.perf_counter()
 
     def run_all(self, model: nn.Module, resume: bool) -> Outcome:
         self.stages = stages = self.method.stages(self.settings.epochs)
@@ -254,7 +256,7 @@ class _Loop:
         return self._finish(model)
 
     def _run_stage(self, number: int, stage: Stage, saved: dict[str, Tensor]) -> None:
-        run = self.run
+        run, self._since = self.run, time.perf_counter()
         self.settings = settings = settings_of_stage(self.asked, stage)
         set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
@@ -469,7 +471,7 @@ class _Loop:
         self._predicted, self._forgotten = None, True
 
     def _encode(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
-        """What the head reads of the training rows (N, D, 2)."""
+        """What the head reads of the training rows (N, D, 1 or 2)."""
         return self.engine.encode(self.run.model, self.encoded, position, before_batch)
 
     def _rows_of_epoch(self) -> np.ndarray:
@@ -548,6 +550,9 @@ class _Loop:
         return weights | dict(model.named_buffers())
 
     def _checkpoint(self) -> None:
+        now, key = time.perf_counter(), f"stage_{self.run.stage}_s"
+        self.state.seconds[key] = self.state.seconds.get(key, 0.0) + now - self._since
+        self._since = now
         if self.checkpoints is None:
             return
         self._merge()

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from noiseproof.errors import InputError, check_types
+from noiseproof.errors import InputError, check_types, unknown_name
 from noiseproof.losses import cross_entropy
 from noiseproof.tokens import TARGETS, RowLoss, token_losses
 
@@ -72,7 +72,7 @@ class Encode(Protocol):
     """Compute what the head reads of every training row, in row order, without gradient."""
 
     def __call__(self, position: str, before_batch: BeforeBatch | None = None) -> Tensor:
-        """Return features (N, D, 2) on the CPU, see `noiseproof.frozen.encode_batch`."""
+        """Return features (N, D, 1 or 2) on the CPU, see `noiseproof.frozen.encode_batch`."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Run:
         seed: Seed of the run, for draws that are keyed by row.
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
         redrawn: Whether steps see a row otherwise than `encode` does, such as an augmented image.
-        features: What the head reads of the training rows, (N, D, 2) on the CPU, in a stage that
-            trains on cached features; else it returns None.
+        features: What the head reads of the training rows, (N, D, 1 or 2) on the CPU, in a stage
+            that trains on cached features; else it returns None.
         forget: For `Method.finalize_model`: the model answers differently now. What `predict` kept
             is dropped, and the last epoch is measured again.
         changed: Which rows the stage's transform changed (N,) bool; None without one.
@@ -301,17 +301,26 @@ class Method:
 
     @classmethod
     def preset(cls: type[M], name: str, **changes: Any) -> M:
-        """Settings by name, with changes on top.
+        """Settings by name, with changes on top; a dict changes some of nested settings.
 
         Raises:
-            InputError: The method has no preset of that name.
+            InputError: There is no preset, or no nested setting, of that name.
         """
         presets = cls.presets()
         if name not in presets:
             raise InputError(
                 f"unknown preset {name!r} of {cls.__name__}; available: {', '.join(presets)}"
             )
-        return dataclasses.replace(presets[name], **changes)
+        chosen = presets[name]
+        for field_name, value in changes.items():
+            nested: Any = getattr(chosen, field_name, None)
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(nested):
+                known = [item.name for item in dataclasses.fields(nested)]
+                for inner in value:
+                    if inner not in known:
+                        raise InputError(unknown_name(f"setting of {field_name}", inner, known))
+                changes[field_name] = dataclasses.replace(nested, **value)  # type: ignore[type-var]
+        return dataclasses.replace(chosen, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the record: ``{"name": ..., field: value, ...}``."""

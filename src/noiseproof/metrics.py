@@ -261,6 +261,33 @@ def detection_curves(
     }
 
 
+def loss_histogram(
+    losses: Values, is_wrong: Values, bins: int = 30
+) -> dict[str, list[list[float]]]:
+    """Count the losses of right and of wrong labels.  (N,), (N,) bool -> dict.
+
+    `losses` has points [middle of a bin, share of the right rows, share of the wrong rows]; the
+    bins are equally wide and end at the 99th percentile, the last holds all that is above. Empty
+    unless both right and wrong rows exist.
+
+    >>> loss_histogram([0.0, 1.0, 2.0, 2.0], [False, False, True, True], bins=2)["losses"]
+    [[0.5, 0.5, 0.0], [1.5, 0.5, 1.0]]
+    """
+    values, wrong = _columns(losses=losses, is_wrong=is_wrong)
+    wrong = wrong.astype(bool)
+    if wrong.all() or not wrong.any():
+        return {}
+    low, high = float(values.min()), float(np.percentile(values, 99))
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    parts = [
+        np.histogram(values[rows].clip(max=edges[-1]), edges)[0] / rows.sum()
+        for rows in (~wrong, wrong)
+    ]
+    return {
+        "losses": np.stack([(edges[1:] + edges[:-1]) / 2, *parts], axis=1).round(4).tolist(),
+    }
+
+
 def confusion(predicted: Values, labels: Values, num_classes: int) -> NDArray[Any]:
     """Count rows by label (row) and prediction (column).  (N,), (N,) -> (C, C).
 

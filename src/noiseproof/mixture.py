@@ -9,9 +9,9 @@ losses that do not split.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -127,6 +127,29 @@ class MixtureFit:
                 numbers[f"{name}_clean"], numbers[f"{name}_noisy"] = pairs[0]
         return {name: number for name, number in numbers.items() if np.isfinite(number)}
 
+    def table(self) -> list[dict[str, Any]]:
+        """One entry of JSON values per fitted group; what a group does not have is left out.
+
+        >>> fit_loss_mixture(torch.ones(20), None, LossMixture()).table()
+        [{'label': -1, 'fallback': 'constant'}]
+        """
+        entries: list[dict[str, Any]] = []
+        for place, label in enumerate(self.label):
+            entry: dict[str, Any] = {"label": label}
+            for name, pairs in (
+                ("means", self.means),
+                ("variances", self.variances),
+                ("weights", self.weights),
+            ):
+                if np.isfinite(pairs[place]).all():
+                    entry[name] = [float(f"{number:.4g}") for number in pairs[place]]
+            if "means" in entry:
+                entry["converged"] = self.converged[place]
+            if self.fallback[place] is not None:
+                entry["fallback"] = self.fallback[place]
+            entries.append(entry)
+        return entries
+
 
 def fit_loss_mixture(
     losses: Tensor,
@@ -134,6 +157,8 @@ def fit_loss_mixture(
     settings: LossMixture,
     previous: Tensor | None = None,
     ce_losses: Tensor | None = None,
+    names: Callable[[Sequence[int]], str] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> MixtureFit:
     """Estimate how likely each given label is right.  (N,), (N,) -> (N,) and parameters.
 
@@ -151,6 +176,8 @@ def fit_loss_mixture(
         previous: `clean_prob` (N,) of the last fit, kept where a guard fires or a loss is not
             finite; 1 without it.
         ce_losses: cross-entropies (N,), where `losses` are something else; measures the gap.
+        names: what messages call these classes; None calls them by number.
+        warn: is told of fits that did not converge; None issues a `RuntimeWarning`.
 
     Raises:
         FloatingPointError: more than one loss and more than 1 % of them are not finite.
@@ -167,7 +194,8 @@ def fit_loss_mixture(
     usable = np.isfinite(values)
     if entropies is not None:
         usable &= np.isfinite(entropies)
-    _check_finite(usable, settings)
+    named = names or _numbered
+    _check_finite(usable, labels, settings, named)
     if previous is None:
         clean_prob = np.ones(len(values), dtype=np.float32)
     else:
@@ -175,18 +203,21 @@ def fit_loss_mixture(
     fits = []
     for label, rows in _groups(usable, labels, settings):
         entropy = None if entropies is None else entropies[rows]
-        fit, posterior = _fit_group(label, values[rows], entropy, settings)
+        fit, posterior = _fit_group(label, values[rows], entropy, settings, named)
         fits.append(fit)
         if posterior is not None:
             clean_prob[rows] = posterior
     unfinished = [fit.label for fit in fits if fit.fallback is None and not fit.converged]
     if unfinished:
-        warnings.warn(
-            f"the loss mixture did not converge in mixture.max_iter={settings.max_iter} iterations"
-            f" (classes {unfinished}, -1 = all rows); the last iteration is used",
-            RuntimeWarning,
-            stacklevel=2,
+        of = "" if unfinished == [-1] else f" of {named(unfinished)}"
+        message = (
+            f"the loss mixture{of} did not converge in mixture.max_iter={settings.max_iter} "
+            "iterations; the last iteration is used"
         )
+        if warn is None:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        else:
+            warn(message)
     return MixtureFit(
         clean_prob=torch.from_numpy(clean_prob).to(losses.device),
         label=[fit.label for fit in fits],
@@ -273,7 +304,18 @@ def _check_columns(losses: Tensor, **columns: Tensor | None) -> None:
             )
 
 
-def _check_finite(usable: NDArray[np.bool_], settings: LossMixture) -> None:
+def _numbered(labels: Sequence[int], most: int = 5) -> str:
+    """The first of these classes by number, and how many more."""
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(f"class {label}" for label in labels[:most]) + more
+
+
+def _check_finite(
+    usable: NDArray[np.bool_],
+    labels: Tensor | None,
+    settings: LossMixture,
+    named: Callable[[Sequence[int]], str],
+) -> None:
     """Accept a lone loss that is not finite; more than 1 % mean that training is lost."""
     unusable = len(usable) - int(usable.sum())
     if unusable > max(1, len(usable) / 100):
@@ -282,8 +324,11 @@ def _check_finite(usable: NDArray[np.bool_], settings: LossMixture) -> None:
             " be); lower the learning rate or clip gradients"
         )
     if unusable and settings.guard == "off":
+        of = ""
+        if labels is not None:
+            of = f" (of {named(sorted(set(labels.cpu()[torch.from_numpy(~usable)].tolist())))})"
         raise InputError(
-            f"{unusable} of {len(usable)} losses are not finite and mixture.guard='off' repairs"
+            f"{unusable} of {len(usable)} losses are not finite{of} and mixture.guard='off' repairs"
             " nothing; mixture.guard='fallback' leaves such rows out"
         )
 
@@ -316,6 +361,7 @@ def _fit_group(
     losses: NDArray[np.float32],
     entropies: NDArray[np.float32] | None,
     settings: LossMixture,
+    named: Callable[[Sequence[int]], str],
 ) -> tuple[_GroupFit, NDArray[np.float32] | None]:
     """Fit one group; its posterior (n,), or None where a guard fires.  (n,), (n,) -> fit, (n,)."""
     nothing = _Gaussians(*np.full((3, 2), np.nan))
@@ -332,7 +378,7 @@ def _fit_group(
             return _GroupFit(label, gaussians, converged, None), posterior
         if guarded:
             return _GroupFit(label, gaussians, converged, reason), None
-    name = "the training set" if label < 0 else f"class {label}"
+    name = "the training set" if label < 0 else named([label])
     raise InputError(
         f"a mixture needs two or more rows with finite, different losses; {name} has"
         f" {len(losses)} ({reason}); mixture.guard='fallback' continues"

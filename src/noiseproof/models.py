@@ -252,8 +252,9 @@ def new_modules(model: nn.Module) -> list[str]:
     train with the head and be saved with it.
     """
     inner = plain_model(model)
-    encoder, _ = encoder_of(model)
-    new = [name for name in getattr(inner, "noiseproof_new", ()) if name.startswith(f"{encoder}.")]
+    told = getattr(inner, "noiseproof_new", ())
+    encoder = encoder_of(model)[0] if told else ""
+    new = [name for name in told if name.startswith(f"{encoder}.")]
     if not new:
         return []
     inside = {id(module) for block in encoder_layers(model) for module in block.modules()}

@@ -2,13 +2,16 @@
 
 A module whose last step is a linear layer on one vector a row is split there: what comes before is
 the encoder, the layer is the head. So a head can be trained alone, on features that are computed
-once. Whether the split is right is found by trying; a module that cannot be split trains whole.
+once. A module that answers with its ``features`` (B, D) beside its logits is split behind them.
+Whether a split is right is found by trying; a module that cannot be split trains whole.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,25 +57,55 @@ class WholeModule(nn.Module):
         _write(self.plain(), Path(folder))
 
 
+class Split(NamedTuple):
+    """Where a module is split.
+
+    Attributes:
+        head: Name of the part that makes logits of features.
+        given: Whether the module answers with the features; else they are what it gives without
+            the head.
+    """
+
+    head: str
+    given: bool = False
+
+
 class SplitModule(nn.Module):
     """A module that is split into encoder and head.
 
     Attributes:
-        encoder: All but the last layer: rows (B, ...) -> features (B, D).
-        classifier: The last layer.
+        encoder: All but the head: rows (B, ...) -> features (B, D).
+        classifier: The head: a linear layer, or what stands behind features that are given.
         main_input_name: What its rows are called.
     """
 
     base_model_prefix = "encoder"
     encoder_gives_tensor = True
 
-    def __init__(self, module: nn.Module, head: str, main_input: str, labels: list[str]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        split: Split,
+        main_input: str,
+        labels: list[str],
+        width: int,
+        description: str = "",
+    ) -> None:
+        """Split a module, which is changed.
+
+        Args:
+            module: With its head.
+            split: Where.
+            main_input: What its rows are called.
+            labels: Class names.
+            width: Number of features, D.
+            description: See `ModuleConfig`.
+        """
         super().__init__()
-        layer = module.get_submodule(head)
-        assert isinstance(layer, nn.Linear)
-        _put(module, head, nn.Identity())
-        self.config = ModuleConfig(layer.in_features, dict(enumerate(labels)))
-        self.encoder = Beheaded(module, head, main_input, self.config)
+        layer = module.get_submodule(split.head)
+        _put(module, split.head, Blank(len(labels)) if split.given else nn.Identity())
+        self.config = ModuleConfig(width, dict(enumerate(labels)), description)
+        self.encoder = Beheaded(module, split, main_input, self.config)
         self.classifier = layer
         self.main_input_name = main_input
         self.name_or_path = ""
@@ -84,7 +117,7 @@ class SplitModule(nn.Module):
     def plain(self) -> nn.Module:
         """The module with its head, ready to be used without this library; a copy."""
         module = copy.deepcopy(self.encoder.module)
-        _put(module, self.encoder.head, copy.deepcopy(self.classifier))
+        _put(module, self.encoder.split.head, copy.deepcopy(self.classifier))
         return module
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
@@ -98,10 +131,13 @@ class ModuleConfig(NamedTuple):
     Attributes:
         hidden_size: Number of features, D.
         id2label: Class names by number.
+        description: Digest of what the encoder computes besides its weights; empty where that is
+            not known.
     """
 
     hidden_size: int
     id2label: dict[int, str]
+    description: str = ""
 
     @property
     def num_labels(self) -> int:
@@ -110,19 +146,40 @@ class ModuleConfig(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """What peft reads of a config."""
-        return {"model_type": "custom", **self._asdict()}
+        values = {"hidden_size": self.hidden_size, "id2label": self.id2label}
+        return {"model_type": "custom", **values}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """What tells encoders of equal weights apart, see `fingerprint`."""
+        return self.description
+
+
+class Blank(nn.Module):
+    """Stands where a head was whose logits nobody reads."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> zeros (B, C)."""
+        return features.new_zeros(*features.shape[:-1], self.classes)
 
 
 class Beheaded(nn.Module):
-    """A module without its last layer."""
+    """A module without its head."""
 
-    def __init__(self, module: nn.Module, head: str, main_input: str, config: ModuleConfig) -> None:
+    def __init__(
+        self, module: nn.Module, split: Split, main_input: str, config: ModuleConfig
+    ) -> None:
         super().__init__()
-        self.module, self.head, self.main_input, self.config = module, head, main_input, config
+        self.module, self.split, self.main_input, self.config = module, split, main_input, config
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Rows (B, ...) -> features (B, D)."""
-        return logits_in(self.module(inputs[self.main_input]))
+        answer = self.module(inputs[self.main_input])
+        given = features_in(answer) if self.split.given else None
+        return logits_in(answer) if given is None else given
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
         """Write the weights that are left."""
@@ -136,7 +193,8 @@ def wrap_module(
 
     Args:
         module: Takes rows (B, ...) and gives logits (B, C): a tensor, the first of a tuple,
-            ``["logits"]`` of a dict, or an attribute of that name.
+            ``["logits"]`` of a dict, or an attribute of that name. A dict or object may hold
+            ``features`` (B, D) too.
         labels: Class names in label order.
         main_input: What its rows are called.
         example: Two different rows, to try it on.
@@ -152,14 +210,48 @@ def wrap_module(
             f"rows, expected logits ({len(example)}, {len(labels)}); give it a last layer of "
             f"{len(labels)} classes"
         )
-    heads = [
+    for split in _candidates(module, example, wanted):
+        features = _features(copy.deepcopy(module), split, main_input, labels, example)
+        if features is not None:
+            width, described = features.shape[1], _described(module, features)
+            return SplitModule(module, split, main_input, labels, width, described)
+    return WholeModule(module, main_input)
+
+
+def _candidates(module: nn.Module, example: Tensor, logits: Tensor) -> list[Split]:
+    """Where a module may be split: behind the features that it gives, or at its linear layers.
+
+    The outermost part that reads the features and gives the logits is the first, so that dropout
+    in a head stays in it; of the linear layers it is the last.
+    """
+    found: list[tuple[str, Tensor]] = []  # parts that gave the logits, and what they read
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(part: nn.Module, inputs: Any, output: Any) -> None:
+            alone = len(inputs) == 1 and _equal(output, logits)
+            if name and alone and any(True for _ in part.parameters()):
+                found.append((name, inputs[0]))
+
+        return look
+
+    hooks = [part.register_forward_hook(watch(name)) for name, part in module.named_modules()]
+    try:
+        features = features_in(_answer(module, example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    behind = [name for name, read in reversed(found) if _equal(read, features)]
+    linear = [
         name
         for name, layer in module.named_modules()
-        if name and isinstance(layer, nn.Linear) and layer.out_features == len(labels)
+        if name and isinstance(layer, nn.Linear) and layer.out_features == logits.shape[1]
     ]
-    if heads and _splits(copy.deepcopy(module), heads[-1], main_input, labels, example):
-        return SplitModule(module, heads[-1], main_input, labels)
-    return WholeModule(module, main_input)
+    return [Split(name, given=True) for name in behind] + [Split(name) for name in linear[::-1]]
+
+
+def _equal(one: Any, two: Any) -> bool:
+    both = isinstance(one, Tensor) and isinstance(two, Tensor)
+    return both and torch.equal(one.float(), two.float())
 
 
 def load_weights(module: nn.Module, folder: Path) -> nn.Module:
@@ -210,13 +302,15 @@ def module_is_missing(model: str, folder: Path) -> str:
 
 
 def _tried(module: nn.Module, example: Tensor) -> Tensor:
+    return logits_in(_answer(module, example)).float()
+
+
+def _answer(module: nn.Module, example: Tensor) -> Any:
     training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            return logits_in(module(example)).float()
-    except InputError:
-        raise
+            return module(example)
     except Exception as error:  # whatever a foreign module raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
@@ -227,32 +321,68 @@ def _tried(module: nn.Module, example: Tensor) -> Tensor:
         module.train(training)
 
 
-def _splits(
-    module: nn.Module, head: str, main_input: str, labels: list[str], example: Tensor
-) -> bool:
-    """Whether the answer is that of the head on one vector a row. The module is changed.
+def _features(
+    module: nn.Module, split: Split, main_input: str, labels: list[str], example: Tensor
+) -> Tensor | None:
+    """Features (B, D) of the rows, if the answer is that of the head on them. Changes the module.
 
     Decided by trying, with random numbers in the head: one that starts from 0 answers the same
-    whatever it reads and whatever comes after it.
+    whatever it reads and whatever comes after it. Dropout between features that are given and the
+    head would be lost by the split, and shows in training alone.
     """
-    layer = module.get_submodule(head)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in layer.parameters():
+        for parameter in module.get_submodule(split.head).parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random))
-    wanted = _tried(module, example)
-    split = SplitModule(module, head, main_input, labels).eval()
+    whole = copy.deepcopy(module)
+    layer = module.get_submodule(split.head)
+    width = layer.in_features if isinstance(layer, nn.Linear) else 0
+    parted = SplitModule(module, split, main_input, labels, width)
+    features = None
     try:
-        with torch.no_grad():
-            features = split.encoder(**{main_input: example})
-            got = split.classifier(features).float()
+        for training in (False, True) if split.given else (False,):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                wanted = logits_in(whole.train(training)(example)).float()
+                torch.manual_seed(0)
+                read = parted.train(training).encoder(**{main_input: example})
+                got = parted.classifier(read).float()
+            if read.ndim != 2 or len(read) != len(example) or (width and read.shape[1] != width):
+                return None
+            if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
+                return None
+            features = read if features is None else features
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, InputError):
-        return False
-    return (
-        features.shape == (len(example), split.config.hidden_size)
-        and got.shape == wanted.shape
-        and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    )
+        return None
+    return features
+
+
+def _described(module: nn.Module, features: Tensor) -> str:
+    """Digest of what a module computes besides its weights: its code, and what it makes of rows.
+
+    Code that the files of its classes call, numbers that they hold and buffers that are not saved
+    show in the features. Empty where a class has no file, or the features do not hang on the rows:
+    then nothing that was computed earlier can be trusted to be the same.
+    """
+    if torch.equal(features[0], features[1]):
+        return ""
+    digest = hashlib.sha256(features.float().cpu().numpy().tobytes())
+    names = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in map(type, module.modules())}
+    for name, kind in sorted(names.items()):
+        digest.update(f"{name}\n".encode())
+        if not name.startswith("torch."):
+            try:
+                digest.update(Path(inspect.getfile(kind)).read_bytes())
+            except (TypeError, OSError):
+                return ""
+    return digest.hexdigest()
+
+
+def features_in(answer: Any) -> Tensor | None:
+    """The features (B, D) in what a module answers; None where it gives none."""
+    held = isinstance(answer, Mapping)
+    found = answer.get("features") if held else getattr(answer, "features", None)
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 def logits_in(answer: Any) -> Tensor:

@@ -382,7 +382,7 @@ class TextCorruption(NoiseModel):
     Truth: the label stays right, so `mask` does not count the row.
     Realised rate: 0 wrong labels; the share of rows whose texts changed is `text_rate` in the
         record, about `rate` for unit=sample.
-    Extras: `texts` (N, K) the new texts, `text_changed` (N,) where they differ.
+    Extras: `texts` (N,) a tuple of new texts for each row, `text_changed` (N,) where they differ.
     """
 
     name: ClassVar[str] = "text"
@@ -411,10 +411,10 @@ class TextCorruption(NoiseModel):
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
         noise = self._noise()
         seed = int(draw.rng.integers(2**63))  # one draw, so that rows do not depend on each other
-        texts = np.empty((len(labels), len(draw.texts[0])), dtype=object)
+        texts = np.empty(len(labels), dtype=object)
         for row, given in enumerate(draw.texts):
             texts[row] = noise.apply(given, row_random("data-noise", seed, row))
-        changed = (texts != np.array(draw.texts, dtype=object)).any(axis=1)
+        changed = np.array([new != old for new, old in zip(texts, draw.texts, strict=True)])
         return labels, {"texts": texts, "text_changed": changed}
 
 

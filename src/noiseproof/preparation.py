@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from noiseproof.data import (
     Examples,
@@ -23,11 +22,10 @@ from noiseproof.data import (
 )
 from noiseproof.distortion import encoder_features
 from noiseproof.encoding import Encoded
-from noiseproof.engine import Engine, TrainSettings, derive_seed
+from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError
-from noiseproof.features import fingerprint, kept
 from noiseproof.job import CORRUPTED, Job
-from noiseproof.models import count_parameters, has_weights
+from noiseproof.models import count_parameters
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
 from noiseproof.tasks import LabelColumns, Task, find_task
@@ -227,9 +225,9 @@ class Prepared:
         given = test.inputs.as_texts()
         seed = derive_seed(self.seeds["noise"], "test texts")
         found = noise.apply(test.labels, len(test.label_names), seed, texts=given)
-        texts = found.extras["texts"]
+        texts = found.extras["texts"].tolist()
         if self.task.text_labels:
-            texts[:, -1] = [some[-1] for some in given]
+            texts = [(*new[:-1], old[-1]) for new, old in zip(texts, given, strict=True)]
         return dataclasses.replace(test, inputs=test.inputs.with_texts(texts))
 
     def _ready(self, name: str, data: Examples) -> Examples:
@@ -284,7 +282,7 @@ class Prepared:
         data = data.with_labels(corruption.labels, old_are_clean=not known)
         if noise.needs_texts:
             self._changed = corruption.extras.get("text_changed")
-            inputs = data.inputs.with_texts(corruption.extras["texts"])
+            inputs = data.inputs.with_texts(corruption.extras["texts"].tolist())
             data = dataclasses.replace(data, inputs=inputs)
             if inputs.right is not None:  # texts that are labels got wrong
                 data = dataclasses.replace(data, clean_labels=inputs.right)
@@ -312,14 +310,4 @@ def frozen_features(
     model: torch.nn.Module, encoded: Encoded, settings: TrainSettings
 ) -> np.ndarray:
     """Mean-pooled features of the pre-trained encoder (N, D), kept on disk as those of a head."""
-
-    def compute() -> Tensor:
-        return encoder_features(model, encoded, settings)
-
-    engine = Engine(settings)
-    shared = encoded.key and engine.processes == 1 and has_weights(model)
-    weights = fingerprint(model) if shared else ""
-    if not weights:
-        return compute().numpy()
-    key = " ".join(["1", encoded.key, "pooled", engine.device.type, weights])
-    return kept(key, len(encoded), compute).numpy()
+    return encoder_features(model, encoded, settings, keep=True).numpy()

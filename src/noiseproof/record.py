@@ -50,7 +50,8 @@ class RunRecord:
         confusion: Test rows by true (row) and predicted (column) class (C, C).
         modes: The test set in other ways in which the deployed model can answer, by name.
         findings: What the method found out about its model.
-        curves: How well wrong rows are found: ``roc`` and ``pr``, lists of points.
+        curves: How well wrong rows are found: ``roc`` and ``pr``, lists of points; and ``losses``:
+            points of loss, share of the right rows, share of the wrong rows.
         labels: Names that a grid gave this cell: grid, data, noise, method, ...
         search: How the settings were found: trials, split, space, best, seconds.
         versions: Python, packages, platform, git revision.

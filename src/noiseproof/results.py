@@ -130,6 +130,7 @@ def detection_metrics(record: RunRecord, prepared: Prepared, samples: Any) -> No
     record.metrics["detection_auroc_by_class"] = by_class
     record.metrics |= _judged(samples["clean_prob"].to_numpy(), prepared.wrong)
     record.curves = metrics.detection_curves(loss, prepared.wrong)
+    record.curves |= metrics.loss_histogram(loss, prepared.wrong)
 
 
 def test_metrics(

@@ -1,14 +1,16 @@
 """Statistics of a handful of runs: intervals, paired differences, wins and losses, recovered gap.
 
 Plain numbers in, frozen dataclasses out. Values belong to seeds, so n is small: intervals are
-Student's t, and one value has no interval at all. Nothing is claimed from a single seed.
+Student's t, and one value has no interval at all. Nothing is claimed from a single seed, nor where
+all values are equal: the spread was not seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy as np
 from noiseproof.errors import InputError
 
 LEVEL = 0.95
-Verdict = Literal["won", "tied", "lost", "no claim"]
+Verdict = Literal["won", "open", "lost", "no claim"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Summary:
         n: Number of values.
         mean: Arithmetic mean.
         sd: Standard deviation with n - 1 below the line; None for one value.
-        interval: t interval of the mean; None for one value.
+        interval: t interval of the mean; None for one value and for equal ones.
     """
 
     n: int
@@ -56,7 +58,7 @@ class Difference:
         seeds: The seeds that both have, sorted.
         values: One difference per seed.
         summary: Mean, spread and t interval of the differences.
-        verdict: won, tied or lost; no claim from a single seed.
+        verdict: won, open or lost; no claim from a single seed or equal differences.
     """
 
     seeds: tuple[str, ...]
@@ -67,10 +69,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Counts:
-    """In how many settings a method won, tied and lost, and where nothing can be claimed."""
+    """In how many settings a method won and lost, where that is open or nothing can be claimed."""
 
     won: int = 0
-    tied: int = 0
+    open: int = 0
     lost: int = 0
     no_claim: int = 0
 
@@ -91,37 +93,18 @@ def summarize(values: Iterable[float], level: float = LEVEL) -> Summary | None:
 
 
 def t_interval(values: Iterable[float], level: float = LEVEL) -> Interval | None:
-    """Student's interval of the mean.  (n,) -> Interval; None of fewer than two values.
+    """Student's interval of the mean.  (n,) -> Interval; None of fewer than two different values.
 
-    mean ± t(n - 1, (1 + level) / 2) · sd / √n. Of equal values it has no width: the spread that the
-    formula needs was not seen.
+    mean ± t(n - 1, (1 + level) / 2) · sd / √n. Of equal values it would have no width: the spread
+    that the formula needs was not seen.
     """
     from scipy import stats
 
     array, level = _finite(values), _level(level)
-    if len(array) < 2:
+    if len(array) < 2 or not np.ptp(array):
         return None
     half = stats.t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
     return Interval(float(array.mean() - half), float(array.mean() + half), level)
-
-
-def bootstrap_interval(
-    values: Iterable[float], level: float = LEVEL, *, resamples: int = 10_000, seed: int = 0
-) -> Interval | None:
-    """Percentile bootstrap interval of the mean.  (n,) -> Interval; None of fewer than two values.
-
-    Efron 1979: means of n values drawn with replacement; their (1 - level) / 2 and (1 + level) / 2
-    quantiles. It assumes no normal distribution but is too narrow for a handful of values.
-    """
-    array, level = _finite(values), _level(level)
-    if resamples < 1:
-        raise InputError(f"resamples must be at least 1, got {resamples}; 10000 is usual")
-    if len(array) < 2:
-        return None
-    rows = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    means = array[rows].mean(axis=1)  # (resamples,)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), level)
 
 
 def compare(
@@ -130,8 +113,8 @@ def compare(
     """Paired difference over the seeds that both have.  Seed -> value; None without such seeds.
 
     Pairing removes what the two share: the same wrong labels and the same order of rows. The
-    verdict is won (lost) where the t interval lies above (below) 0, tied where it holds 0, and no
-    claim where there is a single seed.
+    verdict is won (lost) where the t interval lies above (below) 0, open where it holds 0, and no
+    claim where there is none: from a single seed, or of equal differences.
 
     >>> compare({"0": 0.9, "1": 0.92}, {"0": 0.8, "2": 0.7}).verdict
     'no claim'
@@ -147,14 +130,44 @@ def compare(
     return Difference(seeds, values, summary, _verdict(summary.interval))
 
 
+def mean_over(
+    settings: Sequence[Mapping[str, float]], level: float = LEVEL
+) -> tuple[Difference, int] | None:
+    """Mean over settings of differences, seed by seed.  Seed -> value in each; None without any.
+
+    Settings of one seed share rows, order and initial weights: they are one value and not several.
+    The settings are those that the seed with most of them has, the seeds those that have all these.
+
+    Returns:
+        The difference over seeds, and over how many settings it is a mean.
+
+    >>> found, settings = mean_over([{"0": 0.1, "1": 0.2}, {"0": 0.3, "1": 0.6}, {"0": 0.2}])
+    >>> found.values, settings
+    ((0.2,), 3)
+    """
+    seeds = sorted({seed for values in settings for seed in values}, key=_natural)
+    if not seeds:
+        return None
+    fullest = max(seeds, key=lambda seed: sum(seed in values for values in settings))
+    shared = [values for values in settings if fullest in values]
+    means = {
+        seed: fmean(values[seed] for values in shared)
+        for seed in seeds
+        if all(seed in values for values in shared)
+    }
+    found = compare(means, dict.fromkeys(means, 0.0), level)
+    assert found is not None
+    return found, len(shared)
+
+
 def count(verdicts: Iterable[Verdict]) -> Counts:
     """Number of settings by verdict.
 
     >>> count(["won", "won", "no claim"])
-    Counts(won=2, tied=0, lost=0, no_claim=1)
+    Counts(won=2, open=0, lost=0, no_claim=1)
     """
     found = list(verdicts)
-    names: tuple[Verdict, ...] = ("won", "tied", "lost", "no claim")
+    names: tuple[Verdict, ...] = ("won", "open", "lost", "no claim")
     return Counts(*(found.count(name) for name in names))
 
 
@@ -194,7 +207,7 @@ def recovered_gap(
 def _verdict(interval: Interval | None) -> Verdict:
     if interval is None:
         return "no claim"
-    return "tied" if 0 in interval else "won" if interval.low > 0 else "lost"
+    return "open" if 0 in interval else "won" if interval.low > 0 else "lost"
 
 
 def _natural(seed: str) -> tuple[bool, int, str]:

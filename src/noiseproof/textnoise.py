@@ -98,16 +98,16 @@ class TextNoise:
         return insert_characters(text, count, self.charset, random)
 
     def _by_word(self, text: str, random: np.random.Generator) -> str:
-        """Every word on its own: lose a character, gain one, or change places with the next."""
+        """Every word on its own: lose a character, gain one, or change places with another."""
         parts = re.split(r"(\s+)", text)
         places = [place for place, part in enumerate(parts) if part and not part.isspace()]
         hit = random.random(len(places)) < self.rate
         drawn = random.integers(len(self.operations), size=len(places))
         for number in np.flatnonzero(hit):
             place, operation = places[number], self.operations[drawn[number]]
-            if operation == "shuffle" and number + 1 < len(places):
-                follower = places[number + 1]
-                parts[place], parts[follower] = parts[follower], parts[place]
+            if operation == "shuffle" and len(places) > 1:
+                other = places[number + 1 if number + 1 < len(places) else number - 1]
+                parts[place], parts[other] = parts[other], parts[place]
             elif operation == "delete" and len(parts[place]) > 1:
                 parts[place] = delete_characters(parts[place], 1, random)
             else:
@@ -115,7 +115,7 @@ class TextNoise:
         return "".join(parts)
 
     def _by_character(self, text: str, random: np.random.Generator) -> str:
-        """Every character on its own: go, get a follower, or move its word behind the next."""
+        """Every character on its own: go, get a follower, or move its word behind its neighbour."""
         hit = random.random(len(text)) < self.rate
         drawn = random.integers(len(self.operations), size=len(text))
         extra = random.integers(2**31, size=len(text))
@@ -135,9 +135,10 @@ class TextNoise:
             parts.append("".join(kept))
             start += len(part)
         for word in dict.fromkeys(swaps):
-            if 2 * word + 2 < len(parts):
-                place, follower = 2 * word, 2 * word + 2
-                parts[place], parts[follower] = parts[follower], parts[place]
+            place = 2 * word
+            other = place + 2 if place + 2 < len(parts) else place - 2
+            if other >= 0:
+                parts[place], parts[other] = parts[other], parts[place]
         changed = "".join(parts)
         return changed if changed or not text else text[:1]
 

@@ -398,20 +398,30 @@ def bench(words: list[str]) -> None:
     parser = new_parser("bench", "GRID --out FOLDER [options]", bench.__doc__)
     parser.add_argument("grid", type=str, metavar="GRID", help="TOML file of the grid.")
     parser.add_argument("--out", type=str | None, help="Folder of the grid.")
-    parser.add_argument("--workers", type=int, default=1,
-                        help="Cells at a time; they share the processors.")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=int | None,
+        help="Cells at a time, by default 1; they share the processors.",
+    )
     parser.add_argument("--ray", type=str | None, metavar="ADDRESS",
-                        help="Run the cells on Ray: an address, auto, or local.")  # fmt: skip
+                        help="Run the cells on Ray: an address, auto, or local; its processors "
+                        "say how many at a time.")  # fmt: skip
     parser.add_argument("--only", type=str | None, metavar="PART",
                         help="Parts of the grid to run, with commas between.")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="List the cells and run nothing.")
+    parser.add_argument("--list", action="store_true",
+                        help="List the cells and run nothing; exit code 2 if a file of rows is "
+                        "missing.")  # fmt: skip
     given = parse(parser, words)
-    from noiseproof.grid import read_grid
+    from noiseproof.grid import missing_files, read_grid
 
     only = [name.strip() for name in (given.only or "").split(",") if name.strip()]
     grid = read_grid(path_of(given.grid), only)
     if given.list:
         _list_cells(grid)
+        if missing := missing_files(grid):
+            raise InputError(
+                f"missing: {', '.join(missing)}; paths start at the folder the command runs in"
+            )
         return
     if given.out is None:
         raise InputError(f"--out is missing; usage: {parser.usage}")
@@ -518,12 +528,13 @@ def report(words: list[str]) -> None:
 
 
 def methods(words: list[str]) -> None:
-    """List the methods, or show the card and settings of one.
+    """List the methods, or show the card and settings of one, or of one of its presets.
 
     example: noiseproof methods CleaR
     """
     parser = new_parser("methods", "[NAME]", methods.__doc__)
-    parser.add_argument("name", type=str | None, nargs="?", metavar="NAME", help="Method to show.")
+    parser.add_argument("name", type=str | None, nargs="?", metavar="NAME",
+                        help="Method to show, or METHOD:PRESET.")  # fmt: skip
     given = parse(parser, words)
     from rich.console import Console
     from rich.table import Column, Table
@@ -538,10 +549,12 @@ def methods(words: list[str]) -> None:
             table.add_row(name, cards.summary(method), ", ".join(method.presets()))
         console.print(table)
         return
-    chosen = find_method(given.name)
+    name, _, preset = given.name.partition(":")
+    chosen, preset = find_method(name), preset or "default"
+    made = chosen.preset(preset)
     console.print(cards.card(chosen), highlight=False, markup=False, soft_wrap=True)
-    table = Table(Column("setting", no_wrap=True), "default", "meaning", box=None, pad_edge=False)
-    for setting in cards.settings(chosen):
+    table = Table(Column("setting", no_wrap=True), preset, "meaning", box=None, pad_edge=False)
+    for setting in cards.settings(chosen, preset=made):
         table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
     console.print()
     console.print(table)
@@ -606,7 +619,9 @@ def _list_cells(grid: Grid) -> None:
     print(f"{len(grid.cells)} cells{f'; {grid.cost}' if grid.cost else ''}")
 
 
-def _run_cells(grid: Grid, out: Path, workers: int, ray: str | None = None) -> list[CellState]:
+def _run_cells(
+    grid: Grid, out: Path, workers: int | None, ray: str | None = None
+) -> list[CellState]:
     """Run a grid with a display; print what failed."""
     import signal
 

@@ -66,15 +66,15 @@ class Inputs(ABC):
         return {}
 
     def as_texts(self) -> list[tuple[str, ...]]:
-        """Give the texts of every row together: one, or the two of a pair.
+        """Give the texts of every row together: one, the two of a pair, or the turns of a chat.
 
         Raises:
             InputError: The rows are no texts.
         """
         raise InputError(f"text noise needs rows of texts, these are {type(self).__name__.lower()}")
 
-    def with_texts(self, texts: npt.NDArray[Any]) -> Inputs:
-        """Put other texts (N, K) in the place of those that `as_texts` gives."""
+    def with_texts(self, texts: Sequence[tuple[str, ...]]) -> Inputs:
+        """Put other texts of the N rows in the place of those that `as_texts` gives."""
         raise NotImplementedError(f"{type(self).__name__} has no texts")
 
     def with_responses(self, responses: Sequence[str]) -> Inputs:
@@ -137,9 +137,9 @@ class Texts(Inputs):
         columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
         return list(zip(*columns, strict=True))
 
-    def with_texts(self, texts: npt.NDArray[Any]) -> Texts:
-        """Put other texts (N, 1), or pairs (N, 2), in their place."""
-        return Texts(*texts.T.tolist())
+    def with_texts(self, texts: Sequence[tuple[str, ...]]) -> Texts:
+        """Put other texts of N rows, or N pairs, in their place."""
+        return Texts(*map(list, zip(*texts, strict=True)))
 
     def replaced(self, rows: Ints, pool: Texts, chosen: Ints) -> Texts:
         """Put texts of a pool in the place of these rows."""

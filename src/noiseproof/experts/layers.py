@@ -164,6 +164,16 @@ class ExpertLinear(nn.Module):
         self.register_buffer("down_before", torch.zeros(rank, wide))
 
     @property
+    def weight(self) -> Tensor:
+        """Of the frozen module, for models that ask their layers (T5 does)."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the frozen module."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
     def expert_names(self) -> list[str]:
         """Names of the up-projections, in order: lora_B0, .., lora_BD, lora_BD1, .."""
         normal = [f"lora_B{number}" for number in range(self.settings.normal)]
@@ -187,11 +197,9 @@ class ExpertLinear(nn.Module):
         mode = self.switch.training_mode if self.training else self.switch.mode
         theta = self._theta(hidden, mode)
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
-        absent = self.switch.absent if self.training else None
-        if absent is not None:
-            each = absent.repeat_interleave(weights[..., 0].numel() // len(absent))  # rows' tokens
+        if self.training and self.switch.absent is not None:
             without = expert_weights(logits, self.settings, "renorm")
-            weights = torch.where(each.reshape(weights.shape[:-1])[..., None], without, weights)
+            weights = torch.where(self._absent(weights), without, weights)
         if self.switch.watch is not None:
             self.switch.watch.note(self, input, output, hidden, logits)
         if self.switch.loads is not None:
@@ -242,6 +250,23 @@ class ExpertLinear(nn.Module):
             return F.linear(given, down)
         found: Tensor = DroppedProduct.apply(given, down, rate)  # type: ignore[no-untyped-call]
         return found
+
+    def _absent(self, weights: Tensor) -> Tensor:
+        """Which tokens belong to rows that go without poisoning experts.  (.., N) -> (.., 1).
+
+        Raises:
+            InputError: The module reads tokens that belong to no row.
+        """
+        absent, places = self.switch.absent, weights.shape[:-1]
+        assert absent is not None
+        tokens, left = divmod(places.numel(), len(absent))
+        if left:
+            raise InputError(
+                f"poison_dropout leaves rows out, and a module reads {places.numel()} tokens that "
+                f"do not belong to {len(absent)} rows alike, as in a mixture of experts; leave "
+                "poison_dropout out, or name other target_modules"
+            )
+        return absent.repeat_interleave(tokens).reshape(*places, 1)
 
     def _load(self, logits: Tensor) -> Tensor:
         """Mean share of each normal expert among them.  (M, N) -> (NE,)."""

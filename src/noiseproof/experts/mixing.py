@@ -27,7 +27,6 @@ class Experts:
         poison: Number of poisoning experts.
         gate_input: What the router reads: x, or Ax.
         gate_init: kaiming, or normal (deviation 0.02).
-        mode: How poisoning experts count at inference, one of `MODES`.
         online: compensate: similarities of the token at hand instead of the calibrated ones.
         sign: compensate: sign of the similarities; 0 is renorm.
         most: compensate: how many experts are compensated; None is all.
@@ -44,7 +43,6 @@ class Experts:
     poison: int = 1
     gate_input: str = "x"
     gate_init: str = "kaiming"
-    mode: str = "compensate"
     online: bool = False
     sign: int = 1
     most: int | None = None

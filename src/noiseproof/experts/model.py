@@ -19,6 +19,8 @@ from noiseproof.models import kept_parameters
 from noiseproof.saving import fill_adapter, save_adapter, saved_adapter
 
 FAMILY = "experts"  # in adapters.json
+COMPENSATION = ("sign", "most", "order", "beta")
+"""Settings of `Experts` that can change without training again."""
 TARGETS: dict[str, tuple[str, ...]] = {
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
@@ -118,12 +120,22 @@ class ExpertModel(nn.Module):
         """How poisoning experts count at inference."""
         return self.switch.mode
 
-    def set_inference_mode(self, mode: str) -> None:
+    def set_inference_mode(self, mode: str, **compensation: Any) -> None:
         """Count poisoning experts in another way from now on.
+
+        Args:
+            mode: One of `MODES`.
+            compensation: How compensate works: some of sign, most, order and beta, see `Experts`.
+                What is not given stays.
 
         Raises:
             InputError: Unknown, or the saved model cannot answer so.
         """
+        unknown = sorted(compensation.keys() - set(COMPENSATION))
+        if unknown:
+            raise InputError(
+                f"compensate has no setting {unknown[0]!r}; it has {', '.join(COMPENSATION)}"
+            )
         if mode not in MODES:
             raise InputError(f"unknown inference mode {mode!r}; available: {', '.join(MODES)}")
         if mode != "none" and not self.settings.poison:
@@ -131,9 +143,16 @@ class ExpertModel(nn.Module):
         if mode == "none" and self.settings.poison > 0 and not self.has_poison:
             raise InputError("the poisoning experts were not saved; use mask, renorm or compensate")
         calibrated = all(bool(layer.lora_calibrated) for layer in self.layers.values())
-        if mode == "compensate" and not (self.settings.online or calibrated):
-            raise InputError("compensate needs a calibrated model; use renorm or mask")
+        if mode == "compensate" and not calibrated:
+            if not self.settings.online:
+                raise InputError("compensate needs a calibrated model; use renorm or mask")
+            with torch.no_grad():
+                for layer in self.layers.values():
+                    layer.lora_gram.copy_(layer.gram())
         self.switch.mode = mode
+        self.settings = dataclasses.replace(self.settings, **compensation)
+        for layer in self.layers.values():
+            layer.settings = self.settings
 
     @contextmanager
     def watching(self, rows: int) -> Iterator[Watch]:

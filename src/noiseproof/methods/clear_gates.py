@@ -92,14 +92,17 @@ class Routing(Gates):
         """Gates of a call that nobody set gates for, by ``eval_gate``.
 
         Sampled gates are keyed by the content of the row, so they do not depend on the order of
-        the rows, on the batch, on the process, or on whether the model was saved in between.
+        the rows, on the batch, on the process, or on whether the model was saved in between. Those
+        of a whole batch are keyed by the content of all its rows.
         """
         if self.eval_gate == "all_on":
             return None
         some = next(iter(inputs.values()))
         if self.eval_gate == "expected":
             return torch.full((len(some), self.units), self.gamma, device=some.device)
-        keys = [0] * len(some) if self.free == "batch" else row_keys(inputs)
+        keys = row_keys(inputs)
+        if self.free == "batch":
+            keys = [zlib.crc32(np.sort(keys).tobytes())] * len(keys)
         uniform = np.stack([gate_table(1, self.units, SALT_EVAL, number, key)[0] for key in keys])
         if self.unit == "network":
             uniform = np.repeat(uniform[:, :1], self.units, axis=1)

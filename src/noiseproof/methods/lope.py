@@ -11,18 +11,22 @@ some labels are flipped, token embeddings shake; the shared A and the poisoning 
 stage adapt: on the data as given, A, the normal experts and the router train while the poisoning
 expert stays as it is and takes part; (3) the similarity theta of each normal expert to the
 poisoning one is measured; (4) at inference the poisoning expert is masked, and the weights of the
-others are multiplied by 1 + theta and normalised.
+others are multiplied by 1 + theta and normalised to the weight that they had together.
 Deviations: the stage poison takes one of train.epochs (epoch_budget=per_stage gives each stage all
 of them; published runs have one epoch each): with more, the poisoning expert learns the task, and
-masking it costs most of the accuracy of a classifier (docs/results/lope-defaults.md); embedding
+masking it costs most of the accuracy of a classifier; with weights that sum to one the others add
+more than they did in training, which cost 2 to 14 points (docs/results/lope-defaults.md); embedding
 noise is relative to the embeddings' size (the paper's 0.05 is absolute, and scales differ between
 models); it is drawn by row and epoch, not from one stream; the head trains in both stages and
 starts anew in the second where labels were flipped in the first (the paper has no classifiers).
+poison_dropout and more_modes are ours.
 Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
 lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
 paper 2e-4 for 7 billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its
-controls (hydralora-noise, hydralora-neftune, no-noise).
+controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper belong, of the run:
+one epoch, --train.batch_size 8 --train.schedule cosine --train.warmup_share 0.03
+--train.weight_decay 0.
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
 Cost: with epoch_budget=total that of LoRA with as many epochs, one more pass over at most
@@ -70,7 +74,7 @@ POISON, ADAPT = "poison", "adapt"
 GROUPS = ("A", "B", "BD", "gate", "head")
 EMBEDDING_NOISE = ("absolute", "relative", "neftune", "off")
 DIAGNOSED_ROWS = 200  # rows whose corrupted copy is shown to the router at the end
-SAMPLED = 4096  # values of a frozen tensor that its seal covers
+SAMPLED = 4096  # values of a tensor of the frozen model that its seal covers
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class LoPE(Method):
         compensate_k: Experts that are compensated; None is all.
         compensate_order: Which: theta (most similar first) or index.
         beta: sum_to_one, keep_mass, or a factor.
+        more_modes: Measure compensation with other signs, sums and numbers of experts too.
         save_poison: Keep the poisoning experts in model/; without them the mode none is gone.
         responses: Whether the last text of a row is its response; set by the task causal-lm.
     """
@@ -165,14 +170,15 @@ class LoPE(Method):
     compensate_sign: int = 1
     compensate_k: int | None = None
     compensate_order: str = "theta"
-    beta: str | float = "sum_to_one"
+    beta: str | float = "keep_mass"
+    more_modes: bool = False
     save_poison: bool = True
     responses: bool = False
 
     tasks: ClassVar[tuple[str, ...]] = ("text", "causal-lm")
     merges: ClassVar[bool] = False
     writes: ClassVar[tuple[str, ...]] = ("noisy_loss", "embedding_noise")
-    later: ClassVar[tuple[str, ...]] = ("poison_dropout",)
+    later: ClassVar[tuple[str, ...]] = ("poison_dropout", "more_modes")
 
     def __post_init__(self) -> None:
         """Every setting is in range, and they fit each other."""
@@ -220,6 +226,11 @@ class LoPE(Method):
             poison > 0 or (self.inference_mode, self.adapt_forward) == ("none", "none"),
             "LoPE without a poisoning expert has nothing to mask: inference_mode and adapt_forward "
             "must be none; use the preset hydralora",
+        )
+        require(
+            self.save_poison or self.inference_mode != "none" or not poison,
+            "LoPE.save_poison=False leaves out what inference_mode=none answers with; use mask, "
+            "renorm or compensate, or keep the poisoning experts",
         )
         require(
             self.poison_dropout == 0 or (poison > 0 and self.adapt_forward == "none"),
@@ -286,6 +297,7 @@ class LoPE(Method):
             "emb_noise_mode": "absolute",
             "epoch_budget": "per_stage",
             "learning_rate": 2e-4,
+            "beta": "sum_to_one",
         }
         return {
             "default": cls(),
@@ -316,6 +328,11 @@ class LoPE(Method):
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
         """Put experts beside the target modules; they start as if they were not there."""
+        require(
+            self.responses or not self.num_poison_experts or "head" in self.train_poison,
+            "LoPE.train_poison without head would train the poisoning expert against a new head "
+            f"that never trained; put head into it, got {self.train_poison}",
+        )
         if self.dropout is not None:
             set_dropout(model, self.dropout)
         adapted = ExpertModel(
@@ -330,7 +347,6 @@ class LoPE(Method):
                 poison=self.num_poison_experts,
                 gate_input=self.gate_input,
                 gate_init=self.gate_init,
-                mode=self.inference_mode,
                 online=self.theta_mode == "online",
                 sign=self.compensate_sign,
                 most=self.compensate_k,
@@ -371,11 +387,14 @@ class LoPE(Method):
         model = experts_of(run)
         check_seal(model)
         frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        model.seal = {name: digest(tensor) for name, tensor in frozen.items()}
+        model.seal = {name: digest(name, tensor) for name, tensor in frozen.items()}
         poisoning = run.stage == POISON
         model.switch.training_mode = "none" if poisoning else self.adapt_forward
         if self.num_poison_experts:
-            model.switch.mode = "none" if poisoning else "renorm"
+            told = self.inference_mode
+            if told == "compensate":  # similarities are not known yet
+                told = "mask" if self.beta == "keep_mass" else "renorm"
+            model.switch.mode = "none" if poisoning else told
 
     def on_epoch_start(self, run: Run) -> Columns:
         """Labels of a noisy stage, and which rows it corrupts; the head at the start of adapt."""
@@ -467,8 +486,21 @@ class LoPE(Method):
         """All inference modes, the deployed one last."""
         if not self.num_poison_experts or not isinstance(model, ExpertModel):
             return {}
-        names = [name for name in MODES if name != self.inference_mode] + [self.inference_mode]
-        return {name: partial(model.set_inference_mode, name) for name in names}
+        own = {"sign": self.compensate_sign, "most": self.compensate_k, "beta": self.beta}
+        found = {name: partial(model.set_inference_mode, name, **own) for name in MODES}
+        if self.more_modes:
+            others: dict[str, dict[str, Any]] = {
+                "sum to one": {"beta": "sum_to_one"},
+                "mass kept": {"beta": "keep_mass"},
+                "sign -1": {"sign": -1},
+                "sign 0": {"sign": 0},
+            }
+            for most in range(self.num_experts):
+                others[f"{most} of {self.num_experts}"] = {"most": most}
+            for name, changes in others.items():
+                switch = partial(model.set_inference_mode, "compensate", **own | changes)
+                found[f"compensate, {name}"] = switch
+        return found | {self.inference_mode: found.pop(self.inference_mode)}
 
     # --- noise -----------------------------------------------------------------------------------
 
@@ -663,9 +695,12 @@ def group_of(name: str) -> str:
     return "head"
 
 
-def digest(tensor: Tensor) -> str:
-    """Digest of the first values of a tensor, by which a change is noticed."""
-    values = tensor.detach().reshape(-1)[:SAMPLED].cpu().contiguous()
+def digest(name: str, tensor: Tensor) -> str:
+    """Digest of a tensor, by which a change is noticed; of the frozen model's the first values."""
+    values = tensor.detach().reshape(-1)
+    if ".lora_" not in name:
+        values = values[:SAMPLED]
+    values = values.cpu().contiguous()
     return hashlib.blake2b(values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -677,5 +712,5 @@ def check_seal(model: ExpertModel) -> None:
     """
     named = dict(model.named_parameters())
     for name, sealed in model.seal.items():
-        if digest(named[name]) != sealed:
+        if digest(name, named[name]) != sealed:
             raise RuntimeError(f"{name} was frozen in this stage of LoPE, and changed")

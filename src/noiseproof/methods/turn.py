@@ -12,11 +12,20 @@ mixture on the losses of each given class, keep the rows whose posterior of the 
 exceeds ``threshold``, and draw as many of each class as the smallest class has; (3) train what
 ``tune`` names on these rows with cross-entropy. ``train.epochs`` counts the epochs of (3).
 Deviations: the paper's form is the preset strict, which raises on a class that keeps no row. The
-default continues: mixtures that mean nothing leave the rows of their class as they were, no class
-falls below ``min_class_fraction``, and classes are not balanced where that would cost most rows.
+default, the guarded form, continues: mixtures that mean nothing leave the rows of their class as
+they were, no class falls below ``min_class_fraction``, and classes are not balanced where that
+would cost most rows.
 The published method tunes the whole model and knows images only; adapters and text are ours.
 ``probe_features=mean`` (ours) puts a linear head on the mean of the last hidden states, for
-encoders whose pooler no task has trained, such as sentence encoders.
+encoders whose pooler no task has trained, such as sentence encoders. With mean or first
+``probe_normalize`` scales what the head reads to length 1; other heads read features as they are.
+The head is what lies outside the encoder, or the last linear layer of a torch module, and cannot be
+named. New weights inside the encoder, such as a pooler that the checkpoint lacks, are no part of
+it: the probe reads them at random, which is warned of. Random draws are keyed by (seed, stage,
+epoch), for draw=fixed by the seed alone. The mixture starts at the best split into two clusters,
+not at k-means, so it has neither seed nor restarts. An empty class is an InputError. BatchNorm uses
+its running statistics in a step of one row, where an error would be needless. Cached features are
+fp32 and always memory-mapped.
 Settings: probe_epochs = 20, GCE, per class, threshold = 0.6, smallest count, every epoch (readings
 of the paper, which has 4 epochs in step 3); q = 0.7 (GCE's paper); scoring by cross-entropy and all
 guards (ours); probe_learning_rate = 0.03 (ours: with the 0.01 of a re-implementation, a probe with
@@ -33,7 +42,9 @@ and noiseproof.load puts them together, as transformers has no class for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,7 +66,15 @@ from noiseproof.method import (
 )
 from noiseproof.methods.baselines import Tuned
 from noiseproof.mixture import LossMixture, MixtureFit, fit_loss_mixture
-from noiseproof.models import class_name, class_names, plain_model, start_head
+from noiseproof.models import (
+    class_name,
+    class_names,
+    encoder_of,
+    has_weights,
+    new_modules,
+    plain_model,
+    start_head,
+)
 from noiseproof.selection import (
     best_first,
     candidates,
@@ -70,6 +89,9 @@ CHECKED_ROWS = 20_000  # for the check of the features; the cost grows with rows
 LEAST_AGREEMENT = 0.05  # kappa of held-out predictions and labels ...
 MOST_OVERLAP = 0.06  # ... and expected share of rows on the wrong side of the mixture; measured
 INSTEAD = "CleaR and ELR do not rely on a probe; lp_ft selects no rows; or use another encoder"
+INSTEAD_ON_FEATURES = (
+    "GCE and ELR select no rows, nor does lp_ft; or use features of another encoder"
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,8 @@ class TURN(Tuned):
             loaded).
         probe_features: What the head reads: model (as the model's own head does), mean (the mean of
             the last hidden states over the real tokens), or first (the first of them).
+        probe_normalize: Scale what the head reads to length 1, in both stages; with
+            probe_features mean or first.
         precondition: When the features do not separate the classes: warn, stop, or off.
         cleanse: False keeps every row, which is plain probing, then fine-tuning (LP-FT).
         score_loss: Loss that the mixture splits: ce or gce.
@@ -121,6 +145,7 @@ class TURN(Tuned):
     probe_warmup_epochs: int = 1
     probe_init: str = "zero"
     probe_features: str = "model"
+    probe_normalize: bool = False
     precondition: str = "warn"
     cleanse: bool = True
     score_loss: str = "ce"
@@ -137,7 +162,7 @@ class TURN(Tuned):
     tune_loss: str = "ce"
     tune_from: str = "probe"
 
-    later: ClassVar[tuple[str, ...]] = ("probe_features",)
+    later: ClassVar[tuple[str, ...]] = ("probe_features", "probe_normalize")
 
     def check(self) -> None:
         """Every setting is in range, and something is left to train."""
@@ -161,6 +186,11 @@ class TURN(Tuned):
             value = getattr(self, name)
             require(value >= 0, f"TURN.{name} must be at least 0, got {value}")
         require(
+            isinstance(self.mixture, LossMixture),
+            f"TURN.mixture must be a LossMixture, got {type(self.mixture).__name__}; "
+            'TURN.preset("default", mixture={...}) changes some of its settings',
+        )
+        require(
             0 <= self.probe_ce_epochs <= self.probe_epochs,
             f"TURN.probe_ce_epochs must lie in [0, probe_epochs={self.probe_epochs}], "
             f"got {self.probe_ce_epochs}",
@@ -169,6 +199,10 @@ class TURN(Tuned):
             self.probe_features == "model" or self.tune in ("full", "head"),
             f"TURN.probe_features={self.probe_features} goes with tune=full or head, got "
             f"tune={self.tune}; leave probe_features out",
+        )
+        require(
+            self.probe_features != "model" or not self.probe_normalize,
+            "TURN.probe_normalize needs a head of TURN's own: use probe_features mean or first",
         )
         require(self.probe_batch_size >= 1, "TURN.probe_batch_size must be at least 1")
         require(
@@ -211,6 +245,8 @@ class TURN(Tuned):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Start the head, then add what ``tune`` names; adapters keep a copy of the head."""
+        if self.probe_epochs or self.probe_init != "keep":
+            _require_head(model)
         if self.probe_features != "model":
             require(
                 not getattr(plain_model(model), "encoder_gives_tensor", False),
@@ -218,7 +254,8 @@ class TURN(Tuned):
                 f"not {type(plain_model(model)).__name__}; leave probe_features out",
             )
             config: Any = plain_model(model).config
-            head = LinearHead(encoder_width(model), config.num_labels)
+            width = encoder_width(model)
+            head = LinearHead(width, config.num_labels, normalize=self.probe_normalize)
             model = PooledClassifier(model, head, self.probe_features)
         if self.probe_init != "keep":
             start_head(model, 0.0 if self.probe_init == "zero" else 0.01)
@@ -231,7 +268,7 @@ class TURN(Tuned):
         tensors = saved_head(model)
         classes, width = tensors["weight"].shape
         with torch.random.fork_rng(devices=[]):  # torch draws a start of its own
-            head = LinearHead(width, classes)
+            head = LinearHead(width, classes, normalize=self.probe_normalize)
         head.load_state_dict(tensors)
         return PooledClassifier(model, head, self.probe_features).eval()
 
@@ -261,8 +298,10 @@ class TURN(Tuned):
         if first and selects:
             self._check_classes(run)
         if run.stage == "probe":
-            if first and selects and self.precondition != "off":
-                self._check_features(run)
+            if first and self.precondition != "off":
+                self._check_new(run)
+                if selects:
+                    self._check_features(run)
             return {}
         columns = self._select(run) if self.cleanse else {}
         if run.epoch == 0 and self.tune_from == "fresh":
@@ -301,7 +340,13 @@ class TURN(Tuned):
         entropy = cross_entropy(logits, run.labels)  # (N,)
         loss = self._loss(self.score_loss, logits, run.labels)
         fit = fit_loss_mixture(
-            loss, run.labels, self.mixture, run.columns.get("clean_prob"), entropy
+            loss,
+            run.labels,
+            self.mixture,
+            run.columns.get("clean_prob"),
+            entropy,
+            names=partial(_named, run),
+            warn=run.warn,
         )
         run.log(**fit.summary())
         if run.epoch == 0 and self.probe_epochs and self.precondition != "off":
@@ -309,11 +354,17 @@ class TURN(Tuned):
         usable = torch.isfinite(loss)  # a lone row that is not: never kept
         loss = finite_losses(loss)
         clean = torch.where(usable, fit.clean_prob, 0.0)
+        ranked = torch.where(usable, clean, -1.0)  # behind every row that has a loss
         marked = usable & candidates(
-            clean, loss, run.labels, self.threshold, self.min_class_fraction
+            ranked, loss, run.labels, self.threshold, self.min_class_fraction
         )
-        keep, counts = self._balanced(run, marked, best_first(clean, loss))
-        self._log_selection(run, clean > self.threshold, keep, counts)
+        sizes = torch.bincount(run.labels[usable], minlength=run.num_classes)  # (C,)
+        keep, counts = self._balanced(run, marked, best_first(ranked, loss), sizes)
+        self._log_selection(run, clean > self.threshold, keep, counts, sizes)
+        if not bool(usable.all()):
+            run.log(rows_not_finite=int((~usable).sum()))
+        table = selection_table(run, keep, counts, sizes) | {"mixtures": fit.table()}
+        run.findings.setdefault("selection", {"first": table})["last"] = table
         columns = {"loss": loss, "clean_prob": clean, "selected": keep, "keep": keep}
         if self.balance == "weight":
             present = counts > 0
@@ -321,9 +372,17 @@ class TURN(Tuned):
             columns["weight"] = weight.float()[run.labels]
         return columns
 
-    def _balanced(self, run: Run, marked: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw as many rows of each class as it may keep.  -> (N,) bool, counts before it (C,)."""
-        sizes = torch.bincount(run.labels, minlength=run.num_classes)  # (C,)
+    def _balanced(
+        self, run: Run, marked: Tensor, best: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw as many rows of each class as it may keep.  -> (N,) bool, counts before it (C,).
+
+        Args:
+            run: The run.
+            marked: Rows that may be kept (N,) bool.
+            best: All rows, the best first (N,).
+            sizes: Rows of each class that have a loss (C,); a class without one is left out.
+        """
         counts = torch.bincount(run.labels[marked], minlength=run.num_classes)
         empty = ((sizes > 0) & (counts == 0)).nonzero().flatten().tolist()
         if empty and self.on_empty == "raise":
@@ -338,6 +397,8 @@ class TURN(Tuned):
         if empty and self.on_empty == "no_balance":
             balance = "none"
         quota = class_quota(counts, balance, self.balance_ratio, self.balance_min_keep)
+        if bool((quota < counts).any()):
+            run.log(balance_cap=int(quota.max()))
         order = best
         if self.draw == "random":
             order = torch.randperm(len(marked), generator=run.generator)
@@ -346,16 +407,22 @@ class TURN(Tuned):
             order = torch.from_numpy(random.permutation(len(marked)))
         return draw_per_class(marked, run.labels, quota, order), counts
 
-    def _log_selection(self, run: Run, above: Tensor, keep: Tensor, counts: Tensor) -> None:
-        """Sizes of the selection, for the history row."""
-        sizes = torch.bincount(run.labels, minlength=run.num_classes)
+    def _log_selection(
+        self, run: Run, above: Tensor, keep: Tensor, counts: Tensor, sizes: Tensor
+    ) -> None:
+        """Sizes of the selection, for the history row; of classes the extremes and the median."""
         present = counts[sizes > 0]
+        kept = torch.bincount(run.labels[keep], minlength=run.num_classes)
+        shares = (kept / sizes)[sizes > 0].double()
         floored = torch.bincount(run.labels[above], minlength=run.num_classes) < counts
         run.log(
             selected_min=int(present.min()),
             selected_median=float(present.double().median()),
             selected_max=int(present.max()),
             kept_share=float(keep.double().mean()),
+            class_kept_min=float(shares.min()),
+            class_kept_median=float(shares.median()),
+            class_kept_max=float(shares.max()),
             classes_floored=int(floored.sum()),
             balanced=float(int(keep.sum()) < int(counts.sum())),
         )
@@ -375,9 +442,18 @@ class TURN(Tuned):
                 "use mixture.guard=fallback, which keeps it"
             )
 
+    def _check_new(self, run: Run) -> None:
+        """Before the probe: does its head read weights that are random?"""
+        new = new_modules(run.model) if self.probe_features == "model" else []
+        if new:
+            run.warn(
+                f"the checkpoint of the encoder does not hold {', '.join(new)}, so TURN's probe "
+                "would read a random projection of its features; use probe_features=mean"
+            )
+
     def _check_features(self, run: Run) -> None:
         """Before training: do the frozen features tell the labels of rows not trained on?"""
-        features = run.features()  # (N, D, 2)
+        features = run.features()  # (N, D, 1 or 2)
         if features is None or len(features) < 2 * run.num_classes:
             return
         rows = torch.randperm(len(features), generator=run.generator)[:CHECKED_ROWS]
@@ -417,10 +493,58 @@ class TURN(Tuned):
 
     def _doubt(self, run: Run, found: str) -> None:
         """Say that the selection has no basis, or stop."""
-        message = f"TURN selects on a weak basis: {found}. {INSTEAD}"
+        instead = INSTEAD if _encodes(run.model) else INSTEAD_ON_FEATURES
+        message = f"TURN selects on a weak basis: {found}. {instead}"
         if self.precondition == "stop":
             raise InputError(f"{message}; precondition=warn goes on")
         run.warn(message)
+
+
+def selection_table(run: Run, keep: Tensor, counts: Tensor, sizes: Tensor) -> dict[str, Any]:
+    """What an epoch selected of each class, in label order, as JSON values for the record.
+
+    Args:
+        run: The run.
+        keep: Rows that train (N,) bool.
+        counts: Rows of each class that looked right (C,).
+        sizes: Rows of each class that have a loss (C,).
+    """
+    kept = torch.bincount(run.labels[keep], minlength=run.num_classes)
+    return {
+        "epoch": run.epoch,
+        "rows": sizes.tolist(),
+        "selected": counts.tolist(),
+        "kept": kept.tolist(),
+    }
+
+
+def _named(run: Run, labels: Sequence[int]) -> str:
+    """These classes by name, the first of them where they are many."""
+    chosen = torch.zeros(run.num_classes, dtype=torch.bool)
+    chosen[list(labels)] = True
+    return class_names(run.model, chosen)
+
+
+def _encodes(model: nn.Module) -> bool:
+    """Whether the model has an encoder, or its rows are features already."""
+    try:
+        return has_weights(model)
+    except InputError:
+        return True
+
+
+def _require_head(model: nn.Module) -> None:
+    """Refuse a model that cannot be split into encoder and head: there is nothing to probe."""
+    try:
+        encoder_of(model)
+    except InputError as error:
+        inner = getattr(model, "module", model)
+        linear = [name for name, part in inner.named_modules() if isinstance(part, nn.Linear)]
+        raise InputError(
+            f"TURN probes a last linear layer on one vector a row, and {type(inner).__name__} does "
+            f"not end in one; its linear layers: {', '.join(linear[-5:]) or 'none'}. Let it end in "
+            "such a layer, or use GCE or ELR, which train it whole"
+        ) from error
 
 
 def probe_signals(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from noiseproof.statistics import Summary
+
 MISSING = "\N{EN DASH}"
 
 
@@ -44,6 +46,7 @@ class Table:
         note: Stands below.
         title: Stands above.
         fixed: Whether the order of the rows means something, so that no one sorts it.
+        folded: What stands in its place until it is opened; empty shows it at once.
     """
 
     columns: Sequence[Column]
@@ -51,13 +54,15 @@ class Table:
     note: str = ""
     title: str = ""
     fixed: bool = False
+    folded: str = ""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with a value each."""
+    """Names with a value each; ``folded`` is as with a table."""
 
     items: Sequence[tuple[str, str]]
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report."""
+    """A whole report; ``verdict`` is what comes out, in a sentence or two."""
 
     title: str
     subtitle: str
     sections: Sequence[Section]
+    verdict: str = ""
 
 
 def percent(value: float | None, *, signed: bool = False) -> str:
@@ -116,6 +122,19 @@ def percent(value: float | None, *, signed: bool = False) -> str:
     shown = round(100 * value, 1) + 0.0
     sign = "\N{MINUS SIGN}" if shown < 0 else "+" if signed and shown > 0 else ""
     return f"{sign}{abs(shown):.1f}"
+
+
+def bounds(found: Summary) -> str:
+    """The interval of a difference in points, or why there is none.
+
+    >>> from noiseproof.statistics import summarize
+    >>> bounds(summarize([0.1, 0.11])), bounds(summarize([0.1])), bounds(summarize([0.1, 0.1]))
+    ('(+4.1 to +16.9)', '(one seed)', '(no spread)')
+    """
+    if found.interval is None:
+        return "(one seed)" if found.n == 1 else "(no spread)"
+    low, high = found.interval.low, found.interval.high
+    return f"({percent(low, signed=True)} to {percent(high, signed=True)})"
 
 
 def quantity(value: float | None, decimals: int | None = None) -> str:

@@ -22,7 +22,7 @@ MEANINGS = {
     "none": "the poisoning expert takes part",
     "mask": "its share is set to 0",
     "renorm": "its share goes to the others",
-    "compensate": "so too, most to the experts that are like it",
+    "compensate": "the others count by how alike they are to it",
 }
 ROUTER = (
     ("Weight of poison", "poison_weight", "Mean weight of the poisoning expert over tokens."),
@@ -152,8 +152,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     Whitney, 1947). Weights within a tenth of the even share, in mean and deviation, count as even
     (ours).
 
-    >>> verdict({"noise_auroc": 0.5, "rows": 200, "poison_weight": 0.4, "even_share": 0.25})[-40:]
-    'So masking is only rescaling the update.'
+    >>> verdict({"noise_auroc": 0.5, "rows": 200, "poison_weight": 0.4, "even_share": 0.25})[-37:]
+    'masking takes from all texts alike.'
     """
     auroc, rows = as_number(found.get("noise_auroc")), as_number(found.get("rows"))
     weight, even = as_number(found.get("poison_weight")), as_number(found.get("even_share"))
@@ -172,7 +172,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     if flat:
         return f"{told} The weights sit at the even share. So masking is only rescaling the update."
     if abs(auroc - 0.5) <= chance:
-        return f"{told} The router does not know noise. So masking is only rescaling the update."
+        return f"{told} The router does not know noise: masking takes from all texts alike."
     if auroc > 0.5:
         return f"{told} Corrupted texts rely more on it, so masking takes more from them."
     return f"{told} Corrupted texts rely less on it, so masking takes more from clean ones."

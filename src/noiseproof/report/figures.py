@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from noiseproof.charts import Series, heat_map, line_chart
+from noiseproof.charts import Dot, Series, dot_chart, heat_map, line_chart
 from noiseproof.report.runs import Run, as_number
+from noiseproof.statistics import LEVEL, Summary
 
 MOST_CLASSES = 24
 MOST_POINTS = 201
@@ -21,26 +22,78 @@ CURVES = (
     ("roc", "Wrong labels found (ROC)", "right labels suspected, %"),
     ("pr", "Precision", "wrong labels found, %"),
 )
-Styled = Mapping[str, int]
-"""Method -> number of its colour."""
+Styled = Mapping[str, int | None]
+"""Method -> number of its style; None draws it in the background."""
+ENOUGH = 3  # values for a whisker: the interval of two is 18 times as long as their distance
 
 
 def learning_curves(cells: Mapping[str, Sequence[Run]], styles: Styled) -> list[str]:
-    """Accuracy, memorisation and clean fit by epoch, a line per method: the mean of its runs."""
+    """Accuracy, memorisation and clean fit by epoch, a line per method: the mean of its runs.
+
+    Where methods have unequal numbers of epochs, by the share of the training that is done.
+    """
     charts = []
     for name, title in PANELS:
+        curves = {
+            row: curve
+            for row, runs in cells.items()
+            if len(curve := 100 * mean_curve([run.curve(name) for run in runs]))
+        }
+        shares = len({len(curve) for curve in curves.values()}) > 1
         lines = []
-        for row, runs in cells.items():
-            curve = 100 * mean_curve([run.curve(name) for run in runs])
-            if len(curve):
-                epochs = list(range(1, len(curve) + 1))
-                lines.append(Series(row, epochs, curve.tolist(), styles[row]))
+        for row, curve in curves.items():
+            scale = 100 / len(curve) if shares else 1
+            x = [scale * epoch for epoch in range(1, len(curve) + 1)]
+            lines.append(Series(row, x, curve.tolist(), styles[row]))
         charts.append(
             line_chart(
-                lines, title=title, x_label="epoch", x_ticks=epoch_ticks(lines), marks=_few(lines)
+                lines,
+                title=title,
+                x_label="share of the training, %" if shares else "epoch",
+                x_range=(0, 100) if shares else None,
+                x_ticks=None if shares else epoch_ticks(lines),
+                marks=_few(lines),
             )
         )
     return [chart for chart in charts if chart]
+
+
+def mean_line(
+    name: str,
+    points: Mapping[int, Summary] | Mapping[float, Summary],
+    style: int | None,
+    scale: float = 100,
+) -> Series:
+    """Means over seeds by position, with t intervals where there are three seeds or more.
+
+    Args:
+        name: Of the line.
+        points: What was found, by position.
+        style: Of the line.
+        scale: Factor of the values.
+    """
+    ends = [point.interval if point.n >= ENOUGH else None for point in points.values()]
+    return Series(
+        name,
+        list(points),
+        [scale * point.mean for point in points.values()],
+        style,
+        [scale * end.low if end else math.nan for end in ends],
+        [scale * end.high if end else math.nan for end in ends],
+    )
+
+
+def difference_dots(found: Mapping[str, Summary], title: str, styles: Mapping[str, int]) -> str:
+    """A row per name: the mean of a difference in points, with its interval where there is one."""
+    dots = []
+    for name, one in found.items():
+        low, high = (
+            (100 * one.interval.low, 100 * one.interval.high) if one.interval else (None, None)
+        )
+        dots.append(Dot(name, 100 * one.mean, low, high, styles[name]))
+    some = any(one.interval for one in found.values())
+    x_label = f"difference with {LEVEL:.0%} interval" if some else "difference, without interval"
+    return dot_chart(dots, title=title, x_label=x_label)
 
 
 def detection_curves(cells: Mapping[str, Sequence[Run]], styles: Styled) -> list[str]:
@@ -69,27 +122,32 @@ def detection_curves(cells: Mapping[str, Sequence[Run]], styles: Styled) -> list
     return [chart for chart in charts if chart]
 
 
-def confusion_map(runs: Sequence[Run], title: str) -> str:
-    """Test rows by true and predicted class, as shares of the true class, over all runs."""
-    matrices = [m for run in runs if (m := _matrix(run.record.confusion)) is not None]
-    if not matrices or len({matrix.shape for matrix in matrices}) > 1:
-        return ""
-    counts = np.sum(matrices, axis=0)  # (C, C)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = counts / counts.sum(axis=1, keepdims=True)
-    return _map(shares, runs[0], title, "true class", "predicted")
+def class_maps(noise: Sequence[Run], tests: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Heat maps of classes by classes: what noise made of the labels, and confusions by title.
 
-
-def transition_map(runs: Sequence[Run], title: str) -> str:
-    """What noise made of the labels, (C, C): the mean over the seeds of the noise."""
-    matrices: dict[object, np.ndarray] = {}
-    for run in runs:
-        matrix = _matrix(run.record.noise.get("transition"))
-        if matrix is not None:
-            matrices.setdefault(run.record.noise.get("seed", run.seed), matrix)
-    if not matrices or len({matrix.shape for matrix in matrices.values()}) > 1:
-        return ""
-    return _map(np.mean(list(matrices.values()), axis=0), runs[0], title, "true class", "given")
+    Of many classes all maps show the same: those that are confused most in any of them.
+    """
+    found = [("What noise made of the labels", _transition(noise), "given", noise)]
+    found += [(title, _confusion(runs), "predicted", runs) for title, runs in tests.items()]
+    drawn = []
+    for title, shares, column_label, runs in found:
+        if shares is None:
+            continue
+        alike = [
+            other for _, other, _, _ in found if other is not None and len(other) == len(shares)
+        ]
+        picked = _most_confused(alike)
+        names = class_names(runs[0], len(shares))
+        drawn.append(
+            heat_map(
+                shares[np.ix_(picked, picked)].tolist(),
+                [names[index] for index in picked],
+                title=title,
+                row_label="true class",
+                column_label=column_label,
+            )
+        )
+    return drawn
 
 
 def cut_note(runs: Iterable[Run]) -> str:
@@ -166,23 +224,37 @@ def _classes(run: Run) -> int:
     return 0
 
 
-def _map(
-    shares: np.ndarray,
-    run: Run,
-    title: str,
-    row_label: str,
-    column_label: str,
-) -> str:
-    """A heat map, of many classes those with the largest shares off the diagonal."""
-    names = class_names(run, len(shares))
-    if len(shares) > MOST_CLASSES:
-        off = np.nan_to_num(shares * (1 - np.eye(len(shares))))
-        order = np.argsort(-(off.max(axis=0) + off.max(axis=1)), kind="stable")
-        picked = np.sort(order[:MOST_CLASSES])
-        shares, names = shares[np.ix_(picked, picked)], [names[index] for index in picked]
-    return heat_map(
-        shares.tolist(), names, title=title, row_label=row_label, column_label=column_label
-    )
+def _confusion(runs: Sequence[Run]) -> np.ndarray | None:
+    """Test rows by true and predicted class, as shares of the true class.  (C, C)."""
+    matrices = [m for run in runs if (m := _matrix(run.record.confusion)) is not None]
+    if not matrices or len({matrix.shape for matrix in matrices}) > 1:
+        return None
+    counts = np.sum(matrices, axis=0)  # (C, C)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares: np.ndarray = counts / counts.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _transition(runs: Sequence[Run]) -> np.ndarray | None:
+    """What noise made of the labels: the mean over the seeds of the noise.  (C, C)."""
+    matrices: dict[object, np.ndarray] = {}
+    for run in runs:
+        matrix = _matrix(run.record.noise.get("transition"))
+        if matrix is not None:
+            matrices.setdefault(run.record.noise.get("seed", run.seed), matrix)
+    if not matrices or len({matrix.shape for matrix in matrices.values()}) > 1:
+        return None
+    mean: np.ndarray = np.mean(list(matrices.values()), axis=0)
+    return mean
+
+
+def _most_confused(maps: Sequence[np.ndarray]) -> list[int]:
+    """Of many classes those with the largest shares off the diagonal, over all maps."""
+    size = len(maps[0])
+    off = [np.nan_to_num(shares * (1 - np.eye(size))) for shares in maps]
+    score = sum(shares.max(axis=0) + shares.max(axis=1) for shares in off)
+    order = np.argsort(-np.asarray(score), kind="stable")
+    return sorted(order[:MOST_CLASSES].tolist())
 
 
 def epoch_ticks(lines: Sequence[Series]) -> list[float]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
 from noiseproof.errors import InputError, unknown_name
 from noiseproof.report.runs import PLACES, Found, Group, LeftOut, Run, as_number, natural
-from noiseproof.statistics import Difference, compare, recovered_gap
+from noiseproof.statistics import Difference, compare, mean_over, recovered_gap
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def last_epoch(run: Run) -> float | None:
     return None if run.setting("train.select") == "best" else run.metric("test_accuracy")
 
 
-def cpu_minutes(run: Run) -> float | None:
-    """CPU time of a run in minutes."""
-    seconds = run.timing("cpu_s")
-    return None if seconds is None else seconds / 60
+def late_mean(run: Run) -> float | None:
+    """Test accuracy over the late epochs; of a run that was tested once there is none."""
+    tested = sum(math.isfinite(value) for value in run.curve("test_accuracy"))
+    return None if tested == 1 else run.metric("test_accuracy_late")
 
 
 ACCURACY = Measure(
@@ -76,15 +77,25 @@ RESPONSES = Measure(
     first_of([metric(f"test_{kind}") for kind in ACCURACIES]),
     better=1,
 )
+LATE = Measure(
+    "Late mean",
+    "Test accuracy, mean over the last half of the epochs.",
+    late_mean,
+    better=1,
+)
+BEST = Measure(
+    "Best epoch (oracle)",
+    "Highest test accuracy of all epochs. The test labels chose the epoch, so this is a bound and "
+    "no result.",
+    metric("test_accuracy_best"),
+)
+VALIDATION = Measure(
+    "Validation",
+    "Accuracy of the deployed model on the validation rows, by their labels.",
+    metric("validation_accuracy"),
+    better=1,
+)
 OTHERS = (
-    Measure(
-        "Best epoch (oracle)",
-        "Highest test accuracy of all epochs. The test labels chose the epoch, so this is a bound "
-        "and no result.",
-        metric("test_accuracy_best"),
-    ),
-    Measure("Validation", "Accuracy of the deployed model on the validation rows, by their labels.",
-            metric("validation_accuracy"), better=1),
     Measure("Macro F1", "F1 averaged over the classes, on the test set.",
             metric("test_macro_f1"), better=1),
     Measure("ECE", "Calibration error on the test set: mean gap of confidence and accuracy, "
@@ -107,7 +118,6 @@ OTHERS = (
             "chance.", metric("detection_auroc"), better=1),
     Measure("AP", "Average precision of finding wrong labels; chance is the noise rate.",
             metric("detection_ap"), better=1),
-    Measure("CPU min", "Processor time of one run.", cpu_minutes, share=False),
 )  # fmt: skip
 
 
@@ -136,33 +146,84 @@ class Grid:
     def rows(self) -> list[str]:
         """All methods, the baseline first."""
         names = sorted({row for cells in self.cells.values() for row in cells}, key=natural)
-        return sorted(names, key=lambda name: name != self.baseline)
+        return sorted(names, key=lambda name: self.partners.get(name) != name)
+
+    @cached_property
+    def partners(self) -> dict[str, str]:
+        """The row that each row is compared with; a baseline with itself.
+
+        A baseline that was run with several families of adapters meets each row with its own.
+        """
+        runs = [*self.found.runs, *(left.run for left in self.found.left_out if left.run)]
+        places = {run.row: (run.names["method"], run.names["peft"]) for run in runs}
+        by_family = {
+            family: row for row, (method, family) in places.items() if method == self.baseline
+        }
+        if not by_family:  # the name of a row, or none at all
+            return dict.fromkeys(places, self.baseline) if self.baseline in places else {}
+        anyone = next(iter(by_family.values())) if len(by_family) == 1 else None
+        found = {}
+        for row, (_, family) in places.items():
+            partner = by_family.get(family)
+            if partner is None and (not family or "" in by_family):
+                partner = anyone
+            if partner is not None:
+                found[row] = partner
+        return found
 
     @cached_property
     def styles(self) -> dict[str, int]:
-        """Number of the colour of each method; the baseline is grey."""
-        first = 0 if self.baseline in self.rows else 1
-        return {row: index + first for index, row in enumerate(self.rows)}
+        """Number of the style of each method; baselines are grey."""
+        greys = sum(self.partners.get(row) == row for row in self.rows)
+        return {
+            row: -index if index < greys else index - greys + 1
+            for index, row in enumerate(self.rows)
+        }
+
+    @cached_property
+    def heads(self) -> list[Measure]:
+        """What comes first in a table: the end of the training, then its late and best epochs."""
+        chosen = any(run.setting("train.select") == "best" for run in self.found.runs)
+        first = [CHOSEN, LAST] if chosen and self.judged is ACCURACY else [self.judged]
+        return self._known([*first, LATE, BEST])
 
     @cached_property
     def measures(self) -> list[Measure]:
         """What is known of at least one run."""
-        runs = self.found.runs
-        chosen = any(run.setting("train.select") == "best" for run in runs)
-        head = [CHOSEN, LAST] if chosen and self.judged is ACCURACY else [self.judged]
-        return [m for m in (*head, *OTHERS) if any(m.of(run) is not None for run in runs)]
+        return self._known(
+            [*self.heads, *(m for m in (VALIDATION, *OTHERS) if m is not self.judged)]
+        )
+
+    def _known(self, measures: Iterable[Measure]) -> list[Measure]:
+        return [m for m in measures if any(m.of(run) is not None for run in self.found.runs)]
 
     @cached_property
     def judged(self) -> Measure:
-        """What methods are compared by: accuracy, or what language models have in its place."""
-        classes = any(ACCURACY.of(run) is not None for run in self.found.runs)
-        responses = any(RESPONSES.of(run) is not None for run in self.found.runs)
-        return RESPONSES if responses and not classes else ACCURACY
+        """What methods are compared by: test accuracy, or what language models have in its place.
+
+        Where no run has test rows it is the accuracy on the validation rows.
+        """
+        return next(iter(self._known([ACCURACY, RESPONSES, VALIDATION])), ACCURACY)
+
+    @property
+    def judged_name(self) -> str:
+        """What that is in words."""
+        return "validation accuracy" if self.judged is VALIDATION else "test accuracy"
 
     @cached_property
     def tested(self) -> bool:
-        """Whether any run had test rows: only then are there accuracies to compare."""
-        return any(self.judged.of(run) is not None for run in self.found.runs)
+        """Whether any run had rows to judge it by: only then are there accuracies to compare."""
+        return bool(self._known([self.judged]))
+
+    @cached_property
+    def shared(self) -> list[Group]:
+        """Settings in which every method has a result that has one anywhere."""
+        having = {
+            group: {row for row in self.rows if self.values(group, row, self.judged.of)}
+            for group in self.cells
+        }
+        every = set().union(*having.values())
+        return [group for group, rows in having.items() if rows and rows == every]
 
     def name(self, group: Group, *, short: bool = False) -> str:
         """What a setting is called: its data and noise, and what else differs between settings.
@@ -191,19 +252,42 @@ class Grid:
 
     def difference(self, group: Group, row: str) -> Difference | None:
         """What runs are judged by against the baseline, seed by seed."""
-        if self.baseline is None or row == self.baseline:
+        partner, of = self.partners.get(row), self.judged.of
+        if partner is None or partner == row:
             return None
-        of = self.judged.of
-        return compare(self.values(group, row, of), self.values(group, self.baseline, of))
+        return compare(self.values(group, row, of), self.values(group, partner, of))
+
+    def mean(self, group: Group, row: str) -> float | None:
+        """What runs are judged by, the mean over seeds."""
+        values = self.values(group, row, self.judged.of).values()
+        return fmean(values) if values else None
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """Mean over the settings that all methods share, of those that have a result."""
+        found = {row: [self.mean(group, row) for group in self.shared] for row in self.rows}
+        return {
+            row: fmean(known)
+            for row, means in found.items()
+            if (known := [mean for mean in means if mean is not None])
+        }
+
+    def overall(self, row: str) -> tuple[Difference, int] | None:
+        """The difference in the mean over the settings that all methods share, and their number.
+
+        Without such settings over those that the method has.
+        """
+        found = [self.difference(group, row) for group in self.shared or self.cells]
+        return mean_over([dict(zip(d.seeds, d.values, strict=True)) for d in found if d])
 
     def recovered(self, group: Group, row: str) -> float | None:
         """Recovered gap of the means over the seeds that method, plain and clean runs share."""
-        clean = self.clean(group)
-        if self.baseline is None or clean is None or clean == group:
+        clean, partner = self.clean(group), self.partners.get(row)
+        if partner is None or clean is None or clean == group or self.judged is VALIDATION:
             return None
         of = self.judged.of
         method = self.values(group, row, of)
-        plain, best = self.values(group, self.baseline, of), self.values(clean, self.baseline, of)
+        plain, best = self.values(group, partner, of), self.values(clean, partner, of)
         seeds = method.keys() & plain.keys() & best.keys()
         if not seeds:
             return None
@@ -230,25 +314,29 @@ class Grid:
 
 
 def choose_baseline(found: Found, asked: str | None) -> tuple[str | None, str]:
-    """The method that others are compared with, and why it is that one.
+    """The method that others are compared with, or one row of it, and why it is that one.
 
     Raises:
         InputError: The one that was asked for is not there.
     """
-    names = {run.row: run for run in found.runs}
-    if asked is not None and asked not in names:
-        raise InputError(unknown_name("baseline", asked, sorted(names, key=natural)))
+    rows = {run.row for run in found.runs}
+    methods = {run.names["method"] for run in found.runs}
+    if asked is not None and asked not in rows | methods:
+        raise InputError(unknown_name("baseline", asked, sorted(rows | methods, key=natural)))
     if asked is not None:
         return asked, "as asked for"
     told = found.grid.get("baseline")
-    if told in names:
+    if told in rows | methods:
         return told, "as the grid says"
-    plain = [name for name, run in names.items() if _method_name(run) == "CrossEntropy"]
-    if told or not plain or len(names) < 2:
+    plain = Counter(
+        run.names["method"] if len(methods) > 1 else run.row
+        for run in found.runs
+        if _method_name(run) == "CrossEntropy"
+    )
+    if told or not plain or len(rows) < 2:
         why = f"{told}, the baseline of the grid, has no finished run" if told else ""
         return None, why
-    runs = Counter(run.row for run in found.runs)
-    return min(plain, key=lambda name: (-runs[name], len(name), name)), "plain fine-tuning"
+    return min(plain, key=lambda name: (-plain[name], len(name), name)), "plain fine-tuning"
 
 
 def noise_rate(run: Run) -> float | None:

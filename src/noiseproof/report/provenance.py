@@ -20,6 +20,9 @@ from noiseproof.report.blocks import (
 from noiseproof.report.measures import Grid, noise_rate
 from noiseproof.report.runs import Found, Group, Run, as_number, natural
 
+NAMED = ("part", "data", "model", "noise", "validation", "method", "peft", "trial")
+"""What names a cell of a grid, beside its seed."""
+
 
 def seconds(name: str) -> Callable[[Run], float | None]:
     """Takes a timing from a run."""
@@ -40,7 +43,7 @@ COSTS: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
 )  # fmt: skip
 
 
-def facts(grid: Grid, why: str) -> Facts:
+def facts(grid: Grid, why: str) -> list[Block]:
     """What was run, in a few lines; ``why`` says where the baseline comes from."""
     runs = grid.found.runs
     states = Counter(left.status for left in grid.found.left_out)
@@ -52,17 +55,21 @@ def facts(grid: Grid, why: str) -> Facts:
     items = [
         ("Runs", counts),
         ("Data", "; ".join(dict.fromkeys(map(_data, runs)))),
-        ("Model", "; ".join(dict.fromkeys(map(_model, runs)))),
         ("Training", ", ".join(training)),
         ("Seeds", ", ".join(sorted({run.seed for run in runs}, key=natural))),
         ("Validation", ", ".join(map(_validation, kinds))),
         ("Tuning", _tuning(runs)),
         ("Baseline", f"{grid.baseline} ({why})" if grid.baseline else why or "none"),
     ]
-    for name in ("file", "cost"):
-        if name in grid.found.grid:
-            items.append(({"file": "Grid", "cost": "Planned cost"}[name], grid.found.grid[name]))
-    return Facts([(name, value) for name, value in items if value])
+    plan = [
+        ("Model", "; ".join(dict.fromkeys(map(_model, runs)))),
+        ("Grid", grid.found.grid.get("file", "")),
+        ("Planned cost", grid.found.grid.get("cost", "")),
+    ]
+    return [
+        Facts([(name, value) for name, value in items if value]),
+        Facts([(name, value) for name, value in plan if value], folded="Model and grid"),
+    ]
 
 
 def cost(grid: Grid) -> Section:
@@ -149,15 +156,24 @@ def versions(runs: Iterable[Run]) -> list[tuple[str, str]]:
 
 
 def left_out(found: Found) -> Section:
-    """Runs that are in no table, each with its reason."""
+    """Runs that are in no table, each with its reason; seeds of a cell share a line."""
     section = Section("Runs left out")
     if found.left_out:
+        states = Counter(left.status for left in found.left_out)
+        seeds: dict[tuple[str, str, str], list[str]] = {}
+        for left in found.left_out:
+            told = (left.labels.get(name, "") for name in NAMED)
+            names = [label for label in told if label not in ("", "none")]
+            name = " · ".join(names) or str(left.folder)
+            known = seeds.setdefault((name, left.status, left.reason), [])
+            known += [left.labels["seed"]] if names and "seed" in left.labels else []
         columns = [Column(name, numeric=False) for name in ("Run", "Status", "Reason")]
         rows = [
-            [Cell(str(left.folder)), Cell(left.status), Cell(left.reason)]
-            for left in found.left_out
+            [Cell(f"{name}, seed {', '.join(own)}" if own else name), Cell(status), Cell(reason)]
+            for (name, status, reason), own in seeds.items()
         ]
-        section.blocks.append(Table(columns, rows))
+        counts = ", ".join(f"{number} {state}" for state, number in states.items())
+        section.blocks.append(Table(columns, rows, folded=counts))
     return section
 
 
@@ -217,7 +233,7 @@ def _tuning(runs: Sequence[Run]) -> str:
     for run in runs:
         trials.setdefault(str(run.record.search.get("trials", 0)), set()).add(run.row)
     if len(trials) == 1:
-        return f"{next(iter(trials))} trials for every method and seed"
+        return f"{next(iter(trials))} trials for every method, shared by its seeds"
     unequal = "; ".join(f"{n}: {', '.join(sorted(rows))}" for n, rows in trials.items())
     return f"unequal numbers of trials ({unequal})"
 

@@ -92,12 +92,13 @@ class Run:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that is in no table, and why."""
+    """A run that is in no table, and why; ``labels`` are what its grid calls it, where it does."""
 
     folder: Path
     status: str
     reason: str
     run: Run | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,21 @@ def _folders(root: Path, cells: object) -> tuple[list[Path], list[LeftOut]]:
     every = [file.parent for file in sorted(root.rglob("record.json"), key=natural)]
     if not isinstance(cells, list):
         return every, []
-    names = [str(cell.get("folder")) for cell in cells if isinstance(cell, dict)]
-    theirs = [root / name for name in names if ".." not in Path(name).parts]
+    known = [cell for cell in cells if isinstance(cell, dict)]
+    theirs = {
+        root / name: cell.get("labels")
+        for cell in known
+        if ".." not in Path(name := str(cell.get("folder"))).parts
+    }
     there = [folder for folder in theirs if (folder / "record.json").is_file()]
     out = [
-        LeftOut(folder, "not started", "a cell of the grid without a record")
-        for folder in theirs
+        LeftOut(
+            folder,
+            "not started",
+            "a cell of the grid without a record",
+            labels={str(k): str(v) for k, v in labels.items()} if isinstance(labels, dict) else {},
+        )
+        for folder, labels in theirs.items()
         if folder not in there
     ]
     out += [

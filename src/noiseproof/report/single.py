@@ -31,8 +31,6 @@ LONGEST_TEXT = 300
 MORE = {
     "test_mcc": "Matthews correlation on the test set; 0 is what a constant answer gets.",
     "test_nll": "Negative log-likelihood of the test labels.",
-    "test_accuracy_late": "Test accuracy, mean over the last half of the epochs.",
-    "validation_accuracy": "Accuracy on the validation rows.",
     "recovery": "Wrongly labelled training rows predicted as their true label.",
     "detection_precision": "Of the rows called suspicious, those whose label is wrong.",
     "detection_recall": "Of the rows whose label is wrong, those called suspicious.",
@@ -135,40 +133,38 @@ def _metrics(run: Run, grid: Grid) -> Table:
 
 
 def _epochs(run: Run) -> list[Block]:
-    lines = []
-    for index, (name, shown) in enumerate(CURVES, start=1):
-        curve = run.curve(name)
-        if curve:
-            epochs = [float(epoch) for epoch in range(1, len(curve) + 1)]
-            lines.append(Series(shown, epochs, [100 * value for value in curve], index))
     stages = [row.get("stage") for row in run.history]
     borders = [i + 0.5 for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
-    drawn = [
-        line_chart(
-            lines,
-            title="Shares, %",
-            x_label="epoch",
-            x_ticks=figures.epoch_ticks(lines),
-            verticals=borders,
-        )
-    ]
-    losses = []
-    for index, (name, shown) in enumerate(LOSSES, start=1):
-        if curve := run.curve(name):
-            losses.append(Series(shown, [float(n) for n in range(1, len(curve) + 1)], curve, index))
-    if losses:
+    warmup = as_number(run.setting("method.warmup_epochs")) or 0
+    warm = not borders and 0 < warmup < len(stages)
+    drawn = []
+    for title, shown, scale in (("Shares, %", CURVES, 100), ("Training loss", LOSSES, 1)):
+        curves = {name: curve for column, name in shown if (curve := run.curve(column))}
+        lines = [
+            Series(name, list(range(1, len(curve) + 1)), [scale * value for value in curve], index)
+            for index, (name, curve) in enumerate(curves.items(), start=1)
+        ]
         drawn.append(
             line_chart(
-                losses,
-                title="Training loss" if len(losses) == 1 else "Loss",
+                lines,
+                title="Loss" if shown is LOSSES and len(lines) > 1 else title,
                 x_label="epoch",
-                x_ticks=figures.epoch_ticks(losses),
-                verticals=borders,
+                x_ticks=figures.epoch_ticks(lines),
+                verticals=[warmup + 0.5] if warm else borders,
             )
         )
     drawn = [chart for chart in drawn if chart]
-    note = "Dashed lines stand between stages." if borders else ""
-    return [Figures(drawn, note)] if drawn else []
+    notes = []
+    if borders:
+        notes.append("Dashed lines stand between stages.")
+    if warm:
+        notes.append(f"The dashed line is the end of the warm-up of {quantity(warmup)} epochs.")
+    if run.curve("loss"):
+        notes.append(
+            "The training loss is what the method minimises, all its terms together: where it "
+            "starts to select or to route rows, or to add a term, it jumps."
+        )
+    return [Figures(drawn, " ".join(notes))] if drawn else []
 
 
 def _classes(run: Run) -> list[Block]:
@@ -185,11 +181,7 @@ def _classes(run: Run) -> list[Block]:
         columns = [Column("Class", numeric=False), Column("Precision"), Column("Recall"),
                    Column("F1"), Column("Test rows")]  # fmt: skip
         blocks.append(Table(columns, rows, "Percent, on the test set."))
-    maps = [
-        figures.confusion_map([run], "Test set"),
-        figures.transition_map([run], "What noise made of the labels"),
-    ]
-    maps = [chart for chart in maps if chart]
+    maps = figures.class_maps([run], {"Test set": [run]})
     if maps:
         blocks.append(Figures(maps, f"Percent of each row. {figures.cut_note([run])}".strip()))
     return blocks

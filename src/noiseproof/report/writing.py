@@ -54,11 +54,16 @@ def as_html(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     """Headings and tables; charts are left out."""
     lines = [NOTE, f"# {_escaped(report.title)}", ""]
+    if report.verdict:
+        lines += [f"**{_escaped(report.verdict)}**", ""]
     if report.subtitle:
         lines += [_escaped(report.subtitle), ""]
     for section in report.sections:
         parts: list[str] = []
         for block in section.blocks:
+            folded = block.folded if isinstance(block, Table | Facts) else ""
+            if folded:
+                parts += [f"<details><summary>{_escaped(folded)}</summary>", ""]
             if isinstance(block, Table):
                 parts += _markdown_table(block)
             elif isinstance(block, Facts):
@@ -68,6 +73,7 @@ def as_markdown(report: Report) -> str:
                 parts += [_escaped(block.text), ""]
             else:
                 assert isinstance(block, Figures)
+            parts += ["</details>", ""] if folded else []
         if parts:
             lines += [f"## {_escaped(section.title)}", "", *parts]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,4 +1,4 @@
-"""A mean over seeds and kinds of noise, and what it says of a claim that it is above 0."""
+"""A mean over seeds, and what it says of a claim that it is above 0."""
 
 from __future__ import annotations
 
@@ -6,54 +6,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from noiseproof.statistics import Difference, Interval, compare
+from noiseproof.statistics import Difference, Summary, mean_over
 
 Verdict = Literal["holds", "contradicted", "open", "no claim"]
-VERDICTS: dict[str, Verdict] = {"won": "holds", "lost": "contradicted", "tied": "open"}
+VERDICTS: dict[str, Verdict] = {
+    "won": "holds", "lost": "contradicted", "open": "open", "no claim": "no claim",
+}  # fmt: skip
 Values = dict[str, float]
-"""By seed and noise, with a tab between."""
+"""By seed and setting (kind of noise, data, model), with a tab between."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and kinds of noise.
+    """A mean over seeds, of the mean over settings that each of them has.
 
     Attributes:
-        difference: What it is the mean of.
-        seeds: Different seeds in it; from a single one nothing is claimed.
-        settings: Different kinds of noise (and data, and models) in it.
+        difference: The mean over settings, seed by seed.
+        settings: Kinds of noise (and data, and models) in each.
     """
 
     difference: Difference
-    seeds: int
     settings: int
 
     @property
-    def mean(self) -> float:
-        """Of all differences."""
-        return self.difference.summary.mean
-
-    @property
-    def interval(self) -> Interval | None:
-        """T interval of the mean; None from a single seed."""
-        return self.difference.summary.interval if self.seeds > 1 else None
+    def summary(self) -> Summary:
+        """Mean over seeds with its interval."""
+        return self.difference.summary
 
     @property
     def verdict(self) -> Verdict:
         """Of the claim that it is above 0."""
-        if self.interval is None:
-            return "no claim"
         return VERDICTS[self.difference.verdict]
 
 
 def estimate(values: Mapping[str, float], others: Mapping[str, float] | None = None) -> Estimate:
     """Mean of values minus others (0 without any), over what both have.
 
+    Values of one seed share rows, order and initial weights: they are averaged first.
+
     Raises:
         ValueError: They have nothing in common.
     """
-    difference = compare(values, dict.fromkeys(values, 0.0) if others is None else others)
-    if difference is None:
+    settings: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        if others is None or key in others:
+            seed, _, setting = key.partition("\t")
+            settings.setdefault(setting, {})[seed] = value - (others[key] if others else 0.0)
+    found = mean_over(list(settings.values()))
+    if found is None:
         raise ValueError("nothing in common")
-    keys = [key.partition("\t") for key in difference.seeds]
-    return Estimate(difference, len({key[0] for key in keys}), len({key[2] for key in keys}))
+    return Estimate(*found)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from noiseproof.tables.reading import has_splits, load_table, read_table, read_utf8
+from noiseproof.tables.reading import has_splits, is_missing, load_table, read_table, read_utf8
 from noiseproof.tables.strings import PIECE, Strings, let_go, map_table
 from noiseproof.tables.table import Table, array_column, nearest, shorten
 from noiseproof.tables.writing import WRITABLE, check_writable, write_archive, write_table
@@ -30,6 +30,7 @@ __all__ = [
     "array_column",
     "check_writable",
     "has_splits",
+    "is_missing",
     "let_go",
     "load_table",
     "map_table",

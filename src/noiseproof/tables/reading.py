@@ -144,14 +144,29 @@ def _from_place(source: str | Path, split: str) -> Table:
         raise InputError(f"{str(source)[:200]!r} is not a path: {reason(error)}") from error
     if is_folder:
         return _from_folder(path, split)
-    kind = _kind(path)
     if exists:
-        return replace(_from_file(path, kind, split), base=path.parent)
-    has_folder = path.parent != Path() and path.parent.is_dir()
-    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not kind and not has_folder:
+        return replace(_from_file(path, _kind(path), split), base=path.parent)
+    if isinstance(source, str) and _is_hub_name(source):
         return _from_hub(source, split)
     beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     raise InputError(f"{path} does not exist{nearest(path.name, beside) or '; check the path'}")
+
+
+def is_missing(source: str) -> bool:
+    """Whether a source is a path where nothing lies; what may be a name on the hub is none.
+
+    >>> is_missing("no/such/rows.csv"), is_missing("someone/data")
+    (True, False)
+    """
+    return not os.path.exists(os.path.expanduser(source)) and not _is_hub_name(source)
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether a source that does not exist here may be the name of a data set on the hub."""
+    path = Path(source)
+    if not _HUB_NAME.fullmatch(source) or _kind(path):
+        return False
+    return path.parent == Path() or not path.parent.is_dir()
 
 
 def has_splits(source: Source) -> bool:

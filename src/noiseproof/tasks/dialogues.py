@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from noiseproof.data import Examples, Inputs, Ints, Reader, content_of, read_row_ids
 from noiseproof.errors import InputError
@@ -93,21 +92,25 @@ class Dialogues(Inputs):
         return columns if self.responses is None else columns | {"response": self.responses}
 
     def as_texts(self) -> list[tuple[str, ...]]:
-        """Give prompt and response of every row.
+        """Give prompt and response of every row; of a chat what is said in each turn, in order."""
+        responses = self.responses or ()
+        if not self.chat:
+            return list(zip(self.prompts, responses, strict=True))
+        chats = (json.loads(prompt) for prompt in self.prompts)
+        return [
+            (*(turn["content"] for turn in turns), response)
+            for turns, response in zip(chats, responses, strict=True)
+        ]
 
-        Raises:
-            InputError: The prompts are chat messages, whose form text noise would break.
-        """
-        if self.chat:
-            raise InputError(
-                "text noise cannot be put into chat messages; give prompt and response columns"
-            )
-        return list(zip(self.prompts, self.responses or (), strict=True))
-
-    def with_texts(self, texts: npt.NDArray[Any]) -> Dialogues:
-        """Put other prompts and responses (N, 2) in their place; the truth stays."""
-        prompts, responses = texts.T.tolist()
-        return replace(self, prompts=prompts).with_responses(responses)
+    def with_texts(self, texts: Sequence[tuple[str, ...]]) -> Dialogues:
+        """Put other prompts and responses (N,) in their place; the truth stays."""
+        if not self.chat:
+            prompts = [prompt for prompt, _ in texts]
+        else:
+            prompts = [
+                _said(prompt, row[:-1]) for prompt, row in zip(self.prompts, texts, strict=True)
+            ]
+        return replace(self, prompts=prompts).with_responses([row[-1] for row in texts])
 
     def with_responses(self, responses: Sequence[str]) -> Dialogues:
         """Put other responses (N,) in their place; those from before are the truth, if none is."""
@@ -348,6 +351,13 @@ def _messages(table: Table, row: int, column: str, cell: Any) -> list[dict[str, 
             )
         turns.append({"role": role, "content": content})
     return turns
+
+
+def _said(prompt: str, contents: Sequence[str]) -> str:
+    """The messages of one row with other contents."""
+    turns = json.loads(prompt)
+    said = [turn | {"content": text} for turn, text in zip(turns, contents, strict=True)]
+    return json.dumps(said, ensure_ascii=False)
 
 
 def _last_turn(table: Table, row: int, turns: list[dict[str, str]]) -> str:

@@ -7,9 +7,9 @@ paths, bytes or arrays -> `Images` -> `Pixels`, decoded and resized once, on dis
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from noiseproof.data import Examples, Inputs, Reader
 from noiseproof.encoding import Encoded
 from noiseproof.errors import InputError
-from noiseproof.method import require
+from noiseproof.method import Method, require
 from noiseproof.models import load_image_classifier, load_image_processor
 from noiseproof.modules import (
     load_weights,
@@ -35,7 +35,7 @@ from noiseproof.saving import load_saved_model, save_model
 from noiseproof.tables import Table
 from noiseproof.tasks.augmentation import Change, augmented, parse_changes
 from noiseproof.tasks.base import RowSettings, Task
-from noiseproof.tasks.pixels import decode, target_size
+from noiseproof.tasks.pixels import decode, scaling, stamp, target_size
 
 OWN_SIZE = 224  # side of the images that a module without a processor gets
 PATCH = 16  # side of what counts as a token when batches are made
@@ -54,7 +54,8 @@ class Images(Inputs):
         """Take some rows of many sources.
 
         Args:
-            sources: M images, see `noiseproof.tasks.pixels.rgb_of`; paths are absolute.
+            sources: M images, see `noiseproof.tasks.pixels.rgb_of`; paths are absolute, and None
+                stands where there is no image.
             rows: Their places (N,) among the sources.
             names: What messages and lists call each of the M sources.
             where: What messages call the whole.
@@ -80,7 +81,7 @@ class Images(Inputs):
     def content(self) -> Iterator[bytes]:
         """Give what tells the images apart."""
         yield b"images %d" % len(self)
-        yield from map(_stamp, self.chosen())
+        yield from map(stamp, self.chosen())
 
     def chosen(self) -> list[Any]:
         """The sources of the rows, in order."""
@@ -161,22 +162,6 @@ class Pixels(Inputs):
         return {"image": self.names}
 
 
-def _stamp(source: Any) -> bytes:
-    """What tells a source from others without decoding it: of a file its state on the disk."""
-    if isinstance(source, str):
-        try:
-            state = os.stat(source)
-        except OSError:
-            return f"absent {source}".encode("utf-8", "surrogatepass")
-        told = f"{source} {state.st_size} {state.st_mtime_ns}"
-        return told.encode("utf-8", "surrogatepass")
-    if isinstance(source, np.ndarray):
-        return f"{source.shape}".encode() + np.ascontiguousarray(source).tobytes()
-    if isinstance(source, Image.Image):
-        return f"{source.mode} {source.size}".encode() + source.tobytes()
-    return bytes(source)
-
-
 @dataclass(frozen=True)
 class ImageColumn(Reader):
     """A column of paths, of files as bytes, or an array of images.
@@ -208,7 +193,8 @@ class ImageColumn(Reader):
         names = [""] * len(table)
         for row, cell in enumerate(table.cells(column)):
             if wanted[row]:
-                sources[row], names[row] = _source(table, column, row, cell)
+                place = f"{table.place(row)}, column {column!r},"
+                sources[row], names[row] = _source(cell, row, place, table.base)
         return Images(sources, rows, names, table.name)
 
     def moved(self, table: Table, folder: Path) -> Table:
@@ -222,7 +208,8 @@ class ImageColumn(Reader):
     def cell(self, table: Table, column: str, row: int) -> Any:
         """A path that also holds from another table's folder."""
         cell = super().cell(table, column, row)
-        return str(_absolute(table, cell)) if isinstance(cell, str) else cell
+        named = isinstance(cell, str) and cell.strip()
+        return str(_absolute(table.base, cell)) if named else cell
 
 
 def _checked_array(array: np.ndarray, owner: str) -> np.ndarray:
@@ -235,49 +222,68 @@ def _checked_array(array: np.ndarray, owner: str) -> np.ndarray:
     return array
 
 
-def _source(table: Table, column: str, row: int, cell: Any) -> tuple[Any, str]:
-    """What to decode and its name: of a path, of bytes, or of what `datasets` makes of them."""
+def _source(cell: Any, row: int, place: str, base: Path | None) -> tuple[Any, str]:
+    """What to decode and its name: of a path, of bytes, or of what `datasets` makes of them.
+
+    Args:
+        cell: What is given; nothing gives None, which is no image that can be read.
+        row: Its number.
+        place: What messages call it.
+        base: The folder that a path is relative to.
+    """
     name = f"image {row}"
     if isinstance(cell, Mapping):
         name = str(cell.get("path") or name)
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, Path):
         cell = str(cell)
-    if isinstance(cell, str) and cell.strip():
-        return str(_absolute(table, cell)), name if name != f"image {row}" else cell
+    if cell is None or (isinstance(cell, str | bytes) and not cell.strip()):
+        return None, name
+    if isinstance(cell, str):
+        return str(_absolute(base, cell)), name if name != f"image {row}" else cell
     if isinstance(cell, np.ndarray):
-        return _checked_array(cell[None], f"{table.place(row)}, column {column!r},")[0], name
-    if (isinstance(cell, bytes) and cell) or isinstance(cell, Image.Image):
+        return _checked_array(cell[None], place)[0], name
+    if isinstance(cell, bytes | Image.Image):
         return cell, name
-    told = "nothing" if not cell else f"a value of type {type(cell).__name__}"
     raise InputError(
-        f"{table.place(row)} has {told} in column {column!r}, expected an image: a path, the bytes "
+        f"{place} has a value of type {type(cell).__name__}, expected an image: a path, the bytes "
         "of a file, or pixels"
     )
 
 
-def _absolute(table: Table, cell: str) -> Path:
+def _absolute(base: Path | None, cell: str) -> Path:
     path = Path(cell).expanduser()
-    return (path if path.is_absolute() else (table.base or Path()) / path).absolute()
+    return (path if path.is_absolute() else (base or Path()) / path).absolute()
 
 
 class EncodedImages(Encoded):
     """Pixels, scaled as the processor would, batch by batch."""
 
-    def __init__(self, pixels: Pixels, processor: Any, changes: tuple[Change, ...]) -> None:
+    def __init__(
+        self,
+        pixels: Pixels,
+        processor: Any,
+        scale: tuple[np.ndarray, np.ndarray],
+        changes: tuple[Change, ...],
+    ) -> None:
+        """Take pixels of the size that the processor asks for.
+
+        Args:
+            pixels: N images.
+            processor: Of the model.
+            scale: Slope and offset (3,) of its pixel values, see `scaling`.
+            changes: What is done to training images.
+        """
         self.pixels, self.changes = pixels, changes
         self.redrawn = len(changes) > 0
         height, width = pixels.size
         cost = max(1, height // PATCH) * max(1, width // PATCH)
         self.lengths = np.full(len(pixels), cost, dtype=np.int64)
         digest = hashlib.sha256(f"{pixels.size} {processor.to_json_string()}".encode())
-        digest.update(np.ascontiguousarray(pixels.digests).tobytes())
+        for part in (pixels.digests, *scale):
+            digest.update(np.ascontiguousarray(part).tobytes())
         self.key = digest.hexdigest()[:32]
-        values = processor.to_dict()
-        self.factor = float(values["rescale_factor"]) if values.get("do_rescale") else 1.0
-        scaled = bool(values.get("do_normalize"))
-        self.mean = torch.tensor(values["image_mean"] if scaled else [0.0] * 3)
-        self.std = torch.tensor(values["image_std"] if scaled else [1.0] * 3)
+        self.slope, self.offset = map(torch.from_numpy, scale)
 
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Pixel values (B, 3, H, W)."""
@@ -301,7 +307,7 @@ class EncodedImages(Encoded):
 
     def _scaled(self, block: np.ndarray) -> dict[str, Tensor]:
         """(B, H, W, 3) uint8 -> pixel values (B, 3, H, W)."""
-        values = (torch.from_numpy(block).float() * self.factor - self.mean) / self.std
+        values = torch.from_numpy(block).float() * self.slope + self.offset
         return {INPUT: values.permute(0, 3, 1, 2).contiguous()}
 
 
@@ -331,6 +337,21 @@ class ImageClassification(Task):
         """Reads a column of paths or bytes, or an array."""
         return ImageColumn(settings.image)
 
+    @cached_property
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Slope and offset (3,) of the processor's pixel values."""
+        return scaling(self.processor)
+
+    @classmethod
+    def fitted(cls, method: Method, model: Any) -> Method:
+        """The method as it is, with any model but the default encoder of texts."""
+        require(
+            model != "minilm",
+            f"task {cls.name!r} needs a model of images: give model (minilm, which is taken where "
+            "none is named, reads texts)",
+        )
+        return method
+
     @classmethod
     def load(
         cls, model: Any, data: Examples, settings: RowSettings, *, reserved_tokens: int = 0
@@ -347,6 +368,7 @@ class ImageClassification(Task):
             if settings.image_size is not None:
                 processor = with_size(processor, settings.image_size)
             _check_size(network, target_size(processor), str(model))
+            scaling(processor)  # what it refuses is refused before anything is decoded
         return cls._made(processor, settings), network
 
     @classmethod
@@ -379,16 +401,27 @@ class ImageClassification(Task):
         save_model(without_adapters(model), self.processor, folder)
 
     def inputs_of(self, rows: Any, second: Any = None) -> Images:
-        """Images: a list of paths, bytes, arrays or images of Pillow, or an array of all."""
+        """Images: a list of paths, bytes, arrays or images of Pillow, or an array of all.
+
+        A single path, file or image of Pillow is a list of one.
+        """
         if second is not None:
             raise InputError("images have no second column; give them alone")
         if isinstance(rows, np.ndarray):
             array = _checked_array(rows, "the array")
             return Images(array, np.arange(len(array)), _numbered(len(array)), "the images")
-        sources = [
-            str(Path(row).absolute()) if isinstance(row, str | Path) else row for row in rows
+        if isinstance(rows, str | bytes | Path | Image.Image):
+            rows = [rows]
+        if not isinstance(rows, Iterable) or isinstance(rows, Mapping):
+            raise InputError(
+                f"expected a list of images, got a value of type {type(rows).__name__}; give "
+                "paths, bytes of files, or pixels"
+            )
+        found = [
+            _source(cell, row, f"row {row + 1} of the images", None)
+            for row, cell in enumerate(rows)
         ]
-        names = [row if isinstance(row, str) else f"image {n}" for n, row in enumerate(sources)]
+        sources, names = [source for source, _ in found], [name for _, name in found]
         return Images(sources, np.arange(len(sources)), names, "the images")
 
     def ready(self, inputs: Inputs) -> tuple[Inputs, Ints]:
@@ -397,7 +430,7 @@ class ImageClassification(Task):
             return inputs, np.arange(len(inputs))
         assert isinstance(inputs, Images)
         chosen = inputs.chosen()
-        table = decode(chosen, map(_stamp, chosen), self.processor, self.workers)
+        table = decode(chosen, map(stamp, chosen), self.processor, self.workers)
         if table.bad and (self.on_bad_image == "error" or len(table.bad) == len(inputs)):
             row, why = min(table.bad.items())
             more = f" ({len(table.bad)} such images)" if len(table.bad) > 1 else ""
@@ -419,7 +452,7 @@ class ImageClassification(Task):
             raise InputError(
                 f"{len(found) - len(good)} of {len(found)} images cannot be read; leave them out"
             )
-        return EncodedImages(pixels, self.processor, parse_changes(self.augment))
+        return EncodedImages(pixels, self.processor, self.scale, parse_changes(self.augment))
 
 
 def _example(processor: Any) -> Tensor:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,13 @@ from noiseproof.errors import InputError
 
 PIECE = 32  # images that a process decodes at a time
 DIGEST = 16  # bytes that tell two images apart
-ANYTHING = (OSError, ValueError, SyntaxError, TypeError, EOFError, ArithmeticError, IndexError)
+UNREAD = bytes(DIGEST)  # in the place of the digest of an image of which nothing could be read
+ABSENT = b"absent "  # how the stamp of a source without content begins
+ANYTHING = (
+    OSError, ValueError, SyntaxError, TypeError, EOFError, ArithmeticError, IndexError,
+    Image.DecompressionBombError,
+)  # fmt: skip
+NO_RANGE = ("I", "F")  # whole and real numbers of 32 bits
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ def rgb_of(source: Any) -> Image.Image:
 
     Args:
         source: A path, the bytes of a file, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
-            uint8, or an image of Pillow.
+            uint8, or an image of Pillow. Grey values of 16 bits are brought to 8.
 
     Raises:
         OSError, ValueError: It cannot be read; says why.
@@ -61,14 +70,59 @@ def rgb_of(source: Any) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata, large pictures: they can be read
         if isinstance(source, Image.Image):
-            return source.convert("RGB")
+            return _upright(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in NO_RANGE and not wide:  # before Pillow 11, a PNG of 16 bits has mode I
+        raise ValueError(
+            f"its pixels have the mode {image.mode}, which does not say what is white; convert it "
+            "to L or RGB"
+        )
+    image = ImageOps.exif_transpose(image)
+    if wide:  # convert would make white of all but the darkest
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def stamp(source: Any) -> bytes:
+    """What tells a source from others without decoding it: of a file its state on the disk."""
+    if source is None:
+        return ABSENT
+    if isinstance(source, str):
+        try:
+            state = os.stat(source)
+        except (OSError, ValueError):  # such as a path with a null byte
+            return ABSENT + source.encode("utf-8", "surrogatepass")
+        told = f"{source} {state.st_size} {state.st_mtime_ns}"
+        return told.encode("utf-8", "surrogatepass")
+    if isinstance(source, Image.Image):
+        try:
+            source = rgb_of(source)
+        except ANYTHING:
+            return ABSENT + f"{source.mode} {source.size}".encode()
+    return _content(source)
+
+
+def _content(source: Any) -> bytes:
+    """All that a source holds; an image of Pillow has been made RGB."""
+    if isinstance(source, np.ndarray):
+        return f"{source.shape}".encode() + np.ascontiguousarray(source).tobytes()
+    if isinstance(source, Image.Image):
+        return f"{source.size}".encode() + source.tobytes()
+    return bytes(source)
 
 
 def resized(image: Image.Image, processor: Any) -> np.ndarray:
     """An image as the processor resizes and crops it, not yet scaled.  -> (H, W, 3) uint8."""
-    found = processor([image], do_rescale=False, do_normalize=False)["pixel_values"][0]
+    off = {"do_rescale": False, "do_normalize": False}
+    if getattr(processor, "include_top", False):  # EfficientNet scales once more
+        off["include_top"] = False
+    found = processor([image], **off)["pixel_values"][0]
     array = np.moveaxis(np.asarray(found), 0, -1)  # (3, H, W) -> (H, W, 3)
     return np.ascontiguousarray(np.clip(np.rint(array), 0, 255).astype(np.uint8))
 
@@ -88,24 +142,59 @@ def target_size(processor: Any) -> tuple[int, int]:
     return sizes.pop()
 
 
+def scaling(processor: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and offset (3,) that make pixel values of resized pixels, as the processor does.
+
+    They are found by trying, on black and on white: processors have steps of their own.
+
+    Raises:
+        InputError: The processor gives other values than these for a random image.
+    """
+    height, width = target_size(processor)
+
+    def values(image: Image.Image) -> np.ndarray:
+        return np.asarray(processor([image])["pixel_values"][0], dtype=np.float64)  # (3, H, W)
+
+    middle = (slice(None), height // 2, width // 2)
+    black, white = (
+        values(Image.new("RGB", (width, height), colour))[middle] for colour in ("black", "white")
+    )
+    slope = (white - black) / 255
+    random = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(random)
+    found = np.moveaxis(resized(image, processor) * slope + black, -1, 0)
+    # the processor may round to whole pixels at another step
+    if not (np.abs(found - values(image)) <= 0.6 * np.abs(slope)[:, None, None] + 1e-6).all():
+        raise InputError(
+            f"the image processor {type(processor).__name__} of this model changes pixels in a way "
+            "that is not supported: the values of a pixel are no straight line; use another model"
+        )
+    return slope.astype(np.float32), black.astype(np.float32)
+
+
 def decode(
     sources: Sequence[Any], stamps: Iterable[bytes], processor: Any, workers: int = 0
 ) -> PixelTable:
     """Decode and resize images, or take what an earlier run kept.
 
+    A table is not kept where an image could not be read that was there: the next run may read it.
+
     Args:
-        sources: N images, see `rgb_of`.
-        stamps: What tells each source apart without decoding it.
+        sources: N images, see `rgb_of`; None where there is none.
+        stamps: What tells each source apart without decoding it, see `stamp`.
         processor: An image processor of transformers.
         workers: Processes that decode; 0 decodes in this one.
 
     Raises:
-        InputError: The cache cannot be written.
+        InputError: The cache cannot be written, or the processes cannot be started.
     """
     size = target_size(processor)
-    digest = hashlib.sha256(f"1 {size} {processor.to_json_string()}\n".encode())
-    for stamp in stamps:
-        digest.update(hashlib.blake2b(stamp, digest_size=DIGEST).digest())
+    digest = hashlib.sha256(f"2 {size} {processor.to_json_string()}\n".encode())
+    absent = set()
+    for row, told in enumerate(stamps):
+        digest.update(hashlib.blake2b(told, digest_size=DIGEST).digest())
+        if told.startswith(ABSENT):
+            absent.add(row)
     folder = cache_folder() / "images"
     path = folder / f"{digest.hexdigest()[:32]}.npy"
     kept = _kept(path, len(sources), size)
@@ -113,15 +202,19 @@ def decode(
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, sources, size, processor, workers)
+        with TemporaryDirectory(
+            prefix=f"{path.stem}.", dir=folder, ignore_cleanup_errors=True
+        ) as parts:
+            table = _decode_into(Path(parts), sources, size, processor, workers)
+            if {row for row in table.bad if table.digests[row].tobytes() == UNREAD} == absent:
+                for suffix in (".digests", ".json", ".npy"):  # the pixels last: they are looked for
+                    os.replace(Path(parts) / f"table{suffix}", path.with_suffix(suffix))
+            return table
     except OSError as error:
         raise InputError(
             f"cannot write the image cache {folder}: {error.strerror or error}; "
             "set NOISEPROOF_CACHE to a folder that can be written"
         ) from error
-    made = _kept(path, len(sources), size)
-    assert made is not None
-    return made
 
 
 def _kept(path: Path, rows: int, size: tuple[int, int]) -> PixelTable | None:
@@ -134,29 +227,30 @@ def _kept(path: Path, rows: int, size: tuple[int, int]) -> PixelTable | None:
     return None
 
 
-def _write(
-    path: Path, sources: Sequence[Any], size: tuple[int, int], processor: Any, workers: int
-) -> None:
-    """Write the files of a table; the pixels last, under their name only when they are whole."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+def _decode_into(
+    folder: Path, sources: Sequence[Any], size: tuple[int, int], processor: Any, workers: int
+) -> PixelTable:
+    """Write the files of a table; its pixels stay mapped, wherever they go.
+
+    They are written one after the other, not through the map: on a full disk that is an error,
+    where a page that finds no place ends the process.
+    """
     digests = np.zeros((len(sources), DIGEST), dtype=np.uint8)
     bad: dict[int, str] = {}
-    try:
-        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(sources), *size, 3))
+    shape = (len(sources), *size, 3)
+    with (folder / "table.npy").open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
         for row, (found, mark) in enumerate(_decoded(sources, processor, workers)):
             digests[row] = np.frombuffer(mark, np.uint8)
             if isinstance(found, str):
                 bad[row] = found
-            else:
-                pixels[row] = found
-        pixels.flush()
-        del pixels
-        with path.with_suffix(".digests").open("wb") as file:
-            np.save(file, digests, allow_pickle=False)
-        path.with_suffix(".json").write_text(json.dumps(bad), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+            file.write(bytes(math.prod(shape[1:])) if isinstance(found, str) else found.tobytes())
+    with (folder / "table.digests").open("wb") as file:
+        np.save(file, digests, allow_pickle=False)
+    (folder / "table.json").write_text(json.dumps(bad), encoding="utf-8")
+    pixels = np.load(folder / "table.npy", mmap_mode="r", allow_pickle=False)
+    return PixelTable(pixels, digests, bad)
 
 
 Decoded = tuple[np.ndarray | str, bytes]
@@ -175,14 +269,21 @@ def _decoded(sources: Sequence[Any], processor: Any, workers: int) -> Iterator[D
         return
     # Fresh processes: a fork of one with threads may hang. At most a few pieces wait in memory.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = []
-        for piece in pieces:
-            waiting.append(pool.submit(work, piece))
-            if len(waiting) >= 4 * workers:
-                yield from waiting.pop(0).result()
-        for future in waiting:
-            yield from future.result()
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            waiting = []
+            for piece in pieces:
+                waiting.append(pool.submit(work, piece))
+                if len(waiting) >= 4 * workers:
+                    yield from waiting.pop(0).result()
+            for future in waiting:
+                yield from future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that decodes images ended early: each starts by running the script anew, so "
+            'guard what the script does with if __name__ == "__main__":; or use image_workers=0, '
+            "which needs no script file and less memory"
+        ) from error
 
 
 def _decode_piece(sources: list[Any], processor: Any) -> list[Decoded]:
@@ -190,19 +291,19 @@ def _decode_piece(sources: list[Any], processor: Any) -> list[Decoded]:
 
 
 def _decode_one(source: Any, processor: Any) -> Decoded:
+    if source is None:
+        return "the cell is empty", UNREAD
     try:
         content = Path(source).read_bytes() if isinstance(source, str) else source
-    except OSError as error:
-        return _reason(error), bytes(DIGEST)
-    raw = content
-    if isinstance(content, Image.Image):
-        raw = content.tobytes()
-    elif isinstance(content, np.ndarray):
-        raw = f"{content.shape}".encode() + np.ascontiguousarray(content).tobytes()
-    mark = hashlib.blake2b(raw, digest_size=DIGEST).digest()
+        if isinstance(content, Image.Image):  # whose file may not have been read yet
+            content = rgb_of(content)
+    except ANYTHING as error:
+        return _reason(error), UNREAD
+    mark = hashlib.blake2b(_content(content), digest_size=DIGEST).digest()
     try:
-        return resized(rgb_of(content), processor), mark
-    except (*ANYTHING, Image.DecompressionBombError) as error:
+        image = content if isinstance(content, Image.Image) else rgb_of(content)
+        return resized(image, processor), mark
+    except ANYTHING as error:
         return _reason(error), mark
 
 

@@ -6,7 +6,7 @@ Runs: LoPE with other noise in the stage poison, with other numbers of experts, 
 has no poisoning expert; noisier data; data with one kind of noise while LoPE trains on another.
 Inference modes come from the records of the same runs.
 Compute: LoPE has two stages, so every run makes as many epochs as both together; HydraLoRA with
-half of them is the comparison that the paper prints.
+those of the second stage alone is the comparison that the paper prints.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from noiseproof.report.blocks import Report
 from noiseproof.report.runs import Found
 from noiseproof.study.contract import Asked, Study, common
 from noiseproof.study.lope_ablation.analysis import (
+    BY_CHARACTER,
     DATA,
     EXPERTS,
-    HALF,
     HYDRA,
     KINDS,
     LOPE,
     LORA,
     MAIN,
     MISMATCHED,
+    RANKS,
     RATES,
+    SHORT,
 )
 from noiseproof.study.lope_ablation.page import page
 
@@ -65,13 +67,16 @@ def lope(**settings: Any) -> dict[str, Any]:
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    LOPE: lope(),
+    LOPE: lope(more_modes=True),
     KINDS["discrete"]: lope(emb_noise_mode="off"),
     KINDS["continuous"]: lope(noise_ops=[], target_noise_rate=0.0),
     KINDS["none"]: {"name": "LoPE:no-noise"},
+    BY_CHARACTER: lope(noise_unit="char"),
     EXPERTS["3/2"]: lope(num_poison_experts=2),
     EXPERTS["2/2"]: lope(num_experts=2, num_poison_experts=2),
     EXPERTS["2/1"]: lope(num_experts=2),
+    RANKS[2]: lope(rank=2),
+    RANKS[8]: lope(rank=8),
     HYDRA: {"name": "LoPE:hydralora"},
     "HydraLoRA, 4 experts": {"name": "LoPE:hydralora", "num_experts": 4},
     "HydraLoRA, noise": {"name": "LoPE:hydralora-noise"},
@@ -91,7 +96,7 @@ class LopeAblation(Study):
     )
 
     def grid(self, asked: Asked) -> dict[str, Any]:
-        """Parts: the variants, half the epochs, noise rates, noisier data, mismatched noise."""
+        """Parts: the variants, an epoch less, noise rates, noisier data, mismatched noise."""
         if asked.data is not None and asked.test is None:
             raise InputError(
                 "the study measures test rows, clean and corrupted: give --test, a file or a share "
@@ -114,7 +119,7 @@ class LopeAblation(Study):
                   for _, own, shaken in MISMATCHED}  # fmt: skip
         parts: list[dict[str, Any]] = [
             {"name": MAIN, "methods": list(METHODS)},
-            {"name": HALF, "methods": [HYDRA], "train": {"epochs": max(1, epochs // 2)}},
+            {"name": SHORT, "methods": [HYDRA], "train": {"epochs": epochs - 1}},
             {"name": RATES, "methods": list(rated), "noise": noise[:1]},
         ]
         scanned = [f"text:{rate:g}" for rate in size.data_rates]

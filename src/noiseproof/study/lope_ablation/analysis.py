@@ -14,11 +14,13 @@ from noiseproof.report.runs import Found, Run, as_number
 from noiseproof.study.estimates import Estimate, Values, Verdict, estimate
 
 LOPE, HYDRA, LORA = "LoPE", "HydraLoRA", "LoRA"
-MAIN, HALF, RATES, DATA = "variants", "half the epochs", "noise rate", "noisier data"
+MAIN, SHORT, RATES, DATA = "variants", "one epoch less", "noise rate", "noisier data"
 KINDS = {"hybrid": LOPE, "discrete": "LoPE, discrete noise", "continuous": "LoPE, continuous noise",
          "none": "LoPE, no noise"}  # fmt: skip
 EXPERTS = {"3/1": LOPE, "3/2": "LoPE, 3 + 2 experts", "2/2": "LoPE, 2 + 2 experts",
            "2/1": "LoPE, 2 + 1 experts"}  # fmt: skip
+BY_CHARACTER = "LoPE, noise by characters"
+RANKS = {rank: f"LoPE, rank {rank}" for rank in (2, 8)}
 MISMATCHED = (("insert", "shuffle", "relative"), ("shuffle", "delete", "off"),
               ("delete", "insert", "off"))  # fmt: skip
 """Noise of the data, of the stage poison, and of its embeddings; the paper's third pair replaces
@@ -179,25 +181,36 @@ ORDERINGS: dict[str, tuple[Ordering, ...]] = {
         Ordering("discrete > continuous", "Table 2: +1.2", of(KINDS["discrete"]),
                  of(KINDS["continuous"])),
         Ordering("continuous > none", "Table 2: +0.8", of(KINDS["continuous"]), of(KINDS["none"])),
+        Ordering("hybrid by rows > by characters", "", of(LOPE), of(BY_CHARACTER),
+                 "rows > characters"),
     ),
     "Inference": (
         Ordering("compensate > none", "Table 6: +1.9", answering("compensate"), answering("none")),
+        Ordering("mask > none", "", answering("mask"), answering("none")),
         Ordering("renorm > none", "", answering("renorm"), answering("none")),
-        Ordering("compensate > renorm", "Figure 3, no value", answering("compensate"),
-                 answering("renorm")),
+        Ordering("compensate > mask", "", answering("compensate"), answering("mask")),
+        Ordering("mass kept > sum to one", "", answering("compensate, mass kept"),
+                 answering("compensate, sum to one")),
+        Ordering("sign +1 > sign 0", "", answering("compensate"), answering("compensate, sign 0")),
+        Ordering("sign +1 > sign -1", "", answering("compensate"),
+                 answering("compensate, sign -1")),
+        Ordering("3 compensated > 1", "Figure 3, no value", answering("compensate"),
+                 answering("compensate, 1 of 3")),
     ),
     "Experts": (
         Ordering("3 + 1 > 3 + 2", "+0.4", of(LOPE), of(EXPERTS["3/2"])),
         Ordering("3 + 2 > 2 + 2", "+2.0", of(EXPERTS["3/2"]), of(EXPERTS["2/2"])),
         Ordering("3 + 1 > 2 + 1", "+0.8", of(LOPE), of(EXPERTS["2/1"])),
+        Ordering("rank 8 > rank 4", "Table 1: +0.7", of(RANKS[8]), of(LOPE)),
+        Ordering("rank 4 > rank 2", "Table 1: +1.8", of(LOPE), of(RANKS[2])),
     ),
     "Rate": (
         Ordering("5 % > 10 % and 15 %", "Figure 4, no value", of(LOPE), mean_rate("0.1", "0.15")),
         Ordering("5 % > 3.5 %", "Figure 4, no value", of(LOPE), mean_rate("0.035")),
     ),
     "Compute": (
-        Ordering("LoPE > HydraLoRA, half the epochs", "Table 1: +1.6", of(LOPE), of(HYDRA, HALF),
-                 "LoPE > Hydra, half"),
+        Ordering("LoPE > HydraLoRA, one epoch less", "Table 1: +1.6", of(LOPE), of(HYDRA, SHORT),
+                 "LoPE > Hydra, less"),
         Ordering("LoPE > HydraLoRA, as many epochs", "", of(LOPE), of(HYDRA),
                  "LoPE > Hydra"),
         Ordering("LoPE > HydraLoRA, 4 experts", "", of(LOPE), of("HydraLoRA, 4 experts"),
@@ -208,8 +221,8 @@ ORDERINGS: dict[str, tuple[Ordering, ...]] = {
         Ordering("HydraLoRA > LoRA", "Table 1: +3.8", of(HYDRA), of(LORA)),
         Ordering("HydraLoRA > HydraLoRA, noise", "Table 4: +1.9", of(HYDRA),
                  of("HydraLoRA, noise"), "Hydra > Hydra, noise"),
-        Ordering("HydraLoRA, half the epochs > LoPE, no noise", "Tables 1, 2: +1.2",
-                 of(HYDRA, HALF), of(KINDS["none"]), "Hydra, half > no noise"),
+        Ordering("HydraLoRA, one epoch less > LoPE, no noise", "Tables 1, 2: +1.2",
+                 of(HYDRA, SHORT), of(KINDS["none"]), "Hydra, less > no noise"),
     ),
     "Noisier data": (
         Ordering("LoPE minus HydraLoRA: more at the highest rate than at the lowest",

@@ -20,6 +20,7 @@ from noiseproof.report.blocks import (
     Text,
     percent,
 )
+from noiseproof.report.figures import mean_line
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
 from noiseproof.report.runs import Found, Run, as_number
@@ -42,7 +43,6 @@ from noiseproof.study.showing import (
     estimate_cell,
     estimate_dots,
     mean_cell,
-    mean_line,
     summaries,
 )
 
@@ -83,7 +83,7 @@ def page(found: Found, title: str) -> Report:
     sections += [
         _router(found),
         Section("All results", [_results(found), *_modes(records)]),
-        Section("Runs", [facts(grid, "as many epochs, no poisoning expert")]),
+        Section("Runs", facts(grid, "as many epochs, no poisoning expert")),
         cost(grid),
         what_was_run(grid),
         left_out(found),
@@ -104,20 +104,22 @@ def _subtitle(records: Records) -> str:
 def _orderings(records: Records) -> Section:
     """Every ordering, with what the paper says of it."""
     columns = [Column("Ordering", numeric=False), Column("Verdict", numeric=False),
-               *(Column(f"{title}, points") for title, _ in SHOWN), Column("Values"),
+               *(Column(f"{title}, points") for title, _ in SHOWN), Column("Seeds"),
                Column("Paper", numeric=False)]  # fmt: skip
     rows = []
     for question, group in ORDERINGS.items():
         for one in group:
             found = [one.tested(records, name) for _, name in SHOWN]
             verdict = {"contradicted": "fails"}.get(one.verdict(records), one.verdict(records))
-            number = str(found[0].difference.summary.n) if found[0] else MISSING
+            number = str(found[0].summary.n) if found[0] else MISSING
             rows.append([Cell(one.name, question), Cell(verdict), *map(estimate_cell, found),
                          Cell(number), Cell(one.source or MISSING)])  # fmt: skip
     note = (
-        f"Differences of test accuracy with {LEVEL:.0%} t intervals, paired: the same rows, noise "
-        "and order. An ordering holds where the interval on the test set lies above 0, fails where "
-        "it lies below, and is open where it holds 0. From a single seed nothing is claimed. "
+        f"Differences of test accuracy with {LEVEL:.0%} t intervals over seeds, paired: the same "
+        "rows, noise and order; several noises or data of a seed are averaged first. An ordering "
+        "holds where the interval on the test set lies above 0, fails where it lies below, and is "
+        "open where it holds 0. From a single seed nothing is claimed, nor where all differences "
+        "are equal. "
         f"{len(rows)} intervals are looked at: of equal methods one in twenty seems to differ. "
         "The paper's numbers are points of other tasks and a model of 7 billion parameters."
     )
@@ -132,8 +134,11 @@ def _dots(records: Records, question: str) -> str:
 
 def _note(lines: bool) -> str:
     if lines:
-        return f"Test accuracy, means over seeds with {LEVEL:.0%} t intervals where there are some."
-    return "Above 0 the ordering is that of the claim. A ring is a value from a single seed."
+        return f"Test accuracy, means over seeds with {LEVEL:.0%} t intervals from three seeds on."
+    return (
+        "Above 0 the ordering is that of the claim. "
+        "A ring has no interval: one seed, or equal differences."
+    )
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -205,8 +210,8 @@ def _router(found: Found) -> Section:
             Text(
                 f"Over {len(auroc)} runs the weight of the poisoning experts tells corrupted texts "
                 f"from clean ones with a mean AUROC of {percent(fmean(auroc))} "
-                f"({percent(min(auroc))} to {percent(max(auroc))}). Where it is 50, masking is "
-                "only rescaling the update."
+                f"({percent(min(auroc))} to {percent(max(auroc))}). Where it is 50 the router does "
+                "not know noise, and masking takes from all texts alike."
             )
         )
     blocks.append(Table(columns, rows, "Percent; mean ± standard deviation over seeds."))
@@ -240,7 +245,8 @@ def _modes(records: Records) -> list[Table]:
         groups.setdefault(run.names["noise"], []).append(run)
     rows = []
     for noise, own in groups.items():
-        for mode in MODES:
+        more = {mode for run in own for mode in run.record.modes} - set(MODES)
+        for mode in (*MODES, *sorted(more)):
             values = [[mode_accuracy(run, mode, name) for run in own] for name in SETS]
             cells = [mean_cell([v for v in some if v is not None]) for some in values]
             rows.append([Cell(mode), Cell(noise), Cell(str(len(own)), value=len(own)), *cells])

@@ -18,14 +18,16 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
+    bounds,
     percent,
 )
+from noiseproof.report.figures import mean_line
 from noiseproof.report.provenance import left_out, versions
 from noiseproof.spectrum import PREPROCESS
 from noiseproof.statistics import LEVEL, Difference, Interval, Summary
 from noiseproof.study.noisy_pretraining.records import Of, Records, Tuned, angle
 from noiseproof.study.noisy_pretraining.working import ANGLES
-from noiseproof.study.showing import mean_cell, mean_line, number_cell, summaries, told
+from noiseproof.study.showing import mean_cell, number_cell, summaries, told
 
 STYLES = {"LP": 0, "MLP": 1, "NMTune code": 2, "NMTune paper": 3}
 RATE = "wrong labels in pre-training, %"
@@ -76,8 +78,8 @@ def _direction(found: Difference | None) -> str:
     if found is None:
         return "is not known"
     if found.verdict == "no claim":
-        return "has one seed"
-    return {"won": "rises", "lost": "falls", "tied": "does not clearly change"}[found.verdict]
+        return "has one seed" if found.summary.n == 1 else "has no spread over seeds"
+    return {"won": "rises", "lost": "falls", "open": "does not clearly change"}[found.verdict]
 
 
 def _chart(lines: list[Series], records: Records, title: str) -> str:
@@ -104,8 +106,9 @@ def _spectra(records: Records, task: str) -> Section:
     note = (
         "Singular value entropy and largest singular value ratio of the features of test rows, "
         "prepared as in the released code (rows of length 1, minus their mean); "
-        f"means over seeds with {LEVEL:.0%} t intervals; the angle is the mean of the principal "
-        "angles between the leading subspaces of a network and of the one without wrong labels."
+        f"means over seeds with {LEVEL:.0%} t intervals from three on; the angle is the mean of "
+        "the principal angles between the leading subspaces of a network and of the one without "
+        "wrong labels."
     )
     ends = f"{percent(records.rates[0])} to {percent(records.rates[-1])} %"
     blocks: list[Block] = [
@@ -141,7 +144,7 @@ def _accuracy(records: Records, task: str) -> Section:
     note = (
         "OOD is the mean over pixel noise, blur, low contrast and a grey square on the test rows "
         f"of ID; the two are never mixed. Tuned on {percent(records.fractions[-1])} % of the rows, "
-        f"last epoch, means over seeds with {LEVEL:.0%} t intervals."
+        f"last epoch, means over seeds with {LEVEL:.0%} t intervals from three on."
     )
     last = len(records.rates) - 1
     said = ", ".join(f"{name} accuracy of LP {_direction(found)}" for name, found in falls.items())
@@ -203,9 +206,9 @@ def _prepared(records: Records, task: str) -> Table:
 
 def _number(found: Summary, scale: float) -> str:
     if scale == 100:
-        return told(found.mean, found.interval)
+        return told(found)
     if found.interval is None:
-        return f"{_signed(found.mean)} (one seed)"
+        return f"{_signed(found.mean)} {bounds(found)}"
     return (
         f"{_signed(found.mean)} ({_signed(found.interval.low)} to {_signed(found.interval.high)})"
     )
@@ -235,7 +238,7 @@ def _gains(records: Records, task: str) -> Section:
             verdicts += [one.verdict for one in gains if one is not None]
         if any(gains):
             cells = [Cell(MISSING) if one is None else
-                     Cell(told(one.summary.mean, one.summary.interval), value=one.summary.mean)
+                     Cell(told(one.summary), value=one.summary.mean)
                      for one in gains]  # fmt: skip
             rows.append([Cell(method), Cell(percent(part), value=part),
                          Cell(percent(rate), value=rate), *cells])  # fmt: skip

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from noiseproof import charts
 from noiseproof.report import figures
 from noiseproof.report.blocks import (
-    MISSING,
     Block,
     Cell,
     Column,
@@ -16,7 +15,9 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
+    quantity,
 )
+from noiseproof.report.figures import mean_line
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
 from noiseproof.report.runs import Found, Run
@@ -24,7 +25,7 @@ from noiseproof.statistics import LEVEL, summarize
 from noiseproof.study.estimates import Estimate, Values, Verdict, estimate
 from noiseproof.study.peft_under_noise.analysis import Claim, Records, Seen, values
 from noiseproof.study.peft_under_noise.families import FULL, PROBE, STYLES
-from noiseproof.study.showing import estimate_cell, estimate_dots, mean_cell, mean_line, told
+from noiseproof.study.showing import estimate_cell, estimate_dots, mean_cell
 
 SAID: dict[str, dict[Verdict, str]] = {
     "capacity": {
@@ -86,10 +87,10 @@ def page(found: Found, title: str) -> Report:
         _interference(records, interference),
         _epochs(records),
         _random_labels(records),
-        Section("Which rows look wrong", [_table(records, SEPARATION)]),
+        Section("Which rows look wrong", [*_table(records, SEPARATION)]),
         _gradients(records),
-        Section("All results", [_table(records, RESULTS)]),
-        Section("Runs", [facts(grid, "full fine-tuning")]),
+        Section("All results", [*_table(records, RESULTS)]),
+        Section("Runs", facts(grid, "full fine-tuning")),
         cost(grid),
         what_was_run(grid),
         left_out(found),
@@ -111,33 +112,32 @@ def _verdicts(records: Records, capacity: Claim, interference: Claim) -> Section
         ("Memorised by full fine-tuning minus by adapters", "full", records.full_claim()),
     )
     columns = [Column("Number, in points", numeric=False), Column("Verdict", numeric=False),
-               Column("Mean of the families"), Column("Values"),
-               Column("By family", numeric=False)]  # fmt: skip
+               Column("Mean of the families"), Column("Seeds"),
+               Column("Kinds of noise")]  # fmt: skip
     rows, missing = [], []
     for name, kind, one in claims:
-        by_family = "; ".join(
-            f"{family} {told(e.mean, e.interval)}" for family, e in one.families.items()
-        )
         overall = one.overall
+        sizes = (overall.summary.n, overall.settings) if overall else (None, None)
         rows.append(
             [
                 Cell(name),
                 Cell(SAID[kind][one.verdict]),
                 estimate_cell(overall),
-                Cell(MISSING if overall is None else str(overall.difference.summary.n)),
-                Cell(by_family or MISSING),
+                *(Cell(quantity(size), value=size) for size in sizes),
             ]
         )
         if one.missing:
             missing.append(f"{name}: nothing to compare for {', '.join(one.missing)}.")
     note = (
-        f"Means with {LEVEL:.0%} t intervals over seeds and kinds of noise, paired: the same rows, "
-        "wrong labels and order. A claim holds where the interval lies above 0, is contradicted "
-        "where it lies below, and open where it holds 0. From a single seed nothing is claimed. "
+        f"Means with {LEVEL:.0%} t intervals over seeds, paired: the same rows, wrong labels and "
+        "order. Kinds of noise are averaged within a seed first. A claim holds where the interval "
+        "lies above 0, is contradicted where it lies below, and open where it holds 0. From a "
+        "single seed nothing is claimed, nor where all values are equal. "
         "Interference is the fit of right labels when trained on them alone, with as many steps, "
         "minus the fit of the same rows when the wrong ones are there too."
     )
     blocks: list[Block] = [Table(columns, rows, note, fixed=True)]
+    blocks += _by_family(records, {name: one for name, _, one in claims})
     blocks += [Text(text, warning=True) for text in missing]
     dots = [
         _dots(capacity, "Memorised, points per doubling of capacity"),
@@ -145,8 +145,19 @@ def _verdicts(records: Records, capacity: Claim, interference: Claim) -> Section
     ]
     drawn = [chart for chart in dots if chart]
     if drawn:
-        blocks.append(Figures(drawn, "A ring is a value from a single seed, without an interval."))
+        blocks.append(Figures(drawn, "A ring has no interval: one seed, or equal differences."))
     return Section("The two claims", blocks)
+
+
+def _by_family(records: Records, claims: Mapping[str, Claim]) -> list[Table]:
+    """The same numbers for each family; nothing where there are none."""
+    rows = [
+        [Cell(family), *(estimate_cell(one.families.get(family)) for one in claims.values())]
+        for family in records.families
+        if any(family in one.families for one in claims.values())
+    ]
+    columns = [Column("Family", numeric=False), *map(Column, claims)]
+    return [Table(columns, rows, title="By family, in points")] if rows else []
 
 
 def _dots(one: Claim, title: str) -> str:
@@ -174,7 +185,7 @@ def _capacity(records: Records, claim: Claim) -> Section:
         return Section("Capacity")
     note = (
         f"{records.closer}: means over seeds by rank, bottleneck or prompt length, "
-        f"with {LEVEL:.0%} t intervals where there are several. Grey is full fine-tuning."
+        f"with {LEVEL:.0%} t intervals from three seeds on. Grey is full fine-tuning."
     )
     title = SAID["capacity"][claim.verdict]
     return Section(title, [Figures(drawn, note)], link="Capacity")
@@ -301,13 +312,12 @@ def _gradients(records: Records) -> Section:
         "Share of wrong rows in the sum of gradient norms over all rows, with the method's own "
         "loss and gates. Encoder is what trains inside it: the adapters, or all of it."
     )
-    table = _table(records, GRADIENTS)
-    return Section("What wrong rows write into the model", [Figures(drawn, note), table],
-                   link="Gradients")  # fmt: skip
+    blocks: list[Block] = [Figures(drawn, note), *_table(records, GRADIENTS)]
+    return Section("What wrong rows write into the model", blocks, link="Gradients")
 
 
-def _table(records: Records, columns: Columns) -> Table:
-    """A row per kind of noise and method, means over seeds; other capacities below."""
+def _table(records: Records, columns: Columns) -> list[Table]:
+    """A row per kind of noise and method, means over seeds; nothing where no run has a metric."""
     heads = [Column("Method", numeric=False), Column("Noise", numeric=False), Column("Runs")]
     heads += [Column(title, meaning) for title, _, meaning in columns]
     groups: dict[tuple[str, str], list[Seen]] = {}
@@ -321,4 +331,4 @@ def _table(records: Records, columns: Columns) -> Table:
             count = Cell(str(len(group)), value=len(group))
             rows.append([Cell(name), Cell(noise), count, *cells])
     note = "Percent, after the last epoch; mean ± standard deviation over seeds."
-    return Table(heads, rows, note)
+    return [Table(heads, rows, note)] if rows else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import fmean
 
 from noiseproof import charts
@@ -16,15 +17,16 @@ from noiseproof.report.blocks import (
     Section,
     Table,
     Text,
+    bounds,
     percent,
     quantity,
 )
-from noiseproof.report.figures import epoch_ticks, mean_curve
+from noiseproof.report.figures import epoch_ticks, mean_curve, mean_line
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost as time_and_memory
 from noiseproof.report.provenance import facts, left_out, what_was_run
 from noiseproof.report.runs import Found, Run
-from noiseproof.statistics import LEVEL, Difference, Interval, Summary
+from noiseproof.statistics import LEVEL, Difference, Summary
 from noiseproof.study.probe_vs_finetune.analysis import (
     APPROACHES,
     BASELINE,
@@ -36,10 +38,15 @@ from noiseproof.study.probe_vs_finetune.analysis import (
     passes_of,
     tuned,
 )
-from noiseproof.study.showing import mean_line, summary_cell
+from noiseproof.study.probe_vs_finetune.closer import (
+    loss_charts,
+    memorization_charts,
+    selection_table,
+)
+from noiseproof.study.showing import summary_cell
 
 WRONG = "wrong labels, %"
-TOLD = {"won": "ahead", "lost": "behind", "tied": "no clear difference", "no claim": "one seed"}
+TOLD = {"won": ", ahead", "lost": ", behind", "open": ", open", "no claim": ""}
 DISTORTION: tuple[tuple[str, str, float], ...] = (
     ("distortion_probe", "Linear re-probe with true labels, %", 100),
     ("distortion_knn", "Nearest neighbours with true labels, %", 100),
@@ -49,6 +56,7 @@ DISTORTION: tuple[tuple[str, str, float], ...] = (
 SEPARATION = (
     ("detection_auroc", "AUROC of the losses, all rows, %"),
     ("detection_auroc_by_class", "AUROC of the losses, mean over classes, %"),
+    ("detection_ap", "Average precision of the losses, all rows, %"),
 )
 Number = Callable[[Run], float | None]
 
@@ -68,11 +76,12 @@ def page(found: Found, title: str) -> Report:
             _accuracy(records, kind),
             _distortion(records, kind),
             _separation(records, kind),
+            _memorization(records, kind),
             _selection(records, kind),
             _cost(records, kind),
         ]
     sections += [
-        Section("Runs", [facts(grid, "full fine-tuning with cross-entropy")]),
+        Section("Runs", facts(grid, "full fine-tuning with cross-entropy")),
         time_and_memory(grid),
         what_was_run(grid),
         left_out(found),
@@ -114,11 +123,8 @@ def _crossing_told(found: Crossing, probe: str, tuning: str) -> str:
         return f"{probe} and {tuning} do not cross: {' and '.join(ends)} {of}"
     where = f"{probe} and {tuning} cross at {percent(found.summary.mean)} % of wrong labels"
     if not ends:
-        return f"{where} ({_within(found.summary.interval)})"
-    return (
-        f"{where} in {len(found.rates)} {of} ({_within(found.summary.interval)}); "
-        f"{' and '.join(ends)}"
-    )
+        return f"{where} ({_within(found.summary)})"
+    return f"{where} in {len(found.rates)} {of} ({_within(found.summary)}); {' and '.join(ends)}"
 
 
 def _accuracy(records: Records, kind: str) -> Section:
@@ -192,8 +198,7 @@ def _bent_told(records: Records, kind: str, approach: str) -> str:
     ends = list(dict.fromkeys([next(iter(found)), list(found)[-1]]))
     parts = [
         f"{percent(found[noise].summary.mean, signed=True)} points "
-        f"({_interval(found[noise].summary.interval, signed=True)}) at "
-        f"{percent(records.rates[noise])} % of wrong labels"
+        f"{bounds(found[noise].summary)} at {percent(records.rates[noise])} % of wrong labels"
         for noise in ends
     ]
     return f"Re-probe after {approach} against the pre-trained features: {', '.join(parts)}."
@@ -219,11 +224,31 @@ def _separation(records: Records, kind: str) -> Section:
             told = ", ".join(f"{name} {percent(means[name])}" for name in order)
             blocks.append(Text(f"{title.removesuffix(', %')}, mean over the rates: {told}."))
     note = _note(
-        "how well the loss after training ranks wrong labels first, 50 is chance; of TURN the loss "
-        "by which it selected last"
+        "how well the loss after training ranks wrong labels first, by chance 50 (AUROC) or the "
+        "share of wrong labels (average precision); of TURN the loss by which it selected last"
     )
-    return Section(_named(records, kind, "Which rows look wrong"), [*blocks, Figures(drawn, note)],
+    blocks.append(Figures(drawn, note))
+    losses, rate = loss_charts(records, kind)
+    if losses:
+        note = (
+            f"The same losses at {rate} % of wrong labels, one seed: right labels and wrong labels "
+            "by their loss, each 100 % together. The last point holds all losses beyond it."
+        )
+        blocks.append(Figures(losses, note))
+    return Section(_named(records, kind, "Which rows look wrong"), blocks,
                    link=_named(records, kind, "Separation"))  # fmt: skip
+
+
+def _memorization(records: Records, kind: str) -> Section:
+    """What is memorised in every epoch of fine-tuning."""
+    drawn = memorization_charts(records, kind)
+    title = _named(records, kind, "What is memorised")
+    note = (
+        "Wrong labels that are predicted as they were given, by epoch of fine-tuning, means over "
+        "seeds; a chart per rate. Probes have epochs of their own and are left out."
+    )
+    blocks: list[Block] = [Figures(drawn, note)] if drawn else []
+    return Section(title, blocks, link=_named(records, kind, "Memorisation"))
 
 
 # --- selection -----------------------------------------------------------------------------------
@@ -260,7 +285,10 @@ def _selection(records: Records, kind: str) -> Section:
         "What TURN trains on, by epoch, means over seeds, a line per rate. Overlap is that of "
         "Jaccard: rows kept in both epochs among those kept in either."
     )
-    return Section(_named(records, kind, "What TURN selects"), [*blocks, Figures(drawn, note)],
+    blocks.append(Figures(drawn, note))
+    table = selection_table(records, kind)
+    blocks += [] if table is None else [table]
+    return Section(_named(records, kind, "What TURN selects"), blocks,
                    link=_named(records, kind, "Selection"))  # fmt: skip
 
 
@@ -294,6 +322,12 @@ def _backward(run: Run) -> float | None:
     return None if found is None else found.backward
 
 
+def _seconds(run: Run, stages: Sequence[str]) -> float | None:
+    """Wall-clock of the stages of these names; None where the record does not tell."""
+    found = [value for stage in stages if (value := run.timing(f"stage_{stage}_s")) is not None]
+    return sum(found) if found else None
+
+
 def _cost(records: Records, kind: str) -> Section:
     """Passes of the encoder."""
     title = "Passes over the training rows (backward counts two)"
@@ -312,15 +346,21 @@ def _cost(records: Records, kind: str) -> Section:
                   if (one := records.mean(name, noise, cost))
                   and (base := records.mean(BASELINE, noise, cost)) and base.mean]  # fmt: skip
         share = Cell(f"{fmean(shares):.2f}", value=fmean(shares)) if shares else Cell(MISSING)
-        rows.append([Cell(name), *cells, share])
+        for stages in (("probe",), ("tune", "train")):
+            seconds = _all(records, kind, name, partial(_seconds, stages=stages))
+            shown = Cell(quantity(fmean(seconds)), value=fmean(seconds)) if seconds else None
+            cells.append(shown or Cell(MISSING))
+        rows.append([Cell(name), *cells[:3], share, *cells[3:]])
     columns = [Column("Approach", numeric=False), Column("Forward"), Column("Backward"),
                Column("Together", "In forward passes; a backward pass counts two."),
-               Column(f"Over {BASELINE}", "Mean of the ratio over the rates.")]  # fmt: skip
+               Column(f"Over {BASELINE}", "Mean of the ratio over the rates."),
+               Column("Probe, s", "Wall-clock, encoding and measuring included."),
+               Column("Tuning, s", "Wall-clock, scoring and measuring included.")]  # fmt: skip
     note = (
         "Passes of the encoder over all training rows, counted from the rows of every epoch; means "
         "over rates and seeds. A probe takes one pass for its features, as heads that read cached "
         "features do; a selection takes a scoring pass an epoch, except right after a probe. "
-        "Measuring is left out."
+        "Measuring is left out, but for the seconds."
     )
     blocks: list[Block] = [Figures([drawn], _note("counted from the history"))]
     blocks.append(Table(columns, rows, note))
@@ -365,7 +405,7 @@ def _chart(records: Records, kind: str, lines: list[charts.Series], title: str) 
 
 
 def _note(what: str) -> str:
-    return f"Means over seeds with {LEVEL:.0%} t intervals where there are several: {what}."
+    return f"Means over seeds with {LEVEL:.0%} t intervals from three seeds on: {what}."
 
 
 def _rate_cell(records: Records, noise: str) -> Cell:
@@ -375,26 +415,18 @@ def _rate_cell(records: Records, noise: str) -> Cell:
 def _difference_cell(found: Difference | None) -> Cell:
     if found is None:
         return Cell(MISSING)
-    mean = found.summary.mean
-    if found.summary.interval is None:
-        return Cell(percent(mean, signed=True), "one seed", mean)
-    interval = _interval(found.summary.interval, signed=True)
-    return Cell(percent(mean, signed=True), f"{interval}, {TOLD[found.verdict]}", mean)
+    mean, note = found.summary.mean, bounds(found.summary) + TOLD[found.verdict]
+    return Cell(percent(mean, signed=True), note, mean)
 
 
-def _within(found: Interval | None) -> str:
+def _within(found: Summary) -> str:
     """The interval of a rate, as far as it lies between 0 and 100 %.
 
-    >>> _within(Interval(-0.2, 0.5))
-    '95% interval 0.0 to 50.0'
+    >>> from noiseproof.statistics import summarize
+    >>> _within(summarize([0.1, 0.2]))
+    '95% interval 0.0 to 78.5'
     """
-    if found is None:
-        return "one seed"
-    cut = Interval(max(found.low, 0.0), min(found.high, 1.0))
-    return f"{LEVEL:.0%} interval {_interval(cut)}"
-
-
-def _interval(found: Interval | None, *, signed: bool = False) -> str:
-    if found is None:
-        return "one seed"
-    return f"{percent(found.low, signed=signed)} to {percent(found.high, signed=signed)}"
+    if found.interval is None:
+        return bounds(found).strip("()")
+    low, high = max(found.interval.low, 0.0), min(found.interval.high, 1.0)
+    return f"{LEVEL:.0%} interval {percent(low)} to {percent(high)}"
