@@ -113,7 +113,7 @@ def methods_page() -> str:
     lines += [
         "## What is tuned",
         "",
-        "Every method but CleaR, which has an adapter always (`peft`), has these settings.",
+        "Every method but CleaR and LoPE, which have adapters always, has these settings.",
         f"Learning rates where none is given: {rates}; NMTune has its own.",
         "",
         *settings_table(cards.settings(Tuned)),

@@ -27,10 +27,11 @@ import yaml
 import noiseproof
 from noiseproof import cards, finetune
 from noiseproof.cli import COMMANDS, main
+from noiseproof.cli.commands import FIT_GROUPS, NOT_FLAT
 from noiseproof.errors import InputError
 from noiseproof.job import Job
 from noiseproof.methods import METHODS, CleaR
-from noiseproof.noise import estimate_transition_from_labels, load_transition
+from noiseproof.noise import NOISE_MODELS, estimate_transition_from_labels, load_transition
 from noiseproof.record import RunRecord, spec_id
 from noiseproof.tables import read_table, write_table
 from tiny import LABELS, build_model, environment, python, table
@@ -424,7 +425,7 @@ def test_a_run_that_ctrl_c_stopped_is_resumed_by_the_same_command(place: Place) 
     assert RunRecord.read(run).status == "interrupted"
 
     changed = complaint(*words, "--train.seed", 7, "--resume")
-    assert "settings differ in train.seed (0 then, 7 now)" in changed
+    assert "settings differ in --train.seed (0 then, 7 now)" in changed
     predict = ("predict", run, place.folder / "test.csv", "--out", place.folder / "no.csv")
     assert "is interrupted; finish it with --resume" in complaint(*predict)
     assert RunRecord.read(run).status == "interrupted"
@@ -595,7 +596,7 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
     assert answer.out == works("help", command).out
     lines = answer.out.splitlines()
     assert lines[0].startswith(f"usage: noiseproof {command} ")
-    assert len(lines) < (110 if command == "fit" else 35)
+    assert len(lines) < {"fit": 130, "corrupt": 45}.get(command, 40)
     assert max(map(len, lines)) <= 125
     example = next(line for line in lines if line.startswith("example: noiseproof "))
     words = shlex.split(example.removeprefix("example: noiseproof "))
@@ -604,6 +605,44 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
         works(*words)
     elif command != "demo":  # all but the files exists
         assert re.search("tickets(.csv|.toml)? (does not exist|is not a run)", complaint(*words))
+
+
+def test_the_help_of_fit_shows_every_setting_of_a_job_in_a_group() -> None:
+    grouped = [name for names in FIT_GROUPS.values() for name in names]
+    flat = [item.name for item in dataclasses.fields(Job) if item.name not in NOT_FLAT]
+    assert sorted(grouped) == sorted(flat)
+    shown = works("fit", "--help").out
+    groups = ["data", "model", "noise", "features", "images", "language models", "output"]
+    places = [shown.index(f"\n{title}:\n") for title in groups]
+    assert places == sorted(places) and "studies:" not in shown
+    for metavar in ("--on-bad-image {error,skip}", "--validation-labels {clean,noisy}",
+                    "--label-names FILE", "--noise SPEC", "--text COLUMN"):  # fmt: skip
+        assert metavar in shown
+
+
+def test_the_help_of_corrupt_lists_every_kind_of_noise() -> None:
+    shown = works("corrupt", "--help").out
+    assert [kind.example for kind in NOISE_MODELS.values() if kind.example not in shown] == []
+
+
+def test_what_fit_did_not_do_is_said_in_a_line(place: Place) -> None:
+    """Neither a run that was to be resumed and is new, nor one without test rows, is silent."""
+    run = place.folder / "runs" / "new"
+    words = ("fit", place.folder / "train.csv", "--model", place.model, "--out", run, *QUICK)
+    answer = works(*words, "--resume")
+    assert f"{run} holds no run to resume; a new one starts there" in answer.err
+    assert "no test rows: give --test FILE or --test 0.2" in answer.out
+    assert "no test rows" not in works(*words, "--test", "0.2", "--overwrite").out
+
+
+def test_an_audit_writes_how_true_labels_became_given_ones(place: Place, tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.json"
+    works("audit", place.folder / "train.csv", "--model", place.model, "--clean-label",
+          "clean_label", "--out", tmp_path / "s.csv", "--transition-out", matrix)  # fmt: skip
+    train = read_table(place.folder / "train.csv")
+    true, given = ([LABELS.index(name) for name in train[c]] for c in ("clean_label", "label"))
+    expected = estimate_transition_from_labels(true, given, len(LABELS))
+    np.testing.assert_allclose(load_transition(matrix), expected)
 
 
 def test_defaults_are_told_as_one_types_them() -> None:
@@ -622,7 +661,7 @@ def test_options_that_only_studies_use_are_not_offered(tmp_path: Path) -> None:
     for given in (("--lable", "x"), ("--config", str(config))):
         told = complaint("fit", "t.csv", "--out", "r", *given)
         assert "label" in told and "only-clean-rows" not in told and "probe-gradients" not in told
-    assert "available: text, label, " in told and not told.endswith("config")
+    assert told.endswith("see noiseproof fit --help")
 
 
 def test_the_version_and_the_commands_are_told() -> None:
@@ -689,12 +728,12 @@ READING = [
         f"{FIT} --test unseen.csv",
         r"'harbor' of row 2 \(line 3\) of unseen\.csv was never seen in training; did you mean "
         r"'harbour'\?; known: garden, harbour, kitchen; correct it, or leave "
-        r"such rows out with drop_label$",
+        r"such rows out with --drop-label$",
     ),
     (
         "no label in a test row",
         f"{FIT} --test gap.csv",
-        r"row 2 .* no label .*; fill or remove them, or .* with drop_label=''$",
+        r"row 2 .* no label .*; fill or remove them, or .* with --drop-label ''$",
     ),
     (
         "no room for words",
@@ -709,9 +748,21 @@ READING = [
     ("text is label", f"{FIT} --text label", r"'label' of train\.csv cannot be both text and"),
     ("three texts", f"{FIT} --text text,label,context", r"must name one column or two diff"),
     (
+        "no model in a folder",
+        "fit train.csv --out out --model folder/none",
+        r"cannot load model 'folder/none': the folder does not exist \(give a local folder",
+    ),
+    (
+        "near minilm",
+        "fit train.csv --out out --model minilmm",
+        r"cannot load model 'minilmm'; did you mean 'minilm'\?",
+    ),
+    ("sample 1", f"{FIT} --sample 1", r"--sample 1 leaves a single row; expected at least 2 rows"),
+    ("rows of their own", f"{FIT} --label text", r"cannot be both text and label|class of its own"),
+    (
         "no model folder",
         "fit train.csv --out out --model ./none",
-        r"model './none': .*config\.json",
+        r"model './none': the folder does not exist \(.*config\.json",
     ),
     (
         "folder without config",
@@ -723,7 +774,7 @@ READING = [
     (
         "label outside names",
         f"{FIT} --label-names names.txt",
-        r"'kitchen' of row \d+ .* not in lab",
+        r"'kitchen' of row \d+ .* not in --label-names",
     ),
     ("no such id column", f"{FIT} --row-id idx", r"no column 'idx' \(row id\)"),
     (
@@ -746,6 +797,20 @@ SETTING = [
         "fit train.csv --out folder --overwrite",
         r"folder holds files but no run; --overwrite replaces runs only",
     ),
+    ("no home", "fit train.csv --out ~no-such-user/x", r"'~no-such-user/x' is not a path: Could n"),
+    ("out is nothing", "fit train.csv --out ''", r"expected the name of a file or folder, got ''"),
+    ("noise is nothing", f"{FIT} --noise ''", r"--noise must not be empty; none injects nothing"),
+    (
+        "pool alone",
+        f"{FIT} --noise-pool test.csv",
+        r"--noise-pool is for .*, or leave --noise-pool",
+    ),
+    (
+        "true is given",
+        f"{FIT} --clean-label label",
+        r"--clean-label label is the column of the giv",
+    ),
+    ("huge batch", f"{FIT} --train.batch_size 99999999", r"--train\.batch_size must be at most 10"),
     ("0 epochs", f"{FIT} --train.epochs 0", r"train\.epochs must be at least 1, got 0"),
     ("-1 epochs", f"{FIT} --train.epochs -1", r"train\.epochs must be at least 1, got -1"),
     (
@@ -775,12 +840,16 @@ SETTING = [
     ("noise setting", f"{FIT} --noise pairflip:0.4,stepp=1", r"'stepp', known: step, pairs"),
     ("noise end", f"{FIT} --noise symmetric:0.4+", r"must be a number, got '0\.4\+'"),
     ("noise file", f"{FIT} --noise transition:none.json", r"none\.json: cannot be read \(No such"),
-    ("noise matrix", f"{FIT} --noise transition:matrix.json", r"row 0 must sum to 1, got 1\.1"),
-    ("no pool", f"{FIT} --noise openset:0.3", r"replaces inputs and needs noise_pool"),
+    ("noise matrix", f"{FIT} --noise transition:matrix.json", r"row 1 of the matrix must sum to 1"),
+    ("no pool", f"{FIT} --noise openset:0.3", r"and needs --noise-pool, a file"),
     ("method", f"{FIT} --method Clear", r"method 'Clear'; did you mean 'CleaR'\? available: Cl"),
     ("no method", f"{FIT} --method", r"--method needs a name; noiseproof methods lists them"),
     ("preset", f"{FIT} --method CleaR:fats", r"preset 'fats' of CleaR; available: default, pl"),
-    ("option", f"{FIT} --lable x", r"option '--lable'; did you mean '--label' .*available: --"),
+    (
+        "option",
+        f"{FIT} --lable x",
+        r"--lable'; did you mean '--label' .*\? see noiseproof fit --help$",
+    ),
     ("cut option", f"{FIT} --train.epoch 3", r"option '--train\.epoch'; did you mean '--train\.ep"),
     (
         "method option",
@@ -804,9 +873,14 @@ SETTING = [
     ("boolean", f"{FIT} --merge maybe", r"--merge: expected true or false, got 'maybe'$"),
     ("list", f"{FIT} --method.target_modules q", r"expected a JSON list or null, got 'q'$"),
     ("no value", f"{FIT} --train.epochs", r"--train\.epochs needs a value: a whole number$"),
-    ("few epochs", f"{FIT} --train.epochs 3", r"train\.epochs=3 must exceed warmup_epochs=3"),
-    ("best of none", f"{FIT} --train.select best", r"select=best needs validation rows; give"),
-    ("unsaid", f"{FIT} --validation test.csv", r"say whether .*validation_labels must be clean"),
+    (
+        "few epochs",
+        f"{FIT} --train.epochs 3",
+        r"noiseproof: --train\.epochs 3 leaves no epoch after the warm-up of CleaR; give more than "
+        r"3, or --method\.warmup_epochs 2$",
+    ),
+    ("best of none", f"{FIT} --train.select best", r"select best needs .*; give --validation, or"),
+    ("unsaid", f"{FIT} --validation test.csv", r"whether .*--validation-labels must be clean"),
     ("trusted share", f"{FIT} --validation 0.2 --validation-labels clean", r"share .* are noisy"),
     ("two tables", f"{FIT} test.csv", r"unexpected argument 'test\.csv'; usage: noiseproof fit D"),
     ("short option", f"{FIT} -e", r"unexpected argument '-e'; usage: noiseproof fit DATA --out"),
@@ -865,7 +939,7 @@ OTHER = [
     (
         "no splits",
         "predict DONE test.csv --out o.csv --split tset",
-        r"split=tset: test\.csv is a file of rows, which has no splits; leave split out",
+        r"--split tset: test\.csv is a file of rows, which has no splits; leave --split out",
     ),
     ("far output", "predict DONE test.csv --out no/o.csv", r"the folder no does not exist"),
     ("new rows", "predict DONE tst.csv --out o.csv", r"tst\.csv does not exist; .*'test\.csv'"),
@@ -879,8 +953,24 @@ OTHER = [
     ("label", f"{CORRUPT} --noise symmetric:.4 --label lable", r"no column 'lable' .*'label'"),
     ("clean there", f"{CORRUPT} --noise symmetric:.4 --clean-label context", r"'context' already"),
     ("same column", f"{CORRUPT} --noise symmetric:.4 --clean-label label", r"'label' already"),
-    ("pool", f"{CORRUPT} --noise openset:.4", r"replaces inputs; give noise_pool, a file of"),
-    ("pair", f"{CORRUPT} --noise pairflip:.4,pairs=0>9", r"0>9 is outside of 3 classes"),
+    ("pool", f"{CORRUPT} --noise openset:.4", r"inputs; give --noise-pool, a file of"),
+    ("pair", f"{CORRUPT} --noise pairflip:.4,pairs=0>9", r"no class 9; classes: 0=garden, 1=ha"),
+    (
+        "no truth",
+        "audit train.csv --model MODEL --out o.csv --transition-out m.json",
+        r"--transition-out needs the true labels; give --clean-label$",
+    ),
+    (
+        "audited label",
+        "audit train.csv --model MODEL --out o.csv --clean-label label",
+        r"--clean-label label is the column of the given labels too; name .*, or leave "
+        r"--clean-label out$",
+    ),
+    (
+        "neighbours",
+        "audit train.csv --out o.csv --neighbours 0",
+        r": --neighbours must be at least",
+    ),
     (
         "matrix there",
         f"{CORRUPT} --noise symmetric:.4 --transition-out matrix.json",
@@ -1002,7 +1092,10 @@ def test_a_hub_name_without_network_fails_at_once(done: Path, place: Place) -> N
     assert "cannot load model 'someone/no-such-model': " in line
 
 
-def test_a_setting_can_be_taken_back_with_null(asked: list[Job]) -> None:
+@pytest.mark.parametrize("nothing", ["null", "None"])
+def test_a_setting_can_be_taken_back_with_null(asked: list[Job], nothing: str) -> None:
+    """The help speaks of None, as Python does."""
     words = ("fit", "t.csv", "--out", "r", "--train.learning_rate", "0.1", "--sample", "5")
-    call(*words, "--train.learning_rate", "null", "--sample=null")
+    call(*words, "--train.learning_rate", nothing, f"--sample={nothing}", "--drop-label", "None")
     assert (asked[0].train.learning_rate, asked[0].sample) == (None, None)
+    assert asked[0].drop_label == "None"  # a text may be this word

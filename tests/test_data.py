@@ -29,6 +29,7 @@ import noiseproof.tables.writing
 from noiseproof.data import (
     FOREIGN,
     Examples,
+    check_classes,
     read_examples,
     read_label_names,
     read_labels,
@@ -64,7 +65,7 @@ def same(one: Examples, other: Examples) -> bool:
     assert one.labels.dtype == other.labels.dtype == np.int64
     arrays = (one.labels.tolist(), other.labels.tolist())
     clean = [None if e.clean_labels is None else e.clean_labels.tolist() for e in (one, other)]
-    plain = [(e.row_ids, e.texts, e.text_pairs, e.label_names, e.dropped) for e in (one, other)]
+    plain = [(e.row_ids, e.texts, e.inputs.pairs, e.label_names, e.dropped) for e in (one, other)]
     return arrays[0] == arrays[1] and clean[0] == clean[1] and plain[0] == plain[1]
 
 
@@ -152,6 +153,22 @@ BAD_FILES: list[tuple[str, str, str | bytes, dict[str, Any], str]] = [
         {},
         r"row 2 \(line 3\) of .*t\.csv has a broken quote .*close each quote",
     ),
+    (
+        "semicolons and commas",
+        "t.csv",
+        "text;label\na, b;x\n",
+        {},
+        r"t\.csv looks separated by ';', expected ','; save it with commas as \.csv",
+    ),
+    ("tabs", "t.csv", "text\tlabel\na, b\tx\n", {}, r"looks separated by '\\t', expected ','"),
+    (
+        "commas in tsv",
+        "t.tsv",
+        'text,label\n"a, b",x\n',
+        {},
+        r"looks separated by ',', expected '\\t'; .* with tabs as \.tsv",
+    ),
+    ("quoted header", "t.csv", '"text";"label"\n"a";"x"\n', {}, r"looks separated by ';'"),
     ("stray quote", "t.csv", 'text,label\n"b" c,y\n', {}, r"row 1 \(line 2\).*double a quote"),
     ("open quote in header", "t.csv", '"text,label\na,y\n', {}, r"the header of .*broken quote"),
     (
@@ -395,7 +412,7 @@ def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
     frame = pd.DataFrame(COLUMNS)
     expected = read_examples(dict(COLUMNS), **READ)
     assert expected.texts == COLUMNS["text"]
-    assert expected.text_pairs == COLUMNS["second"]
+    assert expected.inputs.pairs == COLUMNS["second"]
     assert expected.row_ids == tuple(COLUMNS["id"])
     assert expected.label_names == ("ham", "null", "spam")
     assert expected.labels.tolist() == [2, 0, 1, 2]
@@ -447,7 +464,7 @@ def test_any_unicode_table_survives_writing_and_reading(
     arguments = {"text": ("text", "second"), "label": "label", "row_id": "id"}
     expected = read_examples(columns, **arguments)
     assert expected.texts == first
-    assert expected.text_pairs == second
+    assert expected.inputs.pairs == second
     assert [expected.label_names[label] for label in expected.labels] == labels
     folder = tmp_path_factory.mktemp("any")
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
@@ -545,7 +562,7 @@ def test_examples_select_relabel_and_compare() -> None:
     all_rows = read_examples(dict(COLUMNS), **READ)
     some = all_rows.select([3, 0])
     assert (some.row_ids, some.labels.tolist()) == (("x4", "x1"), [2, 2])
-    assert some.text_pairs == ["None", "a"]
+    assert some.inputs.pairs == ["None", "a"]
     assert some.clean_labels is not None
     assert some.clean_labels.tolist() == [0, 2]
     assert same(all_rows.select(np.array([True, False, False, True])), all_rows.select([0, 3]))
@@ -938,8 +955,8 @@ def test_snow_rte_crowd_has_two_texts_and_its_published_noise() -> None:
         row_id="item_id",
     )
     assert len(train) == 800
-    assert train.text_pairs is not None
-    assert train.text_pairs[1] == "Satomi Mitarai bled to death."
+    assert train.inputs.pairs is not None
+    assert train.inputs.pairs[1] == "Satomi Mitarai bled to death."
     assert train.row_ids[0] == "754"
     assert (train.labels != train.clean_labels).mean() == pytest.approx(0.278, abs=1e-3)
 
@@ -949,3 +966,47 @@ def test_every_shared_text_file_is_read() -> None:
     for path in sorted(SHARED.glob("*/train.csv")):
         assert len(read_table(path)) > 100
     assert "give one of its files" in complaint(read_table, SHARED / "trec6")
+
+
+# --- labels that look like a mistake -------------------------------------------------------------
+
+
+def classes_of(*labels: str) -> None:
+    """Check rows of these classes."""
+    names = sorted(set(labels))
+    check_classes(np.array([names.index(label) for label in labels]), names, "topic")
+
+
+def test_a_class_for_every_row_is_refused() -> None:
+    """The column of ids or of the texts, given as labels, would train for hours."""
+    with pytest.raises(InputError, match=r"each of the 3 rows has a class of its own in .*'topic'"):
+        classes_of("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("a", "a", "b", "c"), r"2 of 3 classes in column 'topic' have a single row"),
+        (("spam", "Spam", "spam", "Spam"), r"'Spam' and 'spam' differ in their case alone"),
+        (("a", "a", "b", "b", "3", "3"), r"the class '3' is a number and all others are names"),
+    ],
+)
+def test_labels_that_look_like_a_mistake_are_warned_of(
+    labels: tuple[str, ...], message: str
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        classes_of(*labels)
+
+
+def test_ordinary_labels_are_taken_without_a_word() -> None:
+    classes_of("a", "b", "a", "b", "c")
+    classes_of("1", "2", "1", "2")
+    classes_of("1", "spam", "1", "spam")
+
+
+def test_texts_that_are_bare_numbers_are_warned_of() -> None:
+    """Such as the column of ids, which stands first in many tables."""
+    table = {"text": ["12", "13.5", " -7"], "label": ["x", "y", "x"]}
+    with pytest.warns(UserWarning, match=r"column 'text' of .* bare numbers; is it the column of"):
+        read_examples(table, text="text", label="label")
+    read_examples(table | {"text": ["12", "13", "room 7"]}, text="text", label="label")

@@ -228,6 +228,15 @@ def test_the_page_of_commands_keeps_descriptions_and_defaults_whole(build: Modul
     assert all(row.endswith("|") for row in rows)
 
 
+def test_the_readme_excepts_the_methods_that_do_not_run_on_a_kind_of_rows() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for task, rows in (("features", "run on features"), ("image", "run on images")):
+        missing = [name for name, method in METHODS.items() if task not in method.tasks]
+        assert f"All methods but {' and '.join(missing)} {rows}" in text
+    untuned = [name for name, method in METHODS.items() if not hasattr(method(), "tune")]
+    assert f"all but {' and '.join(untuned)} run as full fine-tuning" in text
+
+
 def test_every_method_has_a_section_and_a_row_in_the_readme() -> None:
     methods = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

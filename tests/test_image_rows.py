@@ -460,9 +460,10 @@ def test_a_bad_image_is_an_error_or_is_left_out_and_counted(
     words = ["fit", str(spoilt), "--task", "image", "--model", image_model(), "--method", "GCE",
              "--train.epochs", "1", "--train.device", "cpu"]  # fmt: skip
     words += ["--test", str(spoilt), "--out"]
+    capsys.readouterr()  # what saving the model said
     assert main([*words, str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "(2 such images)" in error and "on_bad_image=skip" in error
+    assert error.count("\n") == 1 and "(2 such images)" in error and "--on-bad-image skip" in error
     assert f"row 2 of {spoilt} ({LABELS[0]}/003.png)" in error
     run = tmp_path / "b"
     assert main([*words, str(run), "--on-bad-image", "skip"]) == 0
@@ -511,7 +512,7 @@ def test_an_empty_cell_is_skipped_like_an_image_that_cannot_be_read(
 
 def test_images_of_which_none_can_be_read_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it is no image"):
-        fit({"image": [b"x", b"y"], "label": ["a", "b"]}, on_bad_image="skip")
+        fit({"image": [b"x", b"y"] * 2, "label": ["a", "b"] * 2}, on_bad_image="skip")
 
 
 # --- augmentation --------------------------------------------------------------------------------
@@ -971,7 +972,7 @@ def test_features_of_a_module_are_computed_once(
 def test_texts_take_no_module() -> None:
     """A text needs a tokenizer, which lies beside the model."""
     with pytest.raises(InputError, match="must be a name or a folder, got a Net"):
-        noiseproof.fit({"text": ["a", "b"], "label": ["x", "y"]}, model=Net(),
+        noiseproof.fit({"text": ["a", "b"] * 2, "label": ["x", "y"] * 2}, model=Net(),
                        method=CrossEntropy())  # fmt: skip
 
 

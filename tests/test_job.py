@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -19,15 +20,19 @@ import pytest
 import torch
 
 import noiseproof
-from noiseproof import metrics
+from noiseproof import finetune, metrics
 from noiseproof.checkpoint import Interrupted, load_checkpoint
+from noiseproof.engine import TrainSettings
 from noiseproof.errors import InputError
 from noiseproof.finetune import FitResult
 from noiseproof.frozen import mean_pooled
-from noiseproof.job import LATER, Job
+from noiseproof.job import LATER, Job, JobSettings
 from noiseproof.loop import Progress
-from noiseproof.methods.baselines import CrossEntropy, SmallLoss
+from noiseproof.methods.baselines import GCE, CrossEntropy, ForwardCorrection, SmallLoss
 from noiseproof.methods.clear import CleaR
+from noiseproof.methods.lope import LoPE
+from noiseproof.mixture import LossMixture
+from noiseproof.noise import load_transition, parse_noise
 from noiseproof.preparation import Prepared
 from noiseproof.record import RunRecord, prepare_folder, spec_id
 from noiseproof.tuning import VIRTUAL_TOKENS
@@ -388,6 +393,21 @@ def test_a_sample_keeps_the_shares_of_the_classes(tiny_model: Path) -> None:
         work_of(tiny_model, data, sample=81)
 
 
+def test_a_sample_must_leave_rows_of_two_classes(tiny_model: Path) -> None:
+    """One row of one class trains to the end and says nothing."""
+    with pytest.raises(InputError, match=r"sample=1 leaves a single row; expected at least 2 rows"):
+        work_of(tiny_model, table(24), sample=1)
+    rare = table(90)[::3].reset_index(drop=True)  # one class ...
+    rare.loc[:1, "label"] = rare.loc[:1, "clean_label"] = "other"  # ... but for two rows
+    work = work_of(tiny_model, rare, sample=3)
+    assert len(set(work.data.labels.tolist())) == 2
+
+
+def test_labels_of_one_row_each_are_refused(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"each of the 12 rows has a class of its own"):
+        work_of(tiny_model, table(12).assign(label=[f"n{row}" for row in range(12)]))
+
+
 def test_abstentions_are_left_out_and_counted(fit: Fit) -> None:
     """-1 of a labelling rule is no class."""
     data = table(24)
@@ -468,7 +488,7 @@ def test_pairs_of_texts_are_replaced_together(tiny_model: Path, tmp_path: Path) 
         tiny_model, table(60), text="text,context", noise="openset:0.3", noise_pool=str(pool)
     )
     replaced = [text == "zz" for text in work.data.texts]
-    assert any(replaced) and replaced == [pair == "qq" for pair in work.data.text_pairs or ()]
+    assert any(replaced) and replaced == [pair == "qq" for pair in work.data.inputs.pairs or ()]
 
 
 def test_instance_noise_follows_the_frozen_encoder(tiny_model: Path) -> None:
@@ -695,7 +715,15 @@ def test_what_the_method_refuses_before_the_first_step_leaves_no_folder(
             "train.select=best compares the epochs",
         ),
         ({"noise_seed": -1}, "noise_seed must lie in"),
-        ({"method": SmallLoss(warmup_epochs=3)}, "train.epochs=3, warmup_epochs=3"),
+        (
+            {"method": SmallLoss(warmup_epochs=3)},
+            "train.epochs=3 leaves no epoch after the warm-up of SmallLoss; give more than 3, or "
+            "SmallLoss.warmup_epochs=2",
+        ),
+        ({"clean_label": "label"}, "clean_label=label is the column of the given labels too"),
+        ({"noise": " "}, "noise must not be empty; none injects nothing"),
+        ({"noise_pool": "p.csv"}, "noise_pool is for open-set noise alone, got noise=none"),
+        ({"noise_pool": "p.csv", "noise": "symmetric:0.2"}, "or leave noise_pool out"),
         ({"train": train_settings(tracker="excel")}, "unknown tracker 'excel'; available: none"),
         ({"method": CleaR(eval_gate="mean"), "merge": True}, "merge would drop the gates"),
     ],
@@ -712,10 +740,159 @@ def test_a_job_that_cannot_work_is_refused_before_the_data_are_read(
 
 def test_an_unknown_setting_or_method_is_one_line() -> None:
     """A misspelt keyword must not be swallowed."""
-    with pytest.raises(InputError, match=r"fit: .*lable"):
+    with pytest.raises(InputError, match=r"fit: unknown setting 'lable'; did you mean 'label'"):
         noiseproof.fit(table(6), lable="x")
+    with pytest.raises(InputError, match=r"corrupt: unknown setting 'lable'; did you mean 'label"):
+        noiseproof.corrupt(table(6), "symmetric:0.2", lable="x")
+    with pytest.raises(InputError, match=r"audit: unknown setting 'lable'; did you mean 'label'"):
+        noiseproof.audit(table(6), lable="x")
+    written = re.escape("'epochs'; write train=TrainSettings(epochs=3)")
+    with pytest.raises(InputError, match=written):
+        noiseproof.fit(table(6), epochs=3)
+    with pytest.raises(InputError, match=re.escape("write method=GCE(q=0.5)")):
+        noiseproof.fit(table(6), method="GCE", q=0.5)
     with pytest.raises(InputError, match="unknown method 'Clear'; did you mean 'CleaR'"):
         noiseproof.fit(table(6), method="Clear")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label": 3}, "label must be text, got 3"),
+        ({"sample": "5"}, "sample must be a whole number or None, got '5'"),
+        ({"noise": 0.4}, "noise must be a text such as symmetric:0.4, or a noise model, got 0.4"),
+        ({"merge": 1}, "merge must be true or false, got 1"),
+        (
+            {"train": {"epochs": 1}},
+            "train must be a TrainSettings, got dict; write TrainSettings(epochs=1)",
+        ),
+        ({"method": CleaR}, "method must be a Method, got the class CleaR; write CleaR()"),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_its_name(
+    settings: dict[str, Any], message: str
+) -> None:
+    """A bare TypeError from somewhere inside tells nobody which setting it was."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        Job("absent.csv", **({"method": PLAIN} | settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainSettings(epochs="3"), "train.epochs must be a whole number, got '3'"),
+        (lambda: TrainSettings(epochs=True), "train.epochs must be a whole number, got True"),
+        (lambda: TrainSettings(batch_size=10**9), "train.batch_size must be at most 1000000, got"),
+        (lambda: TrainSettings(max_length=10**9), "train.max_length must be at most 1000000, got"),
+        (lambda: GCE(q="a"), "GCE.q must be a number, got 'a'"),
+        (lambda: CleaR(gamma="a"), "CleaR.gamma must be a number, got 'a'"),
+        (lambda: LoPE(rank=None), "LoPE.rank must be a whole number, got None"),
+        (lambda: CleaR(mixture=3), "CleaR.mixture must be a LossMixture, got 3"),
+        (lambda: LossMixture(tol="a"), "mixture.tol must be a number, got 'a'"),
+    ],
+)
+def test_settings_of_another_type_are_told_too(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: noiseproof.corrupt(table(6), 0.4), "noise must be a text such as symmetric:0.4"),
+        (lambda: noiseproof.corrupt(table(6), "symmetric:1", label=3), "label must be text, got 3"),
+        (
+            lambda: noiseproof.corrupt(table(6), "symmetric:1", seed="a"),
+            "seed must be a whole numb",
+        ),
+        (lambda: noiseproof.corrupt(table(6), "symmetric:1", text=3), "text must be text, got 3"),
+        (lambda: noiseproof.audit(table(6), neighbours="a"), "neighbours must be a whole number"),
+    ],
+)
+def test_corrupt_and_audit_tell_the_type_too(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        call()
+
+
+def test_numbers_of_numpy_and_whole_numbers_are_numbers() -> None:
+    assert TrainSettings(epochs=np.int64(3), weight_decay=0).epochs == 3
+    assert GCE(q=np.float32(0.5)).q == 0.5 and GCE(q=1).q == 1
+    assert CrossEntropy(target_modules=["query"]).target_modules == ["query"]
+
+
+def test_noise_may_be_a_model() -> None:
+    job = Job("absent.csv", method=PLAIN, noise=parse_noise("pairflip:0.4,step=-1"))
+    assert job == Job("absent.csv", method=PLAIN, noise="pairflip:0.4,step=-1")
+
+
+def test_a_method_may_be_a_class_or_a_name_with_a_preset(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(finetune, "run_job", lambda job, **_: asked.append(job.method))
+    for method in (GCE, "CleaR:fast", "GCE"):
+        noiseproof.fit("absent.csv", method=method)
+    assert asked == [GCE(), CleaR.preset("fast"), GCE()]
+    with pytest.raises(InputError, match="method must be a name such as CleaR, or a method"):
+        noiseproof.fit("absent.csv", method=3)
+
+
+def test_fit_shows_all_its_settings_to_help_and_to_type_checkers() -> None:
+    """The keywords stand in two places: the fields of the job, and their types for editors."""
+    fields_of = [item.name for item in dataclasses.fields(Job)]
+    keywords = [name for name in fields_of if name not in ("data", "method")]
+    assert [*JobSettings.__annotations__] == keywords
+    shown = inspect.signature(noiseproof.fit).parameters
+    assert {*keywords, "data", "method", "out"} <= {*shown}
+    assert shown["label"].default == "label" and "TrainSettings(" in str(shown["train"].default)
+
+
+def test_a_result_is_one_line_with_its_metrics_and_suspects(whole: Whole) -> None:
+    shown = repr(whole.result)
+    assert shown.startswith("<FitResult: CleaR, 40 rows, test_accuracy=0.")
+    assert "\n" not in shown and len(shown) < 300 and str(whole.folder) in shown
+    assert whole.result.metrics is whole.result.record.metrics
+    saved = pd.read_csv(whole.folder / "suspects.csv")
+    assert whole.result.suspects["row_id"].tolist() == saved["row_id"].tolist()
+
+
+def test_an_estimated_transition_matrix_is_left_in_the_run(fit: Fit, tmp_path: Path) -> None:
+    """It is what the method is about; it was in no file and lost with the process."""
+    run = tmp_path / "run"
+    method = ForwardCorrection(warmup_epochs=1)
+    result = fit(table(18, wrong=0.3), method=method, train={"epochs": 2}, out=run)
+    matrix = load_transition(run / "transition.json")
+    assert matrix.shape == (3, 3) and result.record.findings["transition"] == matrix.tolist()
+    assert parse_noise(f"transition:{run / 'transition.json'}") is not None
+    fit(method=PLAIN, out=run, overwrite=True)
+    assert not (run / "transition.json").exists()
+
+
+def test_findings_outlive_an_interruption(fit: Fit, tmp_path: Path) -> None:
+    """The estimate is made once, at the end of the warm-up; a run resumed later kept none."""
+    run, method = tmp_path / "run", ForwardCorrection(warmup_epochs=1)
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == 2 and progress.history is None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    common = {"method": method, "train": {"epochs": 4}, "out": run}
+    with pytest.raises(Interrupted):
+        fit(table(18, wrong=0.3), report=stop, **common)
+    resumed = fit(table(18, wrong=0.3), resume=True, **common)
+    whole = fit(table(18, wrong=0.3), **(common | {"out": None}))
+    assert resumed.record.findings == whole.record.findings
+    assert (run / "transition.json").exists()
+
+
+def test_a_home_that_does_not_exist_is_refused(fit: Fit) -> None:
+    """It is a RuntimeError in Python, which the command line took for a bug of ours."""
+    for name in ("out", "model", "label_names"):
+        with pytest.raises(InputError, match="'~no-such-user/x' is not a path"):
+            fit(**{name: "~no-such-user/x"})
+    for empty in ({"out": ""}, {"label_names": " "}, {"data": ""}):
+        with pytest.raises(InputError, match=r"expected the name of a file or folder, got ' ?'"):
+            fit(**empty)
 
 
 def test_the_specification_is_plain_json(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import math
+import re
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
@@ -381,6 +382,12 @@ def test_every_model_is_read_back_from_its_text(model):
     [
         ("symmetric:0.4", Symmetric(0.4)),
         ("symmetric-redraw:0.4", Symmetric(0.4, redraw=True)),
+        ("symmetric:0.4,redraw=true", Symmetric(0.4, redraw=True)),
+        ("pair-flip:0.4", PairFlip(0.4)),
+        ("pair_flip:0.4", PairFlip(0.4)),
+        ("open-set:0.4", OpenSet(0.4)),
+        ("idn:0.4", InstanceDependent(0.4)),
+        ("pairflip:0.4,pairs=cat>dog;2>0", PairFlip(0.4, pairs=(("cat", "dog"), (2, 0)))),
         ("Symmetric: 1", Symmetric(1.0)),
         ("pairflip:0.4", PairFlip(0.4)),
         ("pairflip:0.4,step=-1", PairFlip(0.4, step=-1)),
@@ -476,9 +483,17 @@ def test_the_transition_is_estimated_by_counting():
         ("t.json", "[[1, 0, 0], [0, 1, 0]]", r"must be C x C with C >= 2, got shape \(2, 3\)"),
         ("t.json", "[[1]]", r"must be C x C with C >= 2, got shape \(1, 1\)"),
         ("t.csv", "a,b\n1,0\n", r"t.csv: is not a matrix of numbers \("),
-        ("t.csv", "0.9,0.1\n0.5,0.6\n", r"t.csv: row 1 must sum to 1, got 1.1"),
-        ("t.csv", "1,0\n1.2,-0.2\n", r"t.csv: row 1, column 1 must be at least 0, got -0.2"),
-        ("t.csv", "1,0\nnan,1\n", r"t.csv: row 1, column 0 must be at least 0, got nan"),
+        ("t.csv", "0.9,0.1\n0.5,0.6\n", r"t.csv: row 2 of the matrix must sum to 1, got 1.1"),
+        (
+            "t.csv",
+            "1,0\n1.2,-0.2\n",
+            r"t.csv: row 2, column 2 of the matrix must be at least 0, got -0.2",
+        ),
+        (
+            "t.csv",
+            "1,0\nnan,1\n",
+            r"t.csv: row 2, column 1 of the matrix must be at least 0, got nan",
+        ),
         ("t.npy", "no numpy file", r"t.npy: is not a matrix of numbers \("),
         ("t.npy", "", r"t.npy: is not a matrix of numbers \("),
     ],
@@ -500,7 +515,7 @@ def test_no_pickle_is_loaded(tmp_path):
 
 
 def test_a_bad_matrix_is_not_saved(tmp_path):
-    with pytest.raises(InputError, match=r"row 0 must sum to 1, got 0\.5"):
+    with pytest.raises(InputError, match=r"row 1 of the matrix must sum to 1, got 0\.5"):
         save_transition(tmp_path / "t.json", [[0.5, 0], [0, 1]])
     assert not list(tmp_path.iterdir())
 
@@ -545,7 +560,7 @@ NAMES = (
         ),
         (
             "symmetric:0.4,redraw=1",
-            "noise 'symmetric:0.4,redraw=1': unknown setting 'redraw', known: none; "
+            "noise 'symmetric:0.4,redraw=1': redraw must be true or false, got '1'; "
             "for example symmetric:0.4",
         ),
         (
@@ -565,8 +580,8 @@ NAMES = (
         ),
         (
             "pairflip:0.3,pairs=0>1>2",
-            "noise 'pairflip:0.3,pairs=0>1>2': pairs of PairFlip must look like 0>1;2>3 or "
-            "((0, 1), (2, 3)), got [['0', '1', '2']]; for example pairflip:0.4,step=-1",
+            "noise 'pairflip:0.3,pairs=0>1>2': pairs of PairFlip must look like 0>1;2>3, cat>dog "
+            "or ((0, 1), (2, 3)), got [['0', '1', '2']]; for example pairflip:0.4,step=-1",
         ),
         (
             "transition:",
@@ -579,7 +594,8 @@ NAMES = (
         ),
         (
             "transition:[[1,0],[0,0.5]]",
-            "noise 'transition:[[1,0],[0,0.5]]': Transition: row 1 must sum to 1, got 0.5; "
+            "noise 'transition:[[1,0],[0,0.5]]': Transition: row 2 of the matrix must sum to "
+            "1, got 0.5; "
             "for example transition:matrix.json",
         ),
         (
@@ -799,3 +815,37 @@ def test_a_swap_stands_alone_and_needs_responses():
         parse_noise("swap:0.2+text:0.1")
     with pytest.raises(InputError, match="needs texts"):
         Swap(0.2).apply([0, 0], 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none:0.4", "noise 'none:0.4': none takes no rate and stands alone"),
+        ("symmetric:0.2+none", "noise 'none': none takes no rate and stands alone"),
+        ("symmetric:0,4", "noise 'symmetric:0,4': '0,4' is no number; write 0.4; for example"),
+        ("symmetric:40%", "the rate is a share of the rows, got 40%; write 0.4; for example"),
+    ],
+)
+def test_what_others_write_for_a_rate_is_answered_with_what_to_write(text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_noise(text)
+
+
+def test_what_is_no_noise_is_refused_and_a_model_is_given_back():
+    with pytest.raises(InputError, match=r"must be a text such as symmetric:0\.4, .*, got 0\.4"):
+        parse_noise(0.4)
+    assert parse_noise(PairFlip(0.4)) == PairFlip(0.4)
+
+
+def test_pairs_may_be_named_by_their_classes():
+    names = ("bird", "cat", "dog")
+    by_name = parse_noise("pairflip:1,pairs=cat>dog + symmetric:0").for_classes(names)
+    assert by_name == parse_noise("pairflip:1,pairs=1>2+symmetric:0")
+    assert by_name.apply([0, 1, 2], 3, seed=0).labels.tolist() == [0, 2, 2]
+    message = re.escape("there is no class cow; classes: 0=bird, 1=cat, 2=dog")
+    with pytest.raises(InputError, match=message):
+        parse_noise("pairflip:1,pairs=cat>cow").for_classes(names)
+    with pytest.raises(InputError, match="there is no class 3; classes: 0=bird"):
+        parse_noise("pairflip:1,pairs=0>3").for_classes(names)
+    with pytest.raises(InputError, match="for_classes numbers them"):
+        parse_noise("pairflip:1,pairs=cat>dog").apply([0, 1, 2], 3, seed=0)

@@ -438,4 +438,4 @@ def test_the_command_line_trains_on_two_views_of_photos(
     refused = ["fit", str(tmp_path / "t.csv"), "--method", "NMTune", "--method.views", "2"]
     assert main([*refused, "--out", str(tmp_path / "no")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "views=2 needs images, or features of the shape" in error
+    assert error.count("\n") == 1 and "--method.views 2 needs images, or features of the" in error

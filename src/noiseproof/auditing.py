@@ -23,19 +23,19 @@ from torch import Tensor
 
 from noiseproof.data import Examples
 from noiseproof.engine import TrainSettings, derive_seed
-from noiseproof.errors import InputError
+from noiseproof.errors import check_type, path_of
 from noiseproof.evidence import (
     held_out_probabilities,
     loss_of_given,
     neighbour_labels,
     neighbour_probabilities,
 )
-from noiseproof.job import Job
+from noiseproof.job import Job, check_names
 from noiseproof.method import require
 from noiseproof.methods import CrossEntropy
 from noiseproof.metrics import detection
 from noiseproof.mixture import LossMixture, fit_loss_mixture
-from noiseproof.noise import Symmetric
+from noiseproof.noise import Symmetric, estimate_transition_from_labels
 from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord
 from noiseproof.selection import confident_class, kappa
@@ -64,11 +64,14 @@ class Audit:
             finding them, a lower and an upper bound; where the truth is known ``noise_rate``,
             ``auroc``, ``ap``, ``precision`` and ``recall``.
         verdict: What these numbers mean, in a sentence or two.
+        transition: How true classes became given ones, where the truth is known (C, C): row = true
+            class, column = given class.
     """
 
     table: Any
     summary: dict[str, Any]
     verdict: str
+    transition: np.ndarray | None = None
 
     @property
     def suspects(self) -> Any:
@@ -195,6 +198,8 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
     Raises:
         InputError: The data or a setting is wrong, or the run is not finished.
     """
+    check_type("neighbours", neighbours, int)
+    check_type("seed", seed, int)
     require(neighbours >= 1, f"neighbours must be at least 1, got {neighbours}")
     require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}")
     folder = _run_folder(source)
@@ -245,7 +250,13 @@ def audit(source: Any, *, neighbours: int = 20, seed: int = 0, **settings: Any) 
         ties = looks.loss.double().numpy() * 1e-9  # rows of the same score, by their loss
         measured = detection(score + ties, prepared.wrong, flagged=flagged)
         summary |= {"noise_rate": float(prepared.wrong.mean()), **measured}
-    return Audit(table.reset_index(drop=True), summary, verdict(summary))
+    transition = None
+    if data.clean_labels is not None:
+        known = data.clean_labels >= 0  # no class is right for a foreign row
+        transition = estimate_transition_from_labels(
+            data.clean_labels[known], data.labels[known], classes
+        )
+    return Audit(table.reset_index(drop=True), summary, verdict(summary), transition)
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -303,15 +314,13 @@ def conflicting(data: Examples) -> dict[int, list[int]]:
 def _run_folder(source: Any) -> Path | None:
     if not isinstance(source, str | Path):
         return None
-    folder = Path(source).expanduser()
+    folder = path_of(source)
     return folder if (folder / "record.json").is_file() else None
 
 
 def _job(source: Any, settings: dict[str, Any]) -> Job:
-    try:
-        return Job(source, method=CrossEntropy(tune="head"), **settings)
-    except TypeError as error:
-        raise InputError(f"audit: {error}") from error
+    check_names("audit", settings)
+    return Job(source, method=CrossEntropy(tune="head"), **settings)
 
 
 def _job_of_run(folder: Path) -> Job:

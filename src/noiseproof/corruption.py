@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 
 from noiseproof.data import FOREIGN, Examples, Inputs, Reader, read_labels
 from noiseproof.engine import TrainSettings, derive_seed
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, check_type, path_of, unknown_name
 from noiseproof.noise import Corruption, NoiseModel, parse_noise
 from noiseproof.preparation import frozen_features
 from noiseproof.tables import Table, load_table
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from noiseproof.tables import Source
 
 
-def corrupt(data: Source, noise: str, **settings: Any) -> tuple[Any, Corruption]:
+def corrupt(data: Source, noise: str | NoiseModel, **settings: Any) -> tuple[Any, Corruption]:
     """Corrupt the labels (or, with open-set and text noise, the inputs) of a table.
 
     Args:
         data: Rows, read like training data.
-        noise: Such as ``symmetric:0.4``; see `noiseproof.noise`.
+        noise: Such as ``symmetric:0.4``, or a model of `noiseproof.noise`.
         **settings: Further arguments of `corrupt_table`: ``label``, ``seed``, ``task``, ...
 
     Returns:
@@ -35,23 +36,27 @@ def corrupt(data: Source, noise: str, **settings: Any) -> tuple[Any, Corruption]
     Raises:
         InputError: The noise cannot be parsed, or the table does not fit it.
     """
-    try:
-        table, corruption = corrupt_table(data, noise, **settings)
-    except TypeError as error:
-        raise InputError(f"corrupt: {error}") from error
+    named = signature(corrupt_table).parameters.values()
+    known = [item.name for item in named if item.kind is Parameter.KEYWORD_ONLY]
+    known += [item.name for item in dataclasses.fields(RowSettings)]
+    for name in settings:
+        if name not in known:
+            line = unknown_name("setting", name, known, "help(noiseproof.corruption.corrupt_table)")
+            raise InputError(f"corrupt: {line}")
+    table, corruption = corrupt_table(data, noise, **settings)
     return table.frame, corruption
 
 
 def corrupt_table(
     data: Source,
-    noise: str,
+    noise: str | NoiseModel,
     *,
     label: str = "label",
     seed: int = 0,
     clean_label: str = "clean_label",
     task: str = "text",
     model: Any = None,
-    noise_pool: str | None = None,
+    noise_pool: Any = None,
     split: str = "train",
     out: str | Path | None = None,
     **rows: Any,
@@ -76,6 +81,9 @@ def corrupt_table(
     Raises:
         InputError: The noise cannot be parsed, or the table does not fit it.
     """
+    for name, value in (("label", label), ("clean_label", clean_label), ("task", task)):
+        check_type(name, value, str)
+    check_type("seed", seed, int)
     model_of_noise = parse_noise(noise)
     if model_of_noise is None:
         raise InputError("noise is 'none': nothing to do; give for example symmetric:0.4")
@@ -83,7 +91,8 @@ def corrupt_table(
         raise InputError(f"seed must lie in [0, 2^32), got {seed}")
     if model_of_noise.needs_pool and noise_pool is None:
         raise InputError(
-            f"noise {noise!r} replaces inputs; give noise_pool, a file of foreign rows"
+            f"noise {model_of_noise.spec!r} replaces inputs; give noise_pool, a file of foreign "
+            "rows"
         )
     if not clean_label.strip():
         raise InputError("clean_label must name the column that keeps the true labels, got ''")
@@ -112,6 +121,7 @@ def corrupt_table(
     if model_of_noise.needs_pool and noise_pool is not None:
         pool = load_table(noise_pool)
         pool_rows = reader.read(pool, np.arange(len(pool)))
+    model_of_noise = model_of_noise.for_classes(names)
     corruption = model_of_noise.apply(
         labels,
         len(names),
@@ -134,7 +144,7 @@ def corrupt_table(
     if pool is not None:
         table = _replaced(table, pool, reader, corruption)
     if out is not None:
-        table = reader.moved(table, Path(out).expanduser().absolute().parent)
+        table = reader.moved(table, path_of(out).absolute().parent)
     return table, corruption
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from noiseproof.adapters import idle_parameters
 from noiseproof.encoding import Encoded, EncodedFeatures
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, check_types
 from noiseproof.features import Allocate, fingerprint, kept
 from noiseproof.frozen import HeadOnly, encode_batch, feature_position
 from noiseproof.method import Batch, BeforeBatch, Method, Run, require, require_range
@@ -29,6 +29,8 @@ PREDICT_COST = 8192  # ... and rows x longest row at most, unless one row is lon
 
 MAX_BYTES = 2**31  # of features that are given to a hook where nothing is cached
 
+MOST = {"epochs": 10_000, "batch_size": 1_000_000, "max_length": 1_000_000}
+"""Beyond which a setting is a mistake."""
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -80,15 +82,16 @@ class TrainSettings:
         Raises:
             InputError: A setting is out of its range.
         """
-        for name in ("epochs", "batch_size", "max_length"):
+        check_types(self, "train.")
+        for name, most in MOST.items():
             value = getattr(self, name)
             require(value >= 1, f"train.{name} must be at least 1, got {value}")
+            require(value <= most, f"train.{name} must be at most {most}, got {value}")
         micro = self.micro_batch_size
         require(
             micro is None or 1 <= micro <= self.batch_size,
             f"train.micro_batch_size must lie in [1, {self.batch_size}], got {micro}",
         )
-        require(self.epochs <= 10_000, f"train.epochs must be at most 10000, got {self.epochs}")
         if self.learning_rate is not None:
             require_range("train", "learning_rate", self.learning_rate, 0, 10, open_low=True)
         require_range("train", "weight_decay", self.weight_decay, 0, 10)

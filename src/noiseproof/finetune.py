@@ -6,12 +6,14 @@ read -> (noise) -> split -> encode -> train -> predict the training rows
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,14 @@ from torch import Tensor, nn
 from noiseproof.checkpoint import Interrupted, Stopwatch
 from noiseproof.distortion import Look, distortion, look_at
 from noiseproof.encoding import Encoded
-from noiseproof.engine import derive_seed
-from noiseproof.errors import InputError
+from noiseproof.engine import TrainSettings, derive_seed
+from noiseproof.errors import InputError, path_of
 from noiseproof.gradients import GradientSample, draw_sample, measure_gradients
-from noiseproof.job import Job
+from noiseproof.job import Job, JobSettings, check_names
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
-from noiseproof.methods import find_method
+from noiseproof.methods import method_of
+from noiseproof.noise import save_transition
 from noiseproof.prediction import Predictor, predict_logits
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
@@ -50,8 +53,14 @@ from noiseproof.results import (
 )
 from noiseproof.saving import merged
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@dataclass
+SHOWN = ("test_accuracy", "test_macro_f1", "detection_auroc", "suspicious")
+"""Metrics that the short form of a result shows."""
+
+
+@dataclass(repr=False)
 class FitResult:
     """What `fit` returns: the record, and what is in memory anyway.
 
@@ -69,27 +78,51 @@ class FitResult:
     predictor: Predictor
     folder: Path | None
 
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What was measured, by name."""
+        return self.record.metrics
+
+    @property
+    def suspects(self) -> Any:
+        """The rows of ``samples`` whose label looks wrong, worst first (a DataFrame)."""
+        suspicious = self.samples[self.samples["suspicious"]]
+        return suspicious.sort_values("loss", ascending=False, kind="stable")
+
+    def __repr__(self) -> str:
+        """What was trained and what came out, in one line."""
+        spec, metrics = self.record.spec, self.metrics
+        shown = [f"{name}={metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
+        place = "in memory" if self.folder is None else str(self.folder)
+        rows = f"{spec['method']['name']}, {len(self.samples)} rows"
+        return f"<FitResult: {', '.join([rows, *shown, place])}>"
+
 
 def fit(
     data: Any,
     *,
-    method: Method | str = "CleaR",
+    method: Method | type[Method] | str = "CleaR",
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     report: Callable[[Progress], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[JobSettings],
 ) -> FitResult:
     """Fine-tune a pre-trained model on labels that may be wrong.
 
     Args:
-        data: Training rows, see `Job`.
-        method: A method object or its name (its default settings).
+        data: Training rows: a CSV, TSV, JSONL or Parquet file, a DataFrame, a Dataset, a dict of
+            columns, ...
+        method: A method such as ``CleaR(warmup_epochs=2)``, its name, or a name with a preset such
+            as ``"CleaR:fast"``.
         out: Folder of the run; None keeps everything in memory.
         resume: Continue the run in ``out`` from its last checkpoint.
         overwrite: Replace what is in ``out``.
         report: Called after every step and epoch.
-        **settings: Fields of `Job`.
+        **settings: Fields of `Job`, which lists all of them. The usual ones: ``text`` and
+            ``label``, the columns; ``test`` and ``validation``, rows or a share such as 0.2;
+            ``clean_label``, the column of the true labels where they are known; ``task``;
+            ``model``; ``noise`` to inject; ``train``, such as ``TrainSettings(epochs=3)``.
 
     Raises:
         InputError: The data or a setting is wrong; one line says what, where and what to do.
@@ -97,15 +130,35 @@ def fit(
 
     Example:
         >>> import noiseproof
-        >>> result = noiseproof.fit("tickets.csv", label="intent")  # doctest: +SKIP
-        >>> result.record.metrics["test_accuracy"]  # doctest: +SKIP
+        >>> result = noiseproof.fit("tickets.csv", label="intent", test=0.2)  # doctest: +SKIP
+        >>> result.metrics["test_accuracy"]  # doctest: +SKIP
+        >>> result.suspects  # doctest: +SKIP
     """
-    chosen = find_method(method)() if isinstance(method, str) else method
-    try:
-        job = Job(data, method=chosen, **settings)
-    except TypeError as error:
-        raise InputError(f"fit: {error}") from error
+    chosen = method_of(method)
+    given: Mapping[str, Any] = settings
+    check_names("fit", given, chosen)
+    job = Job(data, method=chosen, **given)
     return run_job(job, out=out, resume=resume, overwrite=overwrite, report=report)
+
+
+def _with_all_settings(function: Callable[..., Any]) -> None:
+    """Let help() and completion show the fields of `Job` among the parameters of a function."""
+    shown = signature(function)
+    own = [item for item in shown.parameters.values() if item.kind is not Parameter.VAR_KEYWORD]
+    more = [
+        Parameter(
+            item.name,
+            Parameter.KEYWORD_ONLY,
+            default=TrainSettings() if item.name == "train" else item.default,
+            annotation=item.type,
+        )
+        for item in dataclasses.fields(Job)
+        if item.name in JobSettings.__annotations__
+    ]
+    vars(function)["__signature__"] = shown.replace(parameters=[*own, *more])
+
+
+_with_all_settings(fit)
 
 
 def run_job(
@@ -127,7 +180,7 @@ def run_job(
 
     watch = Stopwatch()
     state = PartialState(cpu=job.train.device == "cpu")
-    folder = Path(out).expanduser() if out is not None else None
+    folder = path_of(out) if out is not None else None
     record = RunRecord(job.spec(), labels=dict(labels or {}), search=dict(search or {}))
     main = state.is_main_process
     earlier, new = None, None
@@ -187,6 +240,8 @@ def run_job(
                     predictor.model = merged(predictor.model)
                 prepared.task.save(predictor.model, folder / "model")
                 write_results(folder, outcome.history, samples, prepared)
+                if "transition" in record.findings:
+                    save_transition(folder / "transition.json", record.findings["transition"])
             record.status = "done"
         except Exception as error:
             record.status = "interrupted" if isinstance(error, Interrupted) else "failed"

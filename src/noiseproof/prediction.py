@@ -16,7 +16,7 @@ from noiseproof.adapters import restored
 from noiseproof.data import Inputs
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.experts.model import restored_experts
 from noiseproof.method import Method
 from noiseproof.methods import find_method
@@ -109,7 +109,7 @@ def load(run: str | Path, *, model: Any = None) -> Predictor:
     Raises:
         InputError: There is no run, or it is not finished.
     """
-    folder = Path(run).expanduser()
+    folder = path_of(run)
     record = RunRecord.read(folder)
     if record.status != "done":
         raise InputError(f"the run in {folder} is {record.status}; finish it with --resume")

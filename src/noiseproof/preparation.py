@@ -13,6 +13,7 @@ import torch
 from noiseproof.data import (
     Examples,
     Inputs,
+    check_classes,
     read_inputs,
     read_label_names,
     read_table,
@@ -182,6 +183,8 @@ class Prepared:
                 UserWarning,
                 stacklevel=2,
             )
+        if not kind.text_labels:
+            check_classes(data.labels, data.label_names, job.label)
         if job.test_share is not None:
             seed = derive_seed(job.train.seed, "test")
             rest, split = stratified_split(data.labels, job.test_share, seed)
@@ -193,7 +196,15 @@ class Prepared:
         if not 1 <= job.sample <= rows:
             raise InputError(f"sample must lie in 1 to {rows} (the rows), got {job.sample}")
         seed = derive_seed(job.train.seed, "rows")
-        return data.select(stratified_sample(data.labels, job.sample, seed))
+        data = data.select(stratified_sample(data.labels, job.sample, seed))
+        classes = len(np.unique(data.labels))
+        if len(data) < 2 or (classes < 2 and not kind.text_labels):
+            left = "a single row" if len(data) < 2 else "rows of a single class"
+            raise InputError(
+                f"sample={job.sample} leaves {left}; expected at least 2 rows and 2 classes, so "
+                "take more"
+            )
+        return data
 
     def _read_other(self, source: Any, role: str, names: Sequence[str], name: str = "") -> Examples:
         """Rows of another file; test rows count by the true label where there is one."""
@@ -255,6 +266,7 @@ class Prepared:
         texts = data.inputs.as_texts() if noise.needs_texts else None
         if noise.needs_responses:
             texts = [(response,) for response in data.inputs.labels_shown()["label"]]
+        noise = noise.for_classes(data.label_names)
         self.corruption = corruption = noise.apply(
             data.labels,
             len(data.label_names),

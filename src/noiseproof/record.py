@@ -217,7 +217,10 @@ def _only_leftovers(folder: Path) -> bool:
     return all(path.name.startswith(".") for path in folder.iterdir())
 
 
-RUN_FILES = ("record.json", "history.csv", "samples.parquet", "suspects.csv", "report.html")
+RUN_FILES = (
+    *("record.json", "history.csv", "samples.parquet", "suspects.csv", "transition.json"),
+    "report.html",
+)
 
 
 def _require_run(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from noiseproof.data import read_row_ids
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.tables import Table, load_table, nearest
 from noiseproof.tasks import RowSettings, find_task
 
@@ -145,7 +145,7 @@ def relabel_table(
         lines=None,
     )
     if out is not None:
-        result = reader.moved(result, Path(out).expanduser().absolute().parent)
+        result = reader.moved(result, path_of(out).absolute().parent)
     return result, Relabelling(np.sort(changed), np.flatnonzero(~kept), len(found))
 
 

@@ -88,23 +88,6 @@ def confident_class(probabilities: Tensor, labels: Tensor) -> Tensor:
     return torch.where(best >= 0, true, -1)
 
 
-def confident_joint(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Count rows by estimated true class and given label.  (N, C), (N,) -> (C, C) int64.
-
-    Northcutt et al. 2021, eq. 1, transposed to our convention: row = true class by
-    `confident_class`, column = given class. Rows without one are left out.
-
-    >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.95, 0.05]])
-    >>> confident_joint(probabilities, torch.tensor([0, 0, 1, 1])).tolist()
-    [[1, 1], [0, 1]]
-    """
-    true = confident_class(probabilities, labels)
-    classes = probabilities.shape[1]
-    sure = true >= 0
-    pairs = true[sure] * classes + labels.long()[sure]
-    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
 def candidates(
     clean_prob: Tensor,
     losses: Tensor,

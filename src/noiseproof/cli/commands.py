@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -32,7 +33,7 @@ from noiseproof.cli.words import (
     settings_of,
     take_configs,
 )
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, path_of, unknown_name
 
 if TYPE_CHECKING:
     from noiseproof.benchmark import CellState
@@ -122,25 +123,26 @@ def fit(words: list[str]) -> None:
     parser.add_argument(
         "data", type=str | None, nargs="?", default=data, metavar="DATA", help=meanings["data"]
     )
-    flat = [item for item in fields(Job) if item.name not in ("data", "method", "train")]
-    for item in flat:
-        hint = str | None if hints[item.name] is Any else hints[item.name]
-        flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
-        if item.name == "test_ood":
-            flag["metavar"] = "NAME=FILE"
-        parser.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=hint,
-            default=item.default,
-            help=SUPPRESS if item.name in OPT_IN else meanings[item.name],
-            **flag,
-        )
-    parser.add_argument("--out", type=str, required=True, help="Folder of the run.")
-    parser.add_argument(
-        "--resume", action="store_true", help="Continue the run in --out from its last checkpoint."
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace the run in --out.")
-    parser.add_argument("--config", type=str, help="YAML, TOML or JSON file with these settings.")
+    flat = {item.name: item for item in fields(Job) if item.name not in NOT_FLAT}
+    for title, names in FIT_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            hint = str | None if hints[name] is Any else hints[name]
+            flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+            if name == "test_ood":
+                flag["metavar"] = "NAME=FILE"
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=hint,
+                default=flat[name].default,
+                help=SUPPRESS if name in OPT_IN else meanings[name],
+                **flag,
+            )
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=str, required=True, metavar="FOLDER", help="Folder of the run.")
+    add("--resume", action="store_true", help="Continue the run in --out from its last checkpoint.")
+    add("--overwrite", action="store_true", help="Replace the run in --out.")
+    add("--config", type=str, help="YAML, TOML or JSON file with these settings.")
     add_fields(
         parser, preset, "method", "method",
         f"--method NAME or NAME:PRESET, such as CleaR:fast, and its settings --method.NAME; "
@@ -158,14 +160,34 @@ def fit(words: list[str]) -> None:
             data=given.data,
             method=settings_of(preset, given.method),
             train=settings_of(TrainSettings(), given.train),
-            **{item.name: getattr(given, item.name) for item in flat} | {"test_ood": ood},
+            **{name: getattr(given, name) for name in flat} | {"test_ood": ood},
         )
-    with Display() as display:
+        if given.resume and not (path_of(given.out) / "record.json").exists():
+            complain(f"{given.out} holds no run to resume; a new one starts there", 0)
+    with as_typed(parser, configs), Display() as display:
         result = run_job(
             job, out=given.out, resume=given.resume, overwrite=given.overwrite, report=display
         )
     if is_main():
         print_result(result.record, Path(given.out))
+
+
+NOT_FLAT = ("data", "method", "train")
+FIT_GROUPS = {
+    "data": (
+        *("text", "label", "test", "validation", "validation_labels", "clean_label", "row_id"),
+        *("label_names", "drop_label", "sample", "split", "task", "test_ood"),
+    ),
+    "model": ("model", "merge"),
+    "noise": ("noise", "noise_seed", "noise_pool", "test_noise"),
+    "features": ("features", "standardize"),
+    "images": ("image", "image_size", "augment", "on_bad_image", "image_workers"),
+    "language models": (
+        *("template", "max_new_tokens", "choice_score", "answer_pattern", "answer_rows"),
+    ),
+    "studies": ("only_clean_rows", "probe_gradients", "measure_distortion"),
+}
+"""Fields of a job as the help of fit shows them; those of the studies it does not show."""
 
 
 def predict(words: list[str]) -> None:
@@ -216,20 +238,33 @@ def audit(words: list[str]) -> None:
     add("source", type=str, metavar="DATA|RUN", help="Training rows as for fit, or a run's folder.")
     add("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
     add("--all", action="store_true", help="Write every row, not the suspicious ones alone.")
-    add("--neighbours", type=int, default=20, help="Nearest rows that are asked.")
-    add("--seed", type=int, default=0, help="Of the errors that are planted as a test.")
+    add("--neighbours", type=int, default=20,
+        help="How many of the rows most alike a label is compared with.")  # fmt: skip
+    add("--seed", type=int, default=0,
+        help="Seed of the errors that are planted to test the audit.")  # fmt: skip
     for name, meaning in AUDITED.items():
         add(f"--{name.replace('_', '-')}", type=str | None, help=meaning)
-    add("--sample", type=int | None, help="Audit so many rows only.")
+    add("--sample", type=int | None, help="Audit this many rows only.")
+    add("--transition-out", type=str | None,
+        help="JSON file for the transition matrix, where the true labels are known.")  # fmt: skip
     add("--overwrite", action="store_true", help="Replace the output file.")
     given = parse(parser, words)
     from noiseproof.auditing import audit as audit_rows
+    from noiseproof.noise import save_transition
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
+    matrix_file = given.transition_out
+    if matrix_file is not None:
+        check_matrix_file(path_of(matrix_file), given.overwrite)
     asked = {name: getattr(given, name) for name in (*AUDITED, "sample")}
     settings = {name: value for name, value in asked.items() if value is not None}
-    found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
+    with as_typed(parser):
+        found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
+    if matrix_file is not None:
+        if found.transition is None:
+            raise InputError("--transition-out needs the true labels; give --clean-label")
+        save_transition(path_of(matrix_file), found.transition)
     table = found.table if given.all else found.suspects
     write_table(table, given.out, overwrite=given.overwrite)
     print_numbers(found.summary)
@@ -238,16 +273,16 @@ def audit(words: list[str]) -> None:
 
 
 AUDITED = {
-    "label": "Column of the labels; label unless given.",
-    "text": "Text column, or two of them; text unless given.",
-    "clean_label": "Column of the true labels, to measure the audit.",
+    "label": "Column of the labels. (default: label)",
+    "text": "Text column, or two of them. (default: text)",
+    "clean_label": "Column of the true labels, by which the audit itself is measured.",
     "row_id": "Column that names the rows.",
     "drop_label": "Leave rows with this label out.",
-    "task": "Kind of row: text, features or image.",
-    "features": "Features: an array, or columns.",
-    "image": "Column of images.",
-    "on_bad_image": "error, or skip.",
-    "model": "Encoder whose features judge; minilm for texts.",
+    "task": "Kind of row: text, features or image. (default: text)",
+    "features": "Features: an array, or columns. (default: features)",
+    "image": "Column of images. (default: image)",
+    "on_bad_image": "What is done with images that cannot be read. (default: error)",
+    "model": "Encoder whose features are compared. (default for texts: minilm)",
     "noise": "Noise to inject first, such as symmetric:0.2, to measure the audit.",
     "split": "Split of a hub data set or of an archive.",
 }
@@ -259,7 +294,13 @@ def corrupt(words: list[str]) -> None:
 
     example: noiseproof corrupt tickets.csv --label intent --noise pairflip:0.4 --out noisy.csv
     """
-    parser = new_parser("corrupt", "DATA --noise SPEC --out FILE [options]", corrupt.__doc__)
+    from noiseproof.noise import NOISE_MODELS, save_transition
+
+    specs = [f"- {kind.example}: {cleandoc(kind.__doc__ or '').splitlines()[0]}"
+             for kind in NOISE_MODELS.values()]  # fmt: skip
+    told = "\n".join(["SPEC is one of these, or several joined by +:", "", *specs])
+    doc = cleandoc(corrupt.__doc__ or "").replace("\nexample:", f"\n{told}\n\nexample:")
+    parser = new_parser("corrupt", "DATA --noise SPEC --out FILE [options]", doc)
     parser.add_argument("data", type=str, metavar="DATA", help="Rows whose labels are right.")
     parser.add_argument("--noise", type=str, required=True, help="Such as symmetric:0.4.")
     parser.add_argument("--out", type=str, required=True, help="CSV, TSV, JSONL or Parquet file.")
@@ -284,20 +325,20 @@ def corrupt(words: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the output files.")
     given = parse(parser, words)
     from noiseproof.corruption import corrupt_table
-    from noiseproof.noise import save_transition
 
     _check_like(given)
     matrix_file = given.transition_out
     if matrix_file is not None:
-        check_matrix_file(Path(matrix_file).expanduser(), given.overwrite)
+        check_matrix_file(path_of(matrix_file), given.overwrite)
     names = ("label", "seed", "task", "text", "features", "image", "clean_label", "model",
              "noise_pool", "split", "out")  # fmt: skip
-    table, corruption = corrupt_table(
-        given.data, given.noise, **{name: getattr(given, name) for name in names}
-    )
+    with as_typed(parser):
+        table, corruption = corrupt_table(
+            given.data, given.noise, **{name: getattr(given, name) for name in names}
+        )
     _write_like(given, table)
     if matrix_file is not None:
-        save_transition(Path(matrix_file).expanduser(), corruption.transition)
+        save_transition(path_of(matrix_file), corruption.transition)
     changed = int(corruption.mask.sum())
     texts = ""
     if "text_changed" in corruption.extras:
@@ -374,7 +415,7 @@ def bench(words: list[str]) -> None:
     from noiseproof.grid import missing_files, read_grid
 
     only = [name.strip() for name in (given.only or "").split(",") if name.strip()]
-    grid = read_grid(Path(given.grid), only)
+    grid = read_grid(path_of(given.grid), only)
     if given.list:
         _list_cells(grid)
         if missing := missing_files(grid):
@@ -384,7 +425,7 @@ def bench(words: list[str]) -> None:
         return
     if given.out is None:
         raise InputError(f"--out is missing; usage: {parser.usage}")
-    states = _run_cells(grid, Path(given.out), given.workers, given.ray)
+    states = _run_cells(grid, path_of(given.out), given.workers, given.ray)
     print(f"see them with '{PROGRAM} report {given.out} --out report.html'")
     if any(state.state == "failed" for state in states):
         raise SystemExit(1)
@@ -437,7 +478,7 @@ def study(words: list[str]) -> None:
     asked = {name: getattr(given, name) for name in fields_of if name != "models"}
     asked |= {name: tuple(asked[name]) for name in ("seeds", "noise", "parts")}
     asked["models"] = tuple(given.model)
-    out = Path(given.out or f"runs/{given.name}").expanduser()
+    out = path_of(given.out or f"runs/{given.name}")
     if isinstance(chosen, Survey):
         _survey(chosen, Asked(**asked), out, given)
         return
@@ -481,8 +522,8 @@ def report(words: list[str]) -> None:
     given = parse(parser, words)
     from noiseproof.report import report as write_report
 
-    out = write_report(given.runs, given.out, baseline=given.baseline, title=given.title,
-                       overwrite=given.overwrite)  # fmt: skip
+    runs, out = [path_of(run) for run in given.runs], path_of(given.out)
+    write_report(runs, out, baseline=given.baseline, title=given.title, overwrite=given.overwrite)
     print(f"report: {out}")
 
 
@@ -536,7 +577,7 @@ def demo(words: list[str]) -> None:
     from noiseproof.demo import COLUMNS, run_demo
 
     with Display() as display:
-        rows = run_demo(Path(given.out), overwrite=given.overwrite, report=display)
+        rows = run_demo(path_of(given.out), overwrite=given.overwrite, report=display)
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)

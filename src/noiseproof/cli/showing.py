@@ -169,6 +169,8 @@ def print_result(record: RunRecord, folder: Path) -> None:
 
     print_numbers(record.metrics | {"total_s": f"{record.timings['total_s']:.1f}"})
     console = Console()
+    if "test_rows" not in record.data:
+        console.print("no test rows: give --test FILE or --test 0.2", highlight=False)
     for name, meaning in (
         ("model", "the trained model"),
         ("suspects.csv", "rows whose label looks wrong, worst first"),

@@ -10,15 +10,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from noiseproof.cli.showing import PROGRAM
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, in_words, path_of, unknown_name
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 NO_SETTINGS = {"--help", "--config"}  # options that a config cannot give
+
+
+_COLUMNS = ("text", "label", "clean_label", "row_id", "image")
+METAVARS = {
+    **dict.fromkeys(_COLUMNS, "COLUMN"),
+    **dict.fromkeys(("test", "validation"), "FILE|SHARE"),
+    **dict.fromkeys(("label_names", "noise_pool", "config", "transition_out"), "FILE"),
+    **dict.fromkeys(("noise", "test_noise"), "SPEC"),
+    "features": "COLUMNS",
+    "answer_pattern": "REGEX",
+    "validation_labels": "{clean,noisy}",
+    "on_bad_image": "{error,skip}",
+    "choice_score": "{mean,sum}",
+    "task": "KIND",
+    "schedule": "{linear,cosine,constant}",
+    "precision": "{auto,fp32,bf16,fp16}",
+    "device": "{auto,cpu}",
+    "evaluate": "{epoch,end}",
+    "select": "{last,best}",
+}
+"""What the help shows as the value of an option, by the name of its setting."""
 
 
 def new_parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
@@ -36,8 +57,9 @@ def new_parser(name: str, usage: str, doc: str | None) -> ArgumentParser:
             super().__init__(prog, **settings)  # type: ignore[no-untyped-call]
 
         def _get_default_metavar_for_optional(self, action: Any) -> str:
-            """The last word of the name: the whole would take a line of its own."""
-            return str(action.dest).rpartition(".")[2].rpartition("_")[2].upper()
+            """What to give, or the last word of the name: the whole would take a line."""
+            name = str(action.dest).rpartition(".")[2]
+            return METAVARS.get(name) or name.rpartition("_")[2].upper()
 
         def _get_help_string(self, action: Any) -> str:
             text, value = str(action.help or ""), action.default
@@ -102,10 +124,31 @@ def parse(parser: ArgumentParser, words: list[str]) -> Any:
     """Parse, and turn what jsonargparse says of a mistake into one plain line."""
     from jsonargparse import ArgumentError
 
+    words = _nulls(parser, words)
     try:
         return parser.parse_args(words)
     except (ArgumentError, TypeError, KeyError) as error:
         raise InputError(_plain(parser, words, " ".join(str(error).split()))) from error
+
+
+def _nulls(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """The words with null for None, as Python writes it, where it cannot be a text."""
+    options = {
+        option
+        for action in parser._actions
+        if types.NoneType in (parts := get_args(getattr(action, "_typehint", None)))
+        and str not in parts
+        for option in action.option_strings
+    }
+    found: list[str] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if value == "None" and name in options:
+            word = f"{name}=null"
+        elif word == "None" and found and found[-1] in options:
+            word = "null"
+        found.append(word)
+    return found
 
 
 def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
@@ -126,25 +169,13 @@ def _plain(parser: ArgumentParser, words: list[str], text: str) -> str:
     for action in parser._actions:
         if name not in (action.dest, *action.option_strings):
             continue
-        expected = _expected(getattr(action, "_typehint", None) or action.type or str)
+        expected = in_words(
+            getattr(action, "_typehint", None) or action.type or str, "null", "a JSON list"
+        )
         if "expected one argument" in text:
             return f"{_shown(action)} needs a value: {expected}"
         return f"{_shown(action)}: expected {expected}, got {_given(action, words)!r}"
     return f"{text} (see {parser.prog} --help)"
-
-
-def _expected(hint: Any) -> str:
-    """A type in plain words.
-
-    >>> _expected(int | None), _expected(Literal["a", "b"])
-    ('a whole number or null', 'one of a, b')
-    """
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_expected(part) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint, "null" if hint is types.NoneType else "a JSON list")
 
 
 def _default(value: object) -> str:
@@ -196,7 +227,7 @@ def _unknown(parser: ArgumentParser, option: str, kind: str) -> str:
         return f"unknown {kind} {option[cut:]!r}; did you mean {' or '.join(inside)}?"
     left_out = NO_SETTINGS if kind == "setting" else ()
     near = [name[cut:] for name in _options_like(parser, option) if name not in left_out]
-    return unknown_name(kind, option[cut:], near)
+    return unknown_name(kind, option[cut:], near, f"{parser.prog} --help")
 
 
 def check_matrix_file(path: Path, overwrite: bool) -> None:
@@ -219,7 +250,7 @@ def take_configs(words: list[str]) -> tuple[list[str], list[tuple[str, Path]]]:
     rest, files = _take(words, "--config", "a file: YAML, TOML or JSON")
     settings: list[tuple[str, Path]] = []
     for file in files:
-        path = Path(file).expanduser()
+        path = path_of(file)
         settings += [(setting, path) for setting in _option_words(_read_config(path))]
     typed = {word.partition("=")[0] for word in rest} - {"--test-ood"}  # of which each counts
     return rest, [item for item in settings if item[0].partition("=")[0] not in typed]
@@ -236,9 +267,9 @@ def check_configs(parser: ArgumentParser, settings: Sequence[tuple[str, Path]]) 
 
 @contextmanager
 def as_typed(parser: ArgumentParser, configs: Sequence[tuple[str, Path]] = ()) -> Iterator[None]:
-    """Name a setting in a message by its option, and by the config file that it was read from.
+    """Name settings in a message by their options, and the config file that the first came from.
 
-    Python names a setting at the start of its message: ``train.epochs``, ``CleaR.gamma``.
+    Python names a setting ``train.epochs``, ``CleaR.gamma`` or ``noise_pool``.
     """
     try:
         yield
@@ -246,18 +277,46 @@ def as_typed(parser: ArgumentParser, configs: Sequence[tuple[str, Path]] = ()) -
         raise InputError(_as_typed(str(error), parser, configs)) from error
 
 
+_NAMED = re.compile(
+    r"(?<!\w)'[^']*'|"  # what is quoted came from the user
+    r"(?<![\w./-])(?P<name>[A-Za-z]\w*(?:\.\w+)*)(?P<value>=(?:'[^']*'|[^\s;,)]*[^\s;,).:]))?"
+)
+_SURELY = re.compile("[._]")  # no word of a sentence looks like this
+_BEFORE = ("give ", "leave ")
+_AFTER = (" must ", " is nothing ", " works ", " would ", ": ", " '")
+
+
 def _as_typed(message: str, parser: ArgumentParser, configs: Sequence[tuple[str, Path]]) -> str:
-    first, _, rest = message.partition(" ")
-    name = first.rstrip(":").lstrip("-")
-    field = name.partition(".")[2]
     options = {option for action in parser._actions for option in action.option_strings}
-    spelled = (f"--{name}", f"--{name.replace('_', '-')}", f"--method.{field}")
-    option = next((one for one in spelled if one in options), None)
-    if option is None:
-        return message
-    message = f"{option}{':' * first.endswith(':')} {rest}"
-    files = [path for word, path in configs if word.partition("=")[0] == option]
+    first = [word for word in re.findall(r"^--[\w.-]+", message) if word in options]
+
+    def typed(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"] or ""
+        option = _option_of(name, options) if name else None
+        starts = not found.start() and message.startswith(_AFTER, found.end())
+        told = message[: found.start()].endswith(_BEFORE)
+        if option is None or not (value or starts or told or _SURELY.search(name)):
+            return found[0]
+        if not found.start():
+            first.append(option)
+        return f"{option}{value.replace('=', ' ', 1)}"
+
+    message = _NAMED.sub(typed, message)
+    files = [path for word, path in configs if word.partition("=")[0] in first]
     return f"config {files[-1]}: {message.removeprefix('--')}" if files else message
+
+
+def _option_of(name: str, options: set[str]) -> str | None:
+    """The option that a setting has, whose name may lack its group where one group has it."""
+    field = name.rpartition(".")[2]
+    grouped = [f"--{group}.{field}" for group in ("method", "train")]
+    for spelled in (f"--{name}", f"--{name.replace('_', '-')}"):
+        if spelled in options:
+            return spelled
+    if "." in name:
+        return grouped[0] if grouped[0] in options else None
+    found = [option for option in grouped if option in options]
+    return found[0] if len(found) == 1 else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -316,13 +375,12 @@ def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:
 
 def method_words(words: list[str]) -> tuple[list[str], Any]:
     """Take ``--method NAME[:PRESET]`` out of the words; the rest, and the preset's settings."""
-    from noiseproof.methods import CleaR, find_method
+    from noiseproof.methods import CleaR, method_of
 
     chosen: Any = CleaR()
     rest, given = _take(words, "--method", "a name; noiseproof methods lists them")
     for name in given:
-        method, _, preset = name.partition(":")
-        chosen = find_method(method).preset(preset or "default")
+        chosen = method_of(name)
     return rest, chosen
 
 

@@ -20,7 +20,14 @@ from noiseproof.data.examples import (
     read_row_ids,
     read_texts,
 )
-from noiseproof.data.labels import FOREIGN, UNSEEN, Ints, read_label_names, read_labels
+from noiseproof.data.labels import (
+    FOREIGN,
+    UNSEEN,
+    Ints,
+    check_classes,
+    read_label_names,
+    read_labels,
+)
 from noiseproof.data.splits import stratified_sample, stratified_split
 from noiseproof.tables import read_table, write_table
 
@@ -33,6 +40,7 @@ __all__ = [
     "Reader",
     "TextColumns",
     "Texts",
+    "check_classes",
     "content_of",
     "read_examples",
     "read_inputs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from noiseproof.tables import Source
 
+_BARE_NUMBER = re.compile(r"\s*[-+]?[0-9]*[.,]?[0-9]+\s*")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
@@ -203,7 +205,16 @@ class TextColumns(Reader):
 
     def read(self, table: Table, rows: Ints) -> Texts:
         """Read the texts of these rows."""
-        return Texts(*_texts(table, self.columns(table), rows))
+        columns = self.columns(table)
+        texts = Texts(*_texts(table, columns, rows))
+        if texts.pairs is None and all(map(_BARE_NUMBER.fullmatch, texts.texts)):
+            warnings.warn(
+                f"column {columns[0]!r} of {table.name} holds bare numbers; is it the column of "
+                "the texts?",
+                UserWarning,
+                stacklevel=2,
+            )
+        return texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,18 +258,9 @@ class Examples:
     @property
     def texts(self) -> Sequence[str]:
         """The texts, where the inputs are texts."""
-        return self._texts.texts
-
-    @property
-    def text_pairs(self) -> Sequence[str] | None:
-        """The second texts of pairs, where the inputs are texts."""
-        return self._texts.pairs
-
-    @property
-    def _texts(self) -> Texts:
         if not isinstance(self.inputs, Texts):
             raise InputError(f"expected texts, the rows are {type(self.inputs).__name__}")
-        return self.inputs
+        return self.inputs.texts
 
     def __len__(self) -> int:
         """Count the rows, N."""

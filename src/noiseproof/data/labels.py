@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.tables import Table, load_table, nearest, read_utf8, shorten
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def read_label_names(path: str | Path) -> tuple[str, ...]:
     ...     read_label_names(f"{folder}/names.txt")
     ('spam', 'ham')
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; expected a file of label names")
     content = read_utf8(path)
@@ -184,6 +185,55 @@ def check_trainable(table: Table, column: str, labels: Labels, rows: Ints, guess
         )
 
 
+def check_classes(labels: Ints, names: Sequence[str], column: str) -> None:
+    """Raise if every row has a class of its own, and warn of what looks like a mistake.
+
+    Args:
+        labels: Class numbers (N,).
+        names: Of the classes (C,).
+        column: Where the labels stand.
+    """
+    rows = np.bincount(labels[labels >= 0], minlength=len(names))  # (C,)
+    there = [name for name, count in zip(names, rows, strict=True) if count]
+    single = int((rows == 1).sum())
+    if single == len(labels):
+        raise InputError(
+            f"each of the {len(labels)} rows has a class of its own in column {column!r} "
+            f"({shorten(there, 3)}); expected classes of several rows, so name another column of "
+            "labels"
+        )
+    if single > len(there) / 2:
+        warnings.warn(
+            f"{single} of {len(there)} classes in column {column!r} have a single row; is it the "
+            "column of the labels?",
+            UserWarning,
+            stacklevel=2,
+        )
+    for alike in _alike(there):
+        warnings.warn(
+            f"the classes {' and '.join(map(repr, alike))} differ in their case alone; write them "
+            "alike if they are one class",
+            UserWarning,
+            stacklevel=2,
+        )
+    numbers = [name for name in there if _NUMBER.fullmatch(name)]
+    if len(numbers) == 1 and len(there) > 2:
+        warnings.warn(
+            f"the class {numbers[0]!r} is a number and all others are names; correct it if it is a "
+            "mistake",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _alike(names: Sequence[str]) -> list[list[str]]:
+    """Groups of names that differ in their case alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.casefold(), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def sorted_names(names: set[str]) -> tuple[str, ...]:
     """Sort names of classes: by number where all are whole numbers, else by name."""
     whole = {_whole(name) for name in names}
@@ -231,7 +281,7 @@ class Classes:
             if what == "clean label":
                 remedy = "correct it, or name all classes in label_names"
             raise InputError(
-                f"{what} {name!r} of {self.table.place(row)} {fate}{more}"
+                f"the {what} {name!r} of {self.table.place(row)} {fate}{more}"
                 f"{nearest(name, self.names)}; known: {shorten(self.names)}; {remedy}"
             )
         return numbers

@@ -36,6 +36,7 @@ __all__ = [
     "NMTune",
     "SmallLoss",
     "find_method",
+    "method_of",
 ]
 
 METHODS: dict[str, type[Method]] = {
@@ -67,3 +68,24 @@ def find_method(name: str) -> type[Method]:
     if name not in METHODS:
         raise InputError(unknown_name("method", name, METHODS))
     return METHODS[name]
+
+
+def method_of(given: str | Method | type[Method]) -> Method:
+    """A method by its name with or without a preset, by its class, or as it is.
+
+    Raises:
+        InputError: Unknown name or preset, or something else.
+
+    >>> method_of("CleaR:fast") == CleaR.preset("fast"), method_of(GCE) == GCE()
+    (True, True)
+    """
+    if isinstance(given, str):
+        name, _, preset = given.partition(":")
+        return find_method(name).preset(preset or "default")
+    if isinstance(given, type) and issubclass(given, Method):
+        return given()
+    if not isinstance(given, Method):
+        raise InputError(
+            f"method must be a name such as CleaR, or a method such as CleaR(), got {given!r:.60}"
+        )
+    return given

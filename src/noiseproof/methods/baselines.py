@@ -34,6 +34,7 @@ from noiseproof.method import (
     losses_of,
     require,
     require_range,
+    require_warmup,
 )
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
@@ -112,15 +113,6 @@ class Tuned(Method):
     def stages(self, epochs: int) -> list[Stage]:
         """One stage, at the rate of the tuned part."""
         return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.tune))]
-
-
-def require_warmup(method: Method, warmup_epochs: int, epochs: int) -> None:
-    """Refuse a run that ends before the method begins."""
-    require(
-        epochs > warmup_epochs,
-        f"{method.name} needs more epochs than its warm-up: train.epochs={epochs}, "
-        f"warmup_epochs={warmup_epochs}",
-    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +258,8 @@ class ForwardCorrection(Tuned):
     then learns the clean ones.
     Steps: (1) cross-entropy for ``warmup_epochs``; (2) unless given, estimate the matrix from
     anchor rows; (3) train on with the corrected loss.
-    Deviations: one run, not two; the estimate is made once, at the end of the warm-up.
+    Deviations: one run, not two; the estimate is made once, at the end of the warm-up, and kept in
+    ``transition.json``.
     Settings: warmup_epochs = 2 (ours), percentile = 97 (released code).
     Cost: one scoring pass.
 
@@ -289,7 +282,7 @@ class ForwardCorrection(Tuned):
     def stages(self, epochs: int) -> list[Stage]:
         """One stage that outlasts the warm-up."""
         if self.transition is None:
-            require_warmup(self, self.warmup_epochs, epochs)
+            require_warmup(self, self.warmup_epochs, epochs, least=1)
         return super().stages(epochs)
 
     def on_epoch_start(self, run: Run) -> Columns:
@@ -304,6 +297,8 @@ class ForwardCorrection(Tuned):
             probabilities = torch.softmax(run.predict(), dim=1)
             usable = torch.isfinite(probabilities).all(dim=1)
             matrix = estimate_transition(probabilities[usable], run.labels[usable], self.percentile)
+            exact = matrix.double()  # rows of float32 that sum to 1 do not in double
+            run.findings["transition"] = (exact / exact.sum(dim=1, keepdim=True)).tolist()
         run.log(transition_trace=float(matrix.diagonal().mean()))
         return {"likelihood": matrix.float().T[run.labels].contiguous()}
 
@@ -487,7 +482,7 @@ class CoTeaching(Tuned):
 
     def stages(self, epochs: int) -> list[Stage]:
         """One stage that outlasts the warm-up."""
-        require_warmup(self, self.warmup_epochs, epochs)
+        require_warmup(self, self.warmup_epochs, epochs, least=1)
         return super().stages(epochs)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

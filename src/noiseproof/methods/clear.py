@@ -54,6 +54,7 @@ from noiseproof.method import (
     losses_of,
     require,
     require_range,
+    require_warmup,
 )
 from noiseproof.methods.clear_gates import (
     Routing,
@@ -303,10 +304,8 @@ class CleaR(Method):
     def stages(self, epochs: int) -> list[Stage]:
         """One stage: a new one would mean a fresh optimizer."""
         warmup = self.warmup(epochs)
-        require(
-            self._plain or epochs > warmup,
-            f"CleaR would never route: train.epochs={epochs} must exceed warmup_epochs={warmup}",
-        )
+        if not self._plain:
+            require_warmup(self, warmup, epochs, least=1)
         return [Stage("train", epochs, learning_rate=self.learning_rate or usual_rate(self.peft))]
 
     def on_epoch_start(self, run: Run) -> Columns:

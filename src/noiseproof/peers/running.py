@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from noiseproof.checkpoint import Interrupted, StopSignals, Stopwatch
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, path_of, unknown_name
 from noiseproof.job import OPT_IN, Job
 from noiseproof.method import require
 from noiseproof.peers.cleanlab import CleanlabProbe, CleanlabPrune
@@ -89,7 +89,7 @@ def run_peer(
     watch = Stopwatch()
     peer.check_installed()
     _check_job(job)
-    folder = Path(out).expanduser()
+    folder = path_of(out)
     record = RunRecord(
         job.spec() | {"method": peer.to_dict()},
         labels=dict(labels or {}),

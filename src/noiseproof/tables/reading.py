@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from noiseproof.arrays import arrays_of_split, read_npz
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.tables.strings import Strings, TextColumn, pieces, reason
 from noiseproof.tables.table import Table, check_unique, nearest, plain_cells, shorten
 
@@ -136,9 +136,11 @@ def _from_columns(columns: Mapping[str, Sequence[Any]], name: str) -> Table:
 
 def _from_place(source: str | Path, split: str) -> Table:
     try:
-        path = Path(source).expanduser()
+        path = path_of(source)
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a null letter
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # too long, a null letter
         raise InputError(f"{str(source)[:200]!r} is not a path: {reason(error)}") from error
     if is_folder:
         return _from_folder(path, split)
@@ -235,6 +237,7 @@ def _from_delimited(path: Path, delimiter: str) -> Table:
                 header.extend(cells)
                 continue
             if len(cells) != len(header):
+                _check_separator(path, header, delimiter)
                 raise InputError(
                     f"row {len(lines) + 1} (line {start}) of {path} has another number of "
                     f"fields ({len(cells)}) than the header ({len(header)}); "
@@ -250,6 +253,7 @@ def _from_delimited(path: Path, delimiter: str) -> Table:
                 cells = map(list, zip(*piece, strict=True))
                 columns.add(dict(zip(header, cells, strict=True)), len(piece))
     except csv.Error as error:
+        _check_separator(path, header, delimiter)
         where = f"row {len(lines) + 1} (line {end + 1})" if header else "the header"
         raise InputError(
             f"{where} of {path} has a broken quote ({error}); close each quote, and double a quote "
@@ -260,6 +264,18 @@ def _from_delimited(path: Path, delimiter: str) -> Table:
     if not lines:
         raise InputError(f"{path} has a header ({shorten(header)}) but no rows")
     return columns.table(str(path), lines)
+
+
+def _check_separator(path: Path, header: Sequence[str], delimiter: str) -> None:
+    """Raise if the header is one field, or unreadable, and holds what separates other tables."""
+    with _opened(path) as file:
+        first = next(line for line in file if line.strip())
+    other = next((one for one in ";\t,|" if one != delimiter and one in first), None)
+    if len(header) < 2 and delimiter not in first and other is not None:
+        raise InputError(
+            f"{path} looks separated by {other!r}, expected {delimiter!r}; save it with commas as "
+            ".csv, or with tabs as .tsv"
+        )
 
 
 def _from_json_lines(path: Path) -> Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from noiseproof.arrays import write_npz
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.tables.reading import DELIMITERS, KINDS
 from noiseproof.tables.strings import reason
 from noiseproof.tables.table import Table, check_unique, plain_cells
@@ -33,7 +33,7 @@ def check_writable(
     Raises:
         InputError: Unsupported suffix, a folder, an existing file, or no folder to write in.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(
             f"cannot write {path}: unsupported suffix {path.suffix!r}; "

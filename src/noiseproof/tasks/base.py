@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs, Reader, read_examples
 from noiseproof.encoding import Encoded
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, check_types
 from noiseproof.method import Method, require
 from noiseproof.noise import NoiseModel
 from noiseproof.tables import Table
@@ -85,6 +85,7 @@ class RowSettings:
         Raises:
             InputError: A setting is out of its range.
         """
+        check_types(self, "")
         parse_changes(self.augment)
         require(
             self.on_bad_image in BAD_IMAGE,
