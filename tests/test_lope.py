@@ -246,7 +246,7 @@ def test_rows_learn_to_do_without_the_poisoning_expert(tiny_run: Tiny) -> None:
             {"poison_dropout": 1.0},
             {"adapt_forward": "mask"},
             {"poison_dropout": 0.5},
-            {},
+            {"poison_dropout": 0.0},
         )
     ]
     assert losses[0] == losses[1]

@@ -19,7 +19,8 @@ more than they did in training, which cost 2 to 14 points (docs/results/lope-def
 noise is relative to the embeddings' size (the paper's 0.05 is absolute, and scales differ between
 models); it is drawn by row and epoch, not from one stream; the head trains in both stages and
 starts anew in the second where labels were flipped in the first (the paper has no classifiers).
-poison_dropout and more_modes are ours.
+poison_dropout and more_modes are ours: language models lost most of what they had learned with the
+poisoning expert left out, unless half of the rows went without it in training.
 Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
 lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
@@ -74,6 +75,7 @@ POISON, ADAPT = "poison", "adapt"
 GROUPS = ("A", "B", "BD", "gate", "head")
 EMBEDDING_NOISE = ("absolute", "relative", "neftune", "off")
 DIAGNOSED_ROWS = 200  # rows whose corrupted copy is shown to the router at the end
+TOKEN_DROPOUT = 0.5  # poison_dropout for responses, see docs/results/lope-defaults.md
 SAMPLED = 4096  # values of a tensor of the frozen model that its seal covers
 
 
@@ -120,6 +122,7 @@ class LoPE(Method):
             it is), mask, renorm or compensate.
         poison_dropout: adapt_forward=none: share of rows that go without the poisoning expert in a
             step of the stage adapt, with weights as at inference; the others learn to do without.
+            None is 0.5 for responses and 0 for classes.
         inference_mode: How it counts at inference: none, mask, renorm or compensate.
         theta_mode: calibrate (one similarity a layer), or online (of every token).
         theta_examples: Training rows that calibrate.
@@ -163,7 +166,7 @@ class LoPE(Method):
     emb_noise_alpha: float = 0.05
     emb_noise_prob: float = 1.0
     adapt_forward: str = "none"
-    poison_dropout: float = 0.0
+    poison_dropout: float | None = None
     inference_mode: str = "compensate"
     theta_mode: str = "calibrate"
     theta_examples: int = 512
@@ -209,7 +212,6 @@ class LoPE(Method):
             ("balance_weight", 0, 1e6),
             ("emb_noise_alpha", 0, 1e6),
             ("emb_noise_prob", 0, 1),
-            ("poison_dropout", 0, 1),
         ):
             require_range("LoPE", name, getattr(self, name), low, high, open_low=name == "alpha")
         require_range("LoPE", "lora_dropout", self.lora_dropout, 0, 1, open_high=True)
@@ -218,6 +220,8 @@ class LoPE(Method):
         require_range("LoPE", "noise_rate", self.noise_rate, 0, 1, open_high=True)
         if self.target_noise_rate is not None:
             require_range("LoPE", "target_noise_rate", self.target_noise_rate, 0, 1, open_high=True)
+        if self.poison_dropout is not None:
+            require_range("LoPE", "poison_dropout", self.poison_dropout, 0, 1)
         if self.learning_rate is not None:
             require_range("LoPE", "learning_rate", self.learning_rate, 0, 10, open_low=True)
         poison = self.num_poison_experts
@@ -233,7 +237,7 @@ class LoPE(Method):
             "renorm or compensate, or keep the poisoning experts",
         )
         require(
-            self.poison_dropout == 0 or (poison > 0 and self.adapt_forward == "none"),
+            not self.poison_dropout or (poison > 0 and self.adapt_forward == "none"),
             "LoPE.poison_dropout leaves a poisoning expert out that takes part otherwise: it needs "
             f"adapt_forward=none and num_poison_experts of 1 or 2; got {self.adapt_forward} and "
             f"{poison}",
@@ -298,11 +302,12 @@ class LoPE(Method):
             "epoch_budget": "per_stage",
             "learning_rate": 2e-4,
             "beta": "sum_to_one",
+            "poison_dropout": 0.0,
         }
         return {
             "default": cls(),
             "paper": cls(**published),
-            "sft": cls(emb_noise_mode="absolute"),
+            "sft": cls(emb_noise_mode="absolute", beta="sum_to_one", poison_dropout=0.0),
             "hydralora": cls(**hydra),
             "hydralora-noise": cls(**noisy),
             "hydralora-neftune": cls(
@@ -324,7 +329,10 @@ class LoPE(Method):
             "LoPE.head_policy=reinit draws a head anew, and with task causal-lm there is no new "
             "one; leave it out",
         )
-        return dataclasses.replace(self, responses=True)
+        left_out = self.poison_dropout
+        if left_out is None and self.num_poison_experts and self.adapt_forward == "none":
+            left_out = TOKEN_DROPOUT
+        return dataclasses.replace(self, responses=True, poison_dropout=left_out)
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
         """Put experts beside the target modules; they start as if they were not there."""
