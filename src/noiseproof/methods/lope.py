@@ -295,6 +295,7 @@ class LoPE(Method):
             "num_poison_experts": 0,
             "noise_stages": (),
             "inference_mode": "none",
+            "beta": "sum_to_one",  # nothing is left out, so nothing is summed anew
         }
         noisy = hydra | {"noise_stages": (ADAPT,)}
         published: dict[str, Any] = {

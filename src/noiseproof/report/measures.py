@@ -91,11 +91,14 @@ BEST = Measure(
 )
 VALIDATION = Measure(
     "Validation",
-    "Accuracy of the deployed model on the validation rows, by their labels.",
-    metric("validation_accuracy"),
+    "Accuracy of the deployed model on the validation rows, by their labels; of a language model "
+    "response tokens that it ranks first.",
+    first_of([metric("validation_accuracy"), metric("validation_token_accuracy")]),
     better=1,
 )
 OTHERS = (
+    Measure("Validation loss", "Mean loss per response token of the validation rows.",
+            metric("validation_loss"), better=-1, share=False),
     Measure("Macro F1", "F1 averaged over the classes, on the test set.",
             metric("test_macro_f1"), better=1),
     Measure("ECE", "Calibration error on the test set: mean gap of confidence and accuracy, "
