@@ -1,152 +1,19 @@
-"""Noise models: make labels, or the inputs under them, wrong in a known way.
-
-Every model is a frozen dataclass; `apply` answers with a `Corruption`: the new labels, which rows
-were hit, and the realised rate and transition matrix. `parse_noise` reads the same models from
-text such as `symmetric:0.4` or `pairflip:0.2,step=-1+openset:0.1`.
-
-One seed decides one noise draw, apart from the seeds of initialisation and order. `Symmetric`,
-`PairFlip`, `OpenSet` and `TextCorruption` hit, for one seed, nested sets of rows: those hit at rate
-0.2 are also hit at 0.4, so that a sweep over rates compares like with like.
-"""
+"""The noise models, each a frozen dataclass that knows its source and its formula."""
 
 from __future__ import annotations
 
 import json
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError
+from noiseproof.noise.contract import Draw, Extras, NoiseModel, settle, written
+from noiseproof.noise.matrices import Floats, Labels, check_matrix
 from noiseproof.textnoise import OPERATIONS, TextNoise, row_random
-
-Labels = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Extras = dict[str, npt.NDArray[Any]]
-
-SALT = 0x6E6F6973  # keeps the noise stream apart from other users of the same seed
-
-
-@dataclass(frozen=True, eq=False)
-class Corruption:
-    """What a noise model did to N rows of C classes."""
-
-    labels: Labels  # (N,) after corruption
-    mask: npt.NDArray[np.bool_]  # (N,) the label is wrong: it changed, or its input was replaced
-    noise_rate: float  # realised share of rows in `mask`, not the requested one
-    transition: Floats  # (C, C) realised; a class without rows has an identity row
-    seed: int
-    spec: str  # `parse_noise` turns it back into the model
-    extras: Extras = field(default_factory=dict)  # arrays of N rows; see the models that add some
-
-
-@dataclass(frozen=True, eq=False)
-class _Draw:
-    """What a model draws from, already checked by `NoiseModel.apply`."""
-
-    num_classes: int
-    rng: np.random.Generator
-    features: npt.NDArray[Any]  # (N, D); (N, 0) where the model needs none
-    pool_size: int  # 0 where the model needs none
-    texts: Sequence[tuple[str, ...]]  # N rows of texts; empty where the model needs none
-
-
-@dataclass(frozen=True)
-class NoiseModel(ABC):
-    """A way in which labels or inputs get wrong; subclasses are frozen dataclasses."""
-
-    name: ClassVar[str]
-    example: ClassVar[str]
-    needs_features: ClassVar[bool] = False
-    needs_pool: ClassVar[bool] = False
-    needs_texts: ClassVar[bool] = False
-    needs_responses: ClassVar[bool] = False  # texts that are labels; they are given as `texts`
-    on_labels: ClassVar[bool] = True  # the labels are classes, and they change
-
-    @property
-    def spec(self) -> str:
-        """Canonical text: the name, the rate, and the settings that differ from their default."""
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
-        rate, _ = values.pop("rate")
-        changed = [f",{k}={_text(v)}" for k, (v, default) in values.items() if v != default]
-        return f"{self.name}:{_text(rate)}" + "".join(changed)
-
-    def apply(
-        self,
-        labels: npt.ArrayLike,
-        num_classes: int,
-        seed: int,
-        *,
-        features: npt.ArrayLike | None = None,
-        pool_size: int | None = None,
-        texts: Sequence[tuple[str, ...]] | None = None,
-    ) -> Corruption:
-        """Corrupt the labels (N,); the same seed gives the same answer, arguments stay as they are.
-
-        Args:
-            labels: true labels, integers in [0, num_classes), (N,).
-            num_classes: number of classes C.
-            seed: seed of this draw; the global random state is not touched.
-            features: (N, D), only for models with `needs_features`.
-            pool_size: number of foreign rows to draw from, only for models with `needs_pool`.
-            texts: the texts of every row, only for models with `needs_texts`; its response, for
-                models with `needs_responses`.
-
-        >>> PairFlip(1.0).apply([0, 1, 2], num_classes=3, seed=0).labels.tolist()
-        [1, 2, 0]
-        """
-        given = np.asarray(labels)
-        _check_labels(given, num_classes, least=2 if self.on_labels else 1)
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-            raise InputError(f"seed must be an integer of at least 0, got {seed!r}")
-        if self.needs_pool and (not isinstance(pool_size, Integral) or pool_size < 1):
-            raise InputError(
-                f"'{self.spec}' needs pool_size, the number of foreign rows to take inputs from "
-                f"(at least 1), got {pool_size!r}"
-            )
-        if self.needs_features and features is None:
-            raise InputError(f"'{self.spec}' needs features (N, D), such as embeddings")
-        if (self.needs_texts or self.needs_responses) and (
-            texts is None or len(texts) != len(given)
-        ):
-            raise InputError(f"'{self.spec}' needs texts, the texts of each of {len(given)} rows")
-        matrix = np.empty((len(given), 0))
-        if self.needs_features and features is not None:
-            matrix = _check_features(np.asarray(features), len(given))
-        rng = np.random.default_rng([SALT, int(seed)])
-        draw = _Draw(int(num_classes), rng, matrix, int(pool_size or 0), texts or ())
-        clean = given.astype(np.int64)  # a copy
-        noisy, extras = self._corrupt(clean.copy(), draw)
-        mask = noisy != clean
-        if "replacement" in extras:
-            mask |= extras["replacement"] >= 0
-        if "swapped" in extras:
-            mask |= extras["swapped"]
-        transition = np.ones((1, 1))
-        if num_classes > 1:
-            transition = estimate_transition_from_labels(clean, noisy, num_classes)
-        rate = float(mask.mean())
-        return Corruption(noisy, mask, rate, transition, int(seed), self.spec, extras)
-
-    def for_classes(self, names: Sequence[str]) -> NoiseModel:
-        """The model for labels whose classes have these names, where it was given some of them.
-
-        Raises:
-            InputError: It names a class that does not exist.
-        """
-        return self
-
-    @abstractmethod
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
-        """Return the new labels (N,) and the extras."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +33,14 @@ class Symmetric(NoiseModel):
     redraw: bool = False
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
+        settle(self, "rate", 0, 1)
 
     @property
     def spec(self) -> str:
         """Canonical text."""
-        return f"symmetric{'-redraw' if self.redraw else ''}:{_text(self.rate)}"
+        return f"symmetric{'-redraw' if self.redraw else ''}:{written(self.rate)}"
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         hit = draw.rng.random(len(labels)) < self.rate
         shift = draw.rng.integers(0 if self.redraw else 1, draw.num_classes, size=len(labels))
         return np.where(hit, (labels + shift) % draw.num_classes, labels), {}
@@ -197,8 +64,8 @@ class PairFlip(NoiseModel):
     pairs: tuple[tuple[int | str, int | str], ...] = ()
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
-        _settle(self, "step", whole=True)
+        settle(self, "rate", 0, 1)
+        settle(self, "step", whole=True)
         try:
             pairs = tuple((_class(a), _class(b)) for a, b in self.pairs)
         except (TypeError, ValueError):
@@ -212,7 +79,7 @@ class PairFlip(NoiseModel):
         if pairs and self.step != 1:
             raise InputError("PairFlip takes step or pairs, not both")
         if len(dict(pairs)) < len(pairs):
-            raise InputError(f"pairs of PairFlip name a source class twice: {_text(pairs)}")
+            raise InputError(f"pairs of PairFlip name a source class twice: {written(pairs)}")
         for a, b in pairs:
             if a == b or any(isinstance(one, int) and one < 0 for one in (a, b)):
                 raise InputError(f"pairs of PairFlip must join two different classes, got {a}>{b}")
@@ -231,7 +98,7 @@ class PairFlip(NoiseModel):
 
         return replace(self, pairs=tuple((number(a), number(b)) for a, b in self.pairs))
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         partner = np.arange(draw.num_classes)
         if not self.pairs:
             partner = (partner + self.step % draw.num_classes) % draw.num_classes
@@ -265,7 +132,7 @@ class Transition(NoiseModel):
     source: str = ""
 
     def __post_init__(self) -> None:
-        rows = _check_matrix(self.matrix, self.source or "Transition").tolist()
+        rows = check_matrix(self.matrix, self.source or "Transition").tolist()
         object.__setattr__(self, "matrix", tuple(map(tuple, rows)))
 
     @property
@@ -273,7 +140,7 @@ class Transition(NoiseModel):
         """Canonical text."""
         return f"transition:{self.source or json.dumps(self.matrix, separators=(',', ':'))}"
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         size = len(self.matrix)
         if size != draw.num_classes:
             raise InputError(
@@ -308,10 +175,10 @@ class InstanceDependent(NoiseModel):
     std: float = 0.1
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
-        _settle(self, "std", 0, 1)
+        settle(self, "rate", 0, 1)
+        settle(self, "std", 0, 1)
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         rng, features = draw.rng, draw.features
         mean = features.mean(axis=0, dtype=np.float64)  # (D,)
         scale = features.std(axis=0, dtype=np.float64)
@@ -357,9 +224,9 @@ class OpenSet(NoiseModel):
     rate: float
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
+        settle(self, "rate", 0, 1)
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         rows = np.flatnonzero(draw.rng.random(len(labels)) < self.rate)
         rounds = len(rows) // draw.pool_size + 1
         order = np.concatenate([draw.rng.permutation(draw.pool_size) for _ in range(rounds)])
@@ -397,9 +264,9 @@ class TextCorruption(NoiseModel):
     charset: str = "ascii"
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
-        _settle(self, "strength", 0, 1)
-        _settle(self, "window", 0, whole=True)
+        settle(self, "rate", 0, 1)
+        settle(self, "strength", 0, 1)
+        settle(self, "window", 0, whole=True)
         for setting in ("unit", "kind", "charset"):
             object.__setattr__(self, setting, str(getattr(self, setting)))
         self._noise()
@@ -408,7 +275,7 @@ class TextCorruption(NoiseModel):
         kinds = OPERATIONS if self.kind == "all" else tuple(self.kind.split(";"))
         return TextNoise(self.rate, self.unit, kinds, self.strength, self.window, self.charset)
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         noise = self._noise()
         seed = int(draw.rng.integers(2**63))  # one draw, so that rows do not depend on each other
         texts = np.empty(len(labels), dtype=object)
@@ -437,9 +304,9 @@ class Swap(NoiseModel):
     rate: float
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
+        settle(self, "rate", 0, 1)
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         given = np.array([response for (response,) in draw.texts], dtype=object)
         count = round(self.rate * len(given))
         round_of = draw.rng.permutation(len(given))[: count if count > 1 else 0]
@@ -471,14 +338,14 @@ class Annotators(NoiseModel):
     votes: int = 1
 
     def __post_init__(self) -> None:
-        _settle(self, "rate", 0, 1)
-        _settle(self, "workers", 1, whole=True)
-        _settle(self, "spread", 0, 1)
+        settle(self, "rate", 0, 1)
+        settle(self, "workers", 1, whole=True)
+        settle(self, "spread", 0, 1)
         if self.spread == 1:
             raise InputError("spread of Annotators must be below 1, got 1.0")
-        _settle(self, "votes", 1, self.workers, whole=True)
+        settle(self, "votes", 1, self.workers, whole=True)
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         rng, num_classes = draw.rng, draw.num_classes
         errors = self._error_rates(rng)  # (W,)
         voters = np.empty((len(labels), self.votes), dtype=np.int64)
@@ -549,7 +416,7 @@ class Mixture(NoiseModel):
         """Each part for these classes."""
         return Mixture(tuple(part.for_classes(names) for part in self.parts))
 
-    def _corrupt(self, labels: Labels, draw: _Draw) -> tuple[Labels, Extras]:
+    def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         extras: Extras = {}
         for part in self.parts:  # one generator for all, so that the parts are independent
             labels, added = part._corrupt(labels, draw)
@@ -570,219 +437,6 @@ NOISE_MODELS: dict[str, type[NoiseModel]] = {
         Annotators,
     )
 }
-_NAMES: dict[str, tuple[type[NoiseModel], dict[str, Any]]] = {
-    **{name: (kind, {}) for name, kind in NOISE_MODELS.items()},
-    "symmetric-redraw": (Symmetric, {"redraw": True}),
-    "asymmetric": (PairFlip, {}),
-}
-_ALSO = {"pair-flip": "pairflip", "open-set": "openset", "idn": "instance"}  # as others write them
-
-
-def parse_noise(text: str | NoiseModel) -> NoiseModel | None:
-    """Read a noise model from `name:rate[,key=value...]`, parts joined by `+`; None for `none`.
-
-    What is a model already is given back.
-
-    >>> parse_noise("pairflip:0.4,step=-1")
-    PairFlip(rate=0.4, step=-1, pairs=())
-    >>> parse_noise("pairflip:0.2 + openset:0.1").spec
-    'pairflip:0.2+openset:0.1'
-    """
-    if isinstance(text, NoiseModel):
-        return text
-    if not isinstance(text, str):
-        raise InputError(
-            f"noise must be a text such as symmetric:0.4, or a noise model, got {text!r:.60}"
-        )
-    if text.strip().lower() in ("", "none"):
-        return None
-    # only a + before a name joins parts, so that file names may hold one
-    parts = re.split(r"\+(?=\s*[A-Za-z_-]+\s*(?::|$))", text.strip())
-    models = tuple(_parse_part(part.strip()) for part in parts)
-    return models[0] if len(models) == 1 else Mixture(models)
-
-
-def _parse_part(text: str) -> NoiseModel:
-    given, _, settings = (piece.strip() for piece in text.partition(":"))
-    name = given.lower().replace("_", "-")
-    name = _ALSO.get(name, name)
-    if name == "none":
-        raise InputError(f"noise '{text}': none takes no rate and stands alone")
-    if name not in _NAMES:
-        raise InputError(unknown_name("noise model", given, [*_NAMES, "none"]))
-    kind, preset = _NAMES[name]
-    try:
-        return kind(**preset | _parse_settings(kind, settings))
-    except InputError as error:
-        raise InputError(f"noise '{text}': {error}; for example {kind.example}") from None
-
-
-def _parse_settings(kind: type[NoiseModel], text: str) -> dict[str, Any]:
-    if kind is Transition:
-        return _parse_matrix(text)
-    first, *settings = text.split(",")
-    if not first.strip() or "=" in first:
-        raise InputError("the rate is missing")
-    known = [f.name for f in fields(kind) if f.name != "rate"]
-    values: dict[str, Any] = {"rate": _rate(first.strip())}
-    for setting in settings:
-        key, equals, value = (piece.strip() for piece in setting.partition("="))
-        if not equals and first.strip() == "0" and key.isdigit():
-            raise InputError(f"'0,{key}' is no number; write 0.{key}")
-        if key not in known:
-            raise InputError(f"unknown setting '{key}', known: {', '.join(known) or 'none'}")
-        if key in values:
-            raise InputError(f"setting '{key}' is given twice")
-        values[key] = _setting(key, value)
-    return values
-
-
-def _rate(text: str) -> int | float | str:
-    share = _plain(text.removesuffix("%"))
-    if text.endswith("%") and not isinstance(share, str):
-        raise InputError(f"the rate is a share of the rows, got {text}; write {share / 100:g}")
-    return _plain(text)
-
-
-def _setting(key: str, value: str) -> Any:
-    if key == "pairs":
-        return [pair.split(">") for pair in value.split(";")]
-    if key == "redraw":
-        if value.lower() not in ("true", "false"):
-            raise InputError(f"redraw must be true or false, got '{value}'")
-        return value.lower() == "true"
-    return _plain(value)
-
-
-def _parse_matrix(text: str) -> dict[str, Any]:
-    if not text:
-        raise InputError("the matrix file is missing")
-    if not text.startswith("["):
-        return {"matrix": load_transition(text), "source": text}
-    try:
-        return {"matrix": json.loads(text)}
-    except json.JSONDecodeError:
-        raise InputError("the matrix is not valid JSON") from None
-
-
-def _plain(text: str) -> int | float | str:
-    """A number where the text is one; the model itself refuses what is left."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def estimate_transition_from_labels(
-    clean: npt.ArrayLike, given: npt.ArrayLike, num_classes: int
-) -> Floats:
-    """Count how true classes became given classes.  (N,), (N,) -> (C, C), rows sum to 1.
-
-    A class without rows gets an identity row.
-
-    >>> estimate_transition_from_labels([0, 0, 1], [0, 1, 1], num_classes=3).tolist()
-    [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    """
-    clean, given = np.asarray(clean), np.asarray(given)
-    _check_labels(clean, num_classes)
-    _check_labels(given, num_classes)
-    if len(clean) != len(given):
-        raise InputError(f"{len(clean)} clean labels do not pair with {len(given)} given labels")
-    counts: Floats = np.zeros((num_classes, num_classes))
-    np.add.at(counts, (clean, given), 1)
-    counts[np.diag_indices(num_classes)] += counts.sum(axis=1) == 0
-    counts /= counts.sum(axis=1, keepdims=True)
-    return counts
-
-
-def save_transition(path: str | Path, matrix: npt.ArrayLike) -> None:
-    """Write a transition matrix as JSON, a list of rows; `load_transition` reads it unchanged.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_transition(f"{folder}/matrix.json", [[0.9, 0.1], [0.2, 0.8]])
-    ...     parse_noise(f"transition:{folder}/matrix.json").matrix
-    ((0.9, 0.1), (0.2, 0.8))
-    """
-    rows = [json.dumps(row) for row in _check_matrix(matrix, "the transition matrix").tolist()]
-    Path(path).write_text("[\n  " + ",\n  ".join(rows) + "\n]\n", encoding="utf-8")
-
-
-def load_transition(path: str | Path) -> Floats:
-    """Read a row-stochastic (C, C) matrix from .json (a list of rows), .csv (no header) or .npy."""
-    path = Path(path)
-    if path.suffix.lower() not in (".json", ".csv", ".npy"):
-        raise InputError(f"{path}: a transition matrix is a .json, .csv or .npy file")
-    try:
-        if path.suffix.lower() == ".npy":
-            matrix = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() == ".csv":
-            matrix = np.loadtxt(path, delimiter=",", ndmin=2)
-        else:
-            matrix = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: is not a matrix of numbers ({error})") from None
-    return _check_matrix(matrix, str(path))
-
-
-def _check_matrix(matrix: object, where: str) -> Floats:
-    try:
-        array = np.array(matrix, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: is not a matrix of numbers with rows of one length") from None
-    if array.ndim != 2 or array.shape[0] != array.shape[1] or len(array) < 2:
-        raise InputError(f"{where}: must be C x C with C >= 2, got shape {array.shape}")
-    bad = np.argwhere(~(array >= 0))
-    if len(bad):
-        row, column = bad[0]
-        cell = f"row {row + 1}, column {column + 1} of the matrix"
-        raise InputError(f"{where}: {cell} must be at least 0, got {array[row, column]}")
-    sums = array.sum(axis=1)
-    if (wrong := np.flatnonzero(~(np.abs(sums - 1) <= 1e-6))).size:
-        raise InputError(
-            f"{where}: row {wrong[0] + 1} of the matrix must sum to 1, got {sums[wrong[0]]:.6g}"
-        )
-    return array
-
-
-def _check_labels(labels: npt.NDArray[Any], num_classes: int, least: int = 2) -> None:
-    if not isinstance(num_classes, Integral) or num_classes < least:
-        raise InputError(f"num_classes must be an integer of at least {least}, got {num_classes!r}")
-    if labels.ndim != 1 or not labels.size:
-        raise InputError(f"labels must have shape (N,) with N >= 1, got {labels.shape}")
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"labels must be integers, got {labels.dtype}")
-    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if outside.size:
-        row = outside[0]
-        raise InputError(f"labels must lie in [0, {num_classes}), got {labels[row]} in row {row}")
-
-
-def _check_features(features: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    shape, kind = features.shape, features.dtype
-    if len(shape) != 2 or shape[0] != count or shape[1] == 0 or kind.kind not in "fiu":
-        raise InputError(f"features must be numbers of shape ({count}, D), got {kind} {shape}")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if bad.size:
-        raise InputError(f"features must be finite, row {bad[0]} is not")
-    return features
-
-
-def _settle(
-    model: NoiseModel, setting: str, low: float = -np.inf, high: float = np.inf, whole: bool = False
-) -> None:
-    """Check one setting of a frozen model and store it as a plain int or float."""
-    value = getattr(model, setting)
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    owner = f"{setting} of {type(model).__name__}"
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise InputError(f"{owner} must be a {'whole ' * whole}number, got {value!r}")
-    if not low <= value <= high:  # also refuses NaN
-        reach = f"be at least {low}" if high == np.inf else f"lie in [{low}, {high}]"
-        raise InputError(f"{owner} must {reach}, got {value}")
-    object.__setattr__(model, setting, int(value) if whole else float(value))
 
 
 def _class(value: object) -> int | str:
@@ -793,13 +447,6 @@ def _class(value: object) -> int | str:
     if isinstance(value, int | np.integer):
         return int(value)
     raise TypeError(value)
-
-
-def _text(value: object) -> str:
-    """A setting as `parse_noise` reads it."""
-    if isinstance(value, tuple):
-        return ";".join(f"{a}>{b}" for a, b in value)
-    return value if isinstance(value, str) else repr(value)
 
 
 def _choose(weights: Floats, rng: np.random.Generator) -> Labels:
