@@ -45,7 +45,7 @@ def save_transition(path: str | Path, matrix: npt.ArrayLike) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_transition(f"{folder}/matrix.json", [[0.9, 0.1], [0.2, 0.8]])
     ...     parse_noise(f"transition:{folder}/matrix.json").matrix
-    ((0.9, 0.1), (0.2, 0.8))
+    [[0.9, 0.1], [0.2, 0.8]]
     """
     rows = [json.dumps(row) for row in check_matrix(matrix, "the transition matrix").tolist()]
     Path(path).write_text("[\n  " + ",\n  ".join(rows) + "\n]\n", encoding="utf-8")
