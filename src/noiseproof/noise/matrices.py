@@ -44,7 +44,7 @@ def save_transition(path: str | Path, matrix: npt.ArrayLike) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_transition(f"{folder}/matrix.json", [[0.9, 0.1], [0.2, 0.8]])
-    ...     parse_noise(f"transition:{folder}/matrix.json").matrix
+    ...     load_transition(f"{folder}/matrix.json").tolist()
     [[0.9, 0.1], [0.2, 0.8]]
     """
     rows = [json.dumps(row) for row in check_matrix(matrix, "the transition matrix").tolist()]
