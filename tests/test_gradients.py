@@ -190,8 +190,8 @@ def test_the_record_has_the_shares_of_the_last_epoch(tiny_model: Path) -> None:
 
 
 def test_the_truth_must_be_known() -> None:
-    for name in ("probe_gradients", "only_clean_rows"):
+    for name, value in (("probe_gradients", 4), ("only_clean_rows", True)):
         with pytest.raises(InputError, match=f"{name} needs to know which labels are wrong"):
-            Job("train.csv", **{name: 4})
+            Job("train.csv", **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least 2 rows"):
         Job("train.csv", noise="symmetric:0.2", probe_gradients=1)

@@ -496,7 +496,7 @@ def test_an_empty_cell_is_skipped_like_an_image_that_cannot_be_read(
              "--method", "GCE", "--train.epochs", "1", "--train.device", "cpu"]  # fmt: skip
     assert main([*words, "--out", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
-    assert "row 5 " in error and "the cell is empty" in error and "on_bad_image=skip" in error
+    assert "row 5 " in error and "the cell is empty" in error and "--on-bad-image skip" in error
     run = tmp_path / "b"
     assert main([*words, "--out", str(run), "--on-bad-image", "skip"]) == 0
     assert RunRecord.read(run).data["unreadable"] == {"training": 1}

@@ -390,9 +390,12 @@ class _Local(_Runner):
             listener = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
             listener.start()
             asked = {"cell": dataclasses.asdict(state.cell), "folder": str(state.folder)}
-            with suppress(BrokenPipeError):
+            try:
                 process.stdin.write(json.dumps(asked) + "\n")
                 process.stdin.flush()  # stays open: when this process dies, the cell sees its end
+            except BrokenPipeError:  # the cell was ended first
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             for line in process.stdout:
                 if line.startswith(SAID):
                     told(line.removeprefix(SAID).strip())
