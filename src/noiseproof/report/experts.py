@@ -152,7 +152,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     Whitney, 1947). Weights within a tenth of the even share, in mean and deviation, count as even
     (ours).
 
-    >>> verdict({"noise_auroc": 0.5, "rows": 200, "poison_weight": 0.4, "even_share": 0.25})[-37:]
+    >>> verdict({"noise_auroc": 0.5, "rows": 200, "poison_weight": 0.4, "even_share": 0.25})[-35:]
     'masking takes from all texts alike.'
     """
     auroc, rows = as_number(found.get("noise_auroc")), as_number(found.get("rows"))
