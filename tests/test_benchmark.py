@@ -315,6 +315,21 @@ def wait_for_an_epoch(process: subprocess.Popen[Any], out: Path, seen: set[Path]
         time.sleep(0.02)
 
 
+def interrupt(words: list[str], out: Path) -> list[int]:
+    """Ctrl-C for a grid of one cell that has come on; the processes of its cells."""
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_an_epoch(process, out, set())
+        cells = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted; the same command continues" in errors
+    (record,) = records(out).values()
+    assert record.status == "interrupted"
+    return cells
+
+
 def kill(words: list[str], out: Path, pause: float = 0.0) -> int:
     """Run a grid, kill it a while after it has come on, and give its exit code."""
     seen = set(out.glob("cells/*/checkpoints/*.safetensors"))
@@ -368,16 +383,7 @@ def test_an_interrupted_grid_leaves_no_process_and_goes_on(
     """Ctrl-C: cells write a checkpoint and end, the program says how to go on."""
     file = grid_file(values | {"train": values["train"] | {"epochs": 60}}, tmp_path / "grid.toml")
     out = tmp_path / "grid"
-    with subprocess.Popen(bench(file, out), stderr=subprocess.PIPE, text=True) as process:
-        wait_for_an_epoch(process, out, set())
-        cells = children(process.pid)
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        errors = process.stderr.read()
-    assert process.returncode == 130
-    assert "interrupted; the same command continues" in errors
-    (record,) = records(out).values()
-    assert record.status == "interrupted"
+    cells = interrupt(bench(file, out), out)
     assert cells or not Path("/proc").is_dir()
     assert not [pid for pid in cells if Path(f"/proc/{pid}").exists()]
 
@@ -477,15 +483,7 @@ def test_an_interrupted_grid_on_a_ray_cluster_goes_on(
     longer = values | {"methods": methods, "train": values["train"] | {"epochs": 60}}
     out = tmp_path / "grid"
     words = bench(grid_file(longer, tmp_path / "grid.toml"), out, "--ray", "local")
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_an_epoch(process, out, set())
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        errors = process.stderr.read()
-    assert process.returncode == 130
-    assert "interrupted; the same command continues" in errors
-    (record,) = records(out).values()
-    assert record.status == "interrupted"
+    interrupt(words, out)
     assert list(out.glob("cells/*/checkpoints/*.safetensors"))
     finished = subprocess.run(words, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -28,6 +28,7 @@ import noiseproof
 from noiseproof import cards, finetune
 from noiseproof.cli import COMMANDS, main
 from noiseproof.cli.commands import FIT_GROUPS, NOT_FLAT
+from noiseproof.cli.words import METAVARS
 from noiseproof.errors import InputError
 from noiseproof.job import Job
 from noiseproof.methods import METHODS, CleaR
@@ -607,6 +608,18 @@ def test_the_help_of_a_command_is_short_and_its_example_is_valid(
         assert re.search("tickets(.csv|.toml)? (does not exist|is not a run)", complaint(*words))
 
 
+@pytest.mark.parametrize("name", [name for name, shown in METAVARS.items() if "{" in shown])
+def test_the_choices_that_the_help_shows_are_those_that_are_taken(name: str, place: Place) -> None:
+    option = f"--train.{name}"
+    if f"{option} " not in works("fit", "--help").out:
+        option = f"--{name.replace('_', '-')}"
+    file = place.folder / "train.csv"
+    refused = complaint("fit", file, "--validation", file, "--out", place.folder / "none",
+                        option, "other")  # fmt: skip
+    taken = re.split("[;,] got ", refused.partition(" must be ")[2])[0].removeprefix("one of ")
+    assert sorted(re.split(", | or ", taken)) == sorted(METAVARS[name][1:-1].split(",")), refused
+
+
 def test_the_help_of_fit_shows_every_setting_of_a_job_in_a_group() -> None:
     grouped = [name for names in FIT_GROUPS.values() for name in names]
     flat = [item.name for item in dataclasses.fields(Job) if item.name not in NOT_FLAT]
@@ -689,6 +702,7 @@ FILES: dict[str, str | bytes] = {
     "header.csv": "text,label\n",
     "gap.csv": "text,label\na,x\nb,\nc,y\n",
     "single.csv": "text,label\na,x\nb,x\n",
+    "own.csv": "text,label\na,x\nb,y\nc,z\n",
     "unseen.csv": "text,label\nrose,garden\nboat,harbor\n",
     "number.jsonl": '{"text": "a", "label": "x"}\n\n{"text": 5, "label": "y"}\n',
     "twice.csv": "text,label,label\na,x,y\n",
@@ -758,7 +772,7 @@ READING = [
         r"cannot load model 'minilmm'; did you mean 'minilm'\?",
     ),
     ("sample 1", f"{FIT} --sample 1", r"--sample 1 leaves a single row; expected at least 2 rows"),
-    ("rows of their own", f"{FIT} --label text", r"cannot be both text and label|class of its own"),
+    ("rows of their own", "fit own.csv --out out", r"each of the 3 rows has a class of its own in"),
     (
         "no model folder",
         "fit train.csv --out out --model ./none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,9 +139,8 @@ def corrupt_table(
         table, frame=table.frame.assign(**{clean_label: truth, label: noisy})
     )
     if model_of_noise.needs_texts:
-        texts = map(list, zip(*corruption.extras["texts"], strict=True))
-        columns = dict(zip(reader.columns(table), texts, strict=True))
-        table = dataclasses.replace(table, frame=table.frame.assign(**columns))
+        changed = _noised(corruption, reader.columns(table))
+        table = dataclasses.replace(table, frame=table.frame.assign(**changed))
     if pool is not None:
         table = _replaced(table, pool, reader, corruption)
     if out is not None:
@@ -166,10 +166,15 @@ def _other_responses(
     if noise.needs_responses:
         changed[label] = corruption.extras["responses"].tolist()
     else:
-        cells_of = zip(*corruption.extras["texts"], strict=True)
-        changed |= {name: list(cells) for name, cells in zip(columns, cells_of, strict=True)}
+        changed |= _noised(corruption, columns)
     frame = table.frame.assign(**changed)
     return dataclasses.replace(table, frame=frame, texts={}), corruption
+
+
+def _noised(corruption: Corruption, columns: Sequence[str]) -> dict[str, list[str]]:
+    """The texts of all rows after text noise, column by column."""
+    texts = zip(*corruption.extras["texts"], strict=True)
+    return {name: list(cells) for name, cells in zip(columns, texts, strict=True)}
 
 
 def _relabelled(column: Any, old: np.ndarray, new: np.ndarray, names: tuple[str, ...]) -> Any:

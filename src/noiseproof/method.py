@@ -239,7 +239,7 @@ class Method:
         Raises:
             InputError: A setting is not of the type that it declares.
         """
-        check_types(self, f"{self.name}.")
+        _check_own_types(self)
 
     def for_tokens(self: M) -> M:
         """Give the method as it runs where a label is a text, row by row a mean over its tokens.
@@ -347,12 +347,25 @@ class Method:
         return cls(**settings)
 
 
+def _check_own_types(method: Method) -> None:
+    """Refuse settings of another type; nested ones that came as a dict with what does take one."""
+    for item in dataclasses.fields(method):
+        value = getattr(method, item.name)
+        if isinstance(value, Mapping) and callable(item.default_factory):
+            kind = type(item.default_factory()).__name__
+            raise InputError(
+                f"{method.name}.{item.name} must be a {kind}, got {type(value).__name__}; "
+                f'{method.name}.preset("default", {item.name}={{...}}) changes some of its settings'
+            )
+    check_types(method, f"{method.name}.")
+
+
 def _after_types(own: Callable[[Any], None]) -> Callable[[Any], None]:
     """The checks of a method, which may then compare numbers with numbers."""
 
     @functools.wraps(own)
     def checked(self: Any) -> None:
-        check_types(self, f"{self.name}.")
+        _check_own_types(self)
         own(self)
 
     return checked

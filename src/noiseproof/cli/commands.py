@@ -540,7 +540,7 @@ def methods(words: list[str]) -> None:
     from rich.table import Column, Table
 
     from noiseproof import cards
-    from noiseproof.methods import METHODS, find_method
+    from noiseproof.methods import METHODS, method_of
 
     console = Console()
     if given.name is None:
@@ -549,17 +549,15 @@ def methods(words: list[str]) -> None:
             table.add_row(name, cards.summary(method), ", ".join(method.presets()))
         console.print(table)
         return
-    name, _, preset = given.name.partition(":")
-    chosen, preset = find_method(name), preset or "default"
-    made = chosen.preset(preset)
-    console.print(cards.card(chosen), highlight=False, markup=False, soft_wrap=True)
+    made, preset = method_of(given.name), given.name.partition(":")[2] or "default"
+    console.print(cards.card(type(made)), highlight=False, markup=False, soft_wrap=True)
     table = Table(Column("setting", no_wrap=True), preset, "meaning", box=None, pad_edge=False)
-    for setting in cards.settings(chosen, preset=made):
+    for setting in cards.settings(type(made), preset=made):
         table.add_row(f"--method.{setting.name}", setting.default, setting.meaning)
     console.print()
     console.print(table)
-    console.print(f"\ntasks: {', '.join(chosen.tasks)}", highlight=False)
-    console.print(f"presets: {', '.join(chosen.presets())}", highlight=False, soft_wrap=True)
+    console.print(f"\ntasks: {', '.join(made.tasks)}", highlight=False)
+    console.print(f"presets: {', '.join(made.presets())}", highlight=False, soft_wrap=True)
 
 
 def demo(words: list[str]) -> None:

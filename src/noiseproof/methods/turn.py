@@ -186,11 +186,6 @@ class TURN(Tuned):
             value = getattr(self, name)
             require(value >= 0, f"TURN.{name} must be at least 0, got {value}")
         require(
-            isinstance(self.mixture, LossMixture),
-            f"TURN.mixture must be a LossMixture, got {type(self.mixture).__name__}; "
-            'TURN.preset("default", mixture={...}) changes some of its settings',
-        )
-        require(
             0 <= self.probe_ce_epochs <= self.probe_epochs,
             f"TURN.probe_ce_epochs must lie in [0, probe_epochs={self.probe_epochs}], "
             f"got {self.probe_ce_epochs}",
@@ -360,11 +355,18 @@ class TURN(Tuned):
         )
         sizes = torch.bincount(run.labels[usable], minlength=run.num_classes)  # (C,)
         keep, counts = self._balanced(run, marked, best_first(ranked, loss), sizes)
-        self._log_selection(run, clean > self.threshold, keep, counts, sizes)
+        kept = torch.bincount(run.labels[keep], minlength=run.num_classes)  # (C,)
+        self._log_selection(run, clean > self.threshold, keep, counts, sizes, kept)
+        table = {
+            "epoch": run.epoch,
+            "rows": sizes.tolist(),
+            "selected": counts.tolist(),
+            "kept": kept.tolist(),
+            "mixtures": fit.table(),
+        }  # by class, in label order
+        run.findings.setdefault("selection", {"first": table})["last"] = table
         if not bool(usable.all()):
             run.log(rows_not_finite=int((~usable).sum()))
-        table = selection_table(run, keep, counts, sizes) | {"mixtures": fit.table()}
-        run.findings.setdefault("selection", {"first": table})["last"] = table
         columns = {"loss": loss, "clean_prob": clean, "selected": keep, "keep": keep}
         if self.balance == "weight":
             present = counts > 0
@@ -408,11 +410,10 @@ class TURN(Tuned):
         return draw_per_class(marked, run.labels, quota, order), counts
 
     def _log_selection(
-        self, run: Run, above: Tensor, keep: Tensor, counts: Tensor, sizes: Tensor
+        self, run: Run, above: Tensor, keep: Tensor, counts: Tensor, sizes: Tensor, kept: Tensor
     ) -> None:
         """Sizes of the selection, for the history row; of classes the extremes and the median."""
         present = counts[sizes > 0]
-        kept = torch.bincount(run.labels[keep], minlength=run.num_classes)
         shares = (kept / sizes)[sizes > 0].double()
         floored = torch.bincount(run.labels[above], minlength=run.num_classes) < counts
         run.log(
@@ -498,24 +499,6 @@ class TURN(Tuned):
         if self.precondition == "stop":
             raise InputError(f"{message}; precondition=warn goes on")
         run.warn(message)
-
-
-def selection_table(run: Run, keep: Tensor, counts: Tensor, sizes: Tensor) -> dict[str, Any]:
-    """What an epoch selected of each class, in label order, as JSON values for the record.
-
-    Args:
-        run: The run.
-        keep: Rows that train (N,) bool.
-        counts: Rows of each class that looked right (C,).
-        sizes: Rows of each class that have a loss (C,).
-    """
-    kept = torch.bincount(run.labels[keep], minlength=run.num_classes)
-    return {
-        "epoch": run.epoch,
-        "rows": sizes.tolist(),
-        "selected": counts.tolist(),
-        "kept": kept.tolist(),
-    }
 
 
 def _named(run: Run, labels: Sequence[int]) -> str:
