@@ -437,6 +437,12 @@ print(json.dumps(said))
     said = last_json(done.stdout)
     assert said["predict"] == made.predictor.predict(prompts)
     assert all(len(words) <= 4 for mode in MODES for words in said[mode])
+    rows = response_rows(3, seed=5)
+    lost = {m: noiseproof.predict(out, rows, inference_mode=m)["response_loss"] for m in MODES}
+    deployed = noiseproof.predict(out, rows)["response_loss"]
+    assert deployed.equals(lost["compensate"]) and not deployed.equals(lost["none"])
+    with pytest.raises(InputError, match="unknown inference mode 'off'; available: none, mask"):
+        noiseproof.predict(out, rows, inference_mode="off")
 
 
 def test_methods_that_noise_texts_noise_what_is_said_in_a_chat(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def with_updates(model: nn.Module, std: float = 0.3) -> nn.Module:
     return model
 
 
+GATED: dict[str, Any] = {"gamma": 0.8, "max_clean_loss": None}  # drawn, and from the warm-up on
+
+
 def routed(tiny_run: Tiny, **settings: Any) -> nn.Module:
     """The tiny BERT in eval mode, with gated LoRA whose updates are not zero."""
     model = CleaR(**settings).prepare_model(copy.deepcopy(tiny_run.model))
@@ -93,6 +97,8 @@ def run_of(model: nn.Module, rows: int, epoch: int = 0, seed: int = 0, **columns
 
     run = Run(model, labels, CLASSES, predict, torch.Generator(), seed=seed, epoch=epoch, epochs=6)
     run.columns = dict(columns)
+    if "clean_prob" in columns:  # routing has begun
+        run.columns["gate_prob"] = columns["clean_prob"]
     return run
 
 
@@ -141,8 +147,8 @@ def routed_step(
     run = at_epoch(tiny_run, model, epoch=3)
     if not known:
         run.encode = None
-    run.columns["clean_prob"] = torch.zeros(len(run.labels))
-    run.columns["clean_prob"][:8] = clean
+    run.columns["gate_prob"] = torch.zeros(len(run.labels))
+    run.columns["gate_prob"][:8] = clean
     rows = np.arange(8)
     batch = dataclasses.replace(
         batch_of(run, torch.from_numpy(rows)), inputs=tiny_run.encoded.inputs(rows)
@@ -317,7 +323,7 @@ def test_dropout_that_ends_with_the_warm_up_forbids_known_features_until_then(
     rows = np.arange(8)
     for epoch in (0, 3):
         run = at_epoch(tiny_run, model, epoch=epoch)
-        run.columns["clean_prob"] = torch.ones(len(run.labels))
+        run.columns["gate_prob"] = torch.ones(len(run.labels))
         run.columns["target_logits"] = torch.zeros(len(run.labels), run.num_classes)
         batch = batch_of(run, torch.from_numpy(rows))
         method.compute_loss(
@@ -331,7 +337,7 @@ def test_a_wrapped_model_is_called_whole(tiny_run: Tiny) -> None:
     method = CleaR(gamma=1.0, lambda_consistency=0.0)
     model = with_updates(method.prepare_model(copy.deepcopy(tiny_run.model))).train()
     run = at_epoch(tiny_run, model, epoch=3)
-    run.columns["clean_prob"] = (torch.arange(len(run.labels)) % 2).float()
+    run.columns["gate_prob"] = (torch.arange(len(run.labels)) % 2).float()
     calls = []
 
     class Wrapper(nn.Module):
@@ -443,8 +449,8 @@ def test_gates_leave_the_global_random_states_alone(tiny_run: Tiny) -> None:
     model = routed(tiny_run, eval_gate="mean")
     run = at_epoch(tiny_run, model, epoch=3)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    run.columns = CleaR().on_epoch_start(run)
-    train_gates(CleaR(), run, torch.arange(len(run.labels)))
+    run.columns = CleaR(**GATED).on_epoch_start(run)
+    train_gates(CleaR(**GATED), run, torch.arange(len(run.labels)))
     run.predict()
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)
@@ -467,8 +473,8 @@ def test_hard_routing_opens_exactly_the_rows_above_the_threshold() -> None:
     run = run_of(bare(3), 4, epoch=3, clean_prob=clean)
     gate = train_gates(CleaR(routing="hard", threshold=0.7), run, torch.arange(4))
     assert torch.equal(gate, (clean > 0.7).float()[:, None].expand(-1, 3))
-    warm = train_gates(CleaR(routing="hard"), run, torch.arange(4), routed=False)
-    assert torch.equal(warm, train_gates(CleaR(), run, torch.arange(4), routed=False))
+    warm = train_gates(CleaR(routing="hard", gamma=0.8), run, torch.arange(4), routed=False)
+    assert torch.equal(warm, train_gates(CleaR(**GATED), run, torch.arange(4), routed=False))
 
 
 def test_a_share_of_a_class_that_looks_wrong_as_a_whole_is_routed_anyway() -> None:
@@ -479,14 +485,86 @@ def test_a_share_of_a_class_that_looks_wrong_as_a_whole_is_routed_anyway() -> No
     logits[80:, 2] += torch.linspace(0, 0.5, 10)  # the last rows of the class fit best
     run = run_of(bare(3), 90, epoch=3)
     run.labels, run.predict = labels, lambda before_batch=None: logits
-    run.columns = CleaR(min_class_fraction=0.3).on_epoch_start(run)
+    method = CleaR(min_class_fraction=0.3, spare=False)
+    run.columns = method.on_epoch_start(run)
     assert (run.columns["clean_prob"][labels == 2] < 0.5).all()  # the verdict on rows stays
     trusted = run.columns["gate_prob"]
     assert torch.equal(trusted[:80], run.columns["clean_prob"][:80])
     assert (trusted[80:] == 1).tolist() == [False] * 7 + [True] * 3
     gate = train_gates(CleaR(routing="hard", min_class_fraction=0.3), run, torch.arange(90))
     assert gate[:, 0].tolist() == [1.0] * 80 + [0.0] * 7 + [1.0] * 3
-    assert "gate_prob" not in CleaR().on_epoch_start(run)
+    without = CleaR(spare=False).on_epoch_start(run)
+    assert torch.equal(without["gate_prob"], without["clean_prob"])
+
+
+def test_routing_waits_until_right_rows_are_known_better_than_by_a_guess() -> None:
+    """A mixture on the losses of a model that has learned nothing splits the rows at random."""
+    rows = 60
+    settled: dict[str, Any] = {"lambda_consistency": 0.0, "spare": False}
+    run = run_of(bare(3), rows, epoch=3)
+    spread = torch.linspace(0, 0.2, rows)
+
+    def knows(share: float) -> CleaR:
+        """Two thirds of the rows at this share of log(C), the others far above it."""
+        loss = torch.full((rows,), share * math.log(CLASSES)) + spread
+        loss[::3] += 5
+        right = torch.expm1(loss).reciprocal().log() + math.log(CLASSES - 1)
+        logits = torch.zeros(rows, CLASSES)
+        logits[torch.arange(rows), run.labels] = right
+        run.predict = lambda before_batch=None: logits
+        return CleaR(**settled)
+
+    columns = knows(0.8).on_epoch_start(run)
+    assert set(columns) == {"loss", "clean_prob"} and run.logged["routed"] == 0
+    assert not run.warned
+    run.columns.update(columns)
+    method = knows(0.8)
+    assert not method._routed(run)  # so gates, loss and dropout are those of the warm-up
+    published = CleaR(max_clean_loss=None, **settled).on_epoch_start(run)
+    assert "gate_prob" in published
+    columns = knows(0.4).on_epoch_start(run)
+    assert torch.equal(columns["gate_prob"], columns["clean_prob"]) and run.logged["routed"] == 1
+    run.columns.update(columns)
+    assert "gate_prob" in knows(0.8).on_epoch_start(run)  # what has begun goes on
+
+
+def test_a_run_that_never_routes_says_so(tiny_run: Tiny) -> None:
+    with pytest.warns(UserWarning, match="never began to route"):
+        outcome = tiny_run.fit(CleaR(warmup_epochs=1, max_clean_loss=0.01), epochs=3)
+    assert [row.get("routed") for row in outcome.history] == [None, 0, 0]
+    assert "warning" in outcome.history[-1]
+
+
+def test_rows_of_which_a_high_loss_proves_nothing_have_gates_as_open_as_the_average() -> None:
+    """Hard rows that are predicted right, and all rows of a class that is never predicted yet.
+
+    To a mixture both look wrong; without noise they would not be learned, and the class never.
+    """
+    labels = torch.arange(90) % CLASSES
+    logits = torch.zeros(90, CLASSES)
+    sure = torch.where(labels == 2, 1.0, 9.0)
+    logits[torch.arange(90), labels.clamp(max=1)] = sure  # never the last class
+    logits[:12] = logits[:12].clamp(max=1.0)
+    logits[:12] = logits[:12].roll(1, dims=1)  # wrong labels among all classes
+    hard = torch.arange(60, 70)[labels[60:70] < 2]
+    logits[hard] = 0.0
+    logits[hard, labels[hard]] = 0.1
+    run = run_of(bare(3), 90, epoch=3)
+    run.labels, run.predict = labels, lambda before_batch=None: logits
+    plain = CleaR(spare=False).on_epoch_start(run)
+    unknown = labels == 2
+    assert (plain["gate_prob"][hard] < 0.5).all() and (plain["gate_prob"][unknown][5:] < 0.5).all()
+    spared = CleaR().on_epoch_start(run)
+    average = float(plain["clean_prob"][~unknown].mean())
+    assert 0.6 < average < 0.95
+    for rows in (hard, unknown):
+        assert (spared["gate_prob"][rows] >= average - 1e-6).all()
+    others = ~unknown
+    others[hard] = False
+    assert torch.equal(spared["gate_prob"][others], plain["gate_prob"][others])
+    assert torch.equal(spared["clean_prob"], plain["clean_prob"])  # the verdict stays
+    assert run.logged["known_share"] == pytest.approx(2 / 3)
+    assert run.logged["gates_least"] == pytest.approx(average)
 
 
 def test_soft_routing_scales_by_gamma_times_clean_probability() -> None:
@@ -503,8 +581,9 @@ def test_soft_routing_scales_by_gamma_times_clean_probability() -> None:
 def test_random_routing_ignores_the_clean_probability() -> None:
     """The control of the routing ablation must not see what it is the control for."""
     rows = torch.arange(200)
+    method = CleaR(routing="random", gamma=0.8)
     gates = [
-        train_gates(CleaR(routing="random"), run_of(bare(4), 200, epoch=3, clean_prob=clean), rows)
+        train_gates(method, run_of(bare(4), 200, epoch=3, clean_prob=clean), rows)
         for clean in (torch.zeros(200), torch.rand(200), torch.ones(200))
     ]
     assert torch.equal(gates[0], gates[1]) and torch.equal(gates[0], gates[2])
@@ -622,7 +701,7 @@ def test_a_batch_has_gates_of_its_own_at_test() -> None:
 def test_scoring_averages_gated_passes_in_row_order(tiny_run: Tiny) -> None:
     """Scores that belong to other rows look plausible and select noise."""
     model = routed(tiny_run)
-    method, seed, epoch = CleaR(scoring_passes=3), 4, 5
+    method, seed, epoch = CleaR(scoring_passes=3, **GATED), 4, 5
     run = at_epoch(tiny_run, model, epoch, seed)
     columns = method.on_epoch_start(run)
     rows = len(run.labels)
@@ -637,7 +716,7 @@ def test_scoring_averages_gated_passes_in_row_order(tiny_run: Tiny) -> None:
     torch.testing.assert_close(columns["target_logits"], wanted, rtol=1e-4, atol=1e-4)
     losses = F.cross_entropy(wanted, run.labels, reduction="none")
     torch.testing.assert_close(columns["loss"], losses, rtol=1e-4, atol=1e-4)
-    assert set(columns) == {"loss", "clean_prob", "target_logits"}
+    assert set(columns) == {"loss", "clean_prob", "gate_prob", "target_logits"}
 
 
 def test_scoring_restores_every_training_flag(tiny_run: Tiny) -> None:
@@ -661,8 +740,8 @@ def test_the_warm_up_scores_nothing(tiny_run: Tiny) -> None:
 def test_without_consistency_no_teacher_is_kept(tiny_run: Tiny) -> None:
     """N x C numbers that nobody reads."""
     run = at_epoch(tiny_run, routed(tiny_run), epoch=3)
-    columns = CleaR(lambda_consistency=0).on_epoch_start(run)
-    assert set(columns) == {"loss", "clean_prob"}
+    columns = CleaR(lambda_consistency=0, max_clean_loss=None).on_epoch_start(run)
+    assert set(columns) == {"loss", "clean_prob", "gate_prob"}
 
 
 def test_a_weight_by_clean_probability_is_scored_for_without_routing(tiny_run: Tiny) -> None:
@@ -690,7 +769,7 @@ def test_the_smoothed_loss_follows_its_recursion() -> None:
 
 def test_reuse_scores_the_rows_that_no_step_recorded(tiny_run: Tiny) -> None:
     """Rows without logits would otherwise count as all-zero logits: loss log C, half clean."""
-    model, method = routed(tiny_run), CleaR(scoring="reuse")
+    model, method = routed(tiny_run), CleaR(scoring="reuse", **GATED)
     run = at_epoch(tiny_run, model, epoch=0)
     run.columns = method.on_epoch_start(run)
     assert not run.columns["recorded"].any()
@@ -702,7 +781,7 @@ def test_reuse_scores_the_rows_that_no_step_recorded(tiny_run: Tiny) -> None:
     scored = method.on_epoch_start(run)["target_logits"]
     assert torch.equal(scored[seen], recorded)
     missed = torch.arange(1, 25, 2)
-    one_pass = CleaR(scoring_passes=1).on_epoch_start(at_epoch(tiny_run, model, epoch=3))
+    one_pass = CleaR(**GATED).on_epoch_start(at_epoch(tiny_run, model, epoch=3))
     torch.testing.assert_close(scored[missed], one_pass["target_logits"][missed])
 
 
@@ -719,8 +798,11 @@ def test_reuse_reads_the_logits_of_the_last_training_epoch(tiny_run: Tiny) -> No
         patch.setattr(Engine, "predict", counted)
         outcome = tiny_run.fit(CleaR(scoring="reuse", warmup_epochs=1), epochs=3)
         assert not passes
-        tiny_run.fit(CleaR(scoring_passes=2, warmup_epochs=1), epochs=3)
+        tiny_run.fit(CleaR(scoring_passes=2, warmup_epochs=1, gamma=0.8), epochs=3)
         assert sum(passes) == 2 * 2
+        passes.clear()
+        tiny_run.fit(CleaR(scoring_passes=2, warmup_epochs=1), epochs=3)
+        assert sum(passes) == 2  # with all gates open a second pass would be the first again
     assert outcome.run.columns["recorded"].all()
     assert outcome.run.columns["train_logits"].abs().sum(dim=1).min() > 0
 
@@ -821,7 +903,7 @@ def test_targets_stay_frozen_during_an_epoch(tiny_run: Tiny) -> None:
             return columns
 
     started: dict[int, dict[str, Tensor]] = {}
-    tiny_run.fit(Watching(warmup_epochs=1, scoring_passes=1), epochs=3)
+    tiny_run.fit(Watching(warmup_epochs=1, max_clean_loss=None), epochs=3)
     assert set(started) == {1, 2} and len(seen) == 8
     for epoch, rows, clean, target in seen:
         assert torch.equal(clean, started[epoch]["clean_prob"][rows])
@@ -843,7 +925,8 @@ def test_without_routing_and_consistency_clear_is_plain_lora_step_for_step(tiny_
 def test_the_warm_up_of_open_gates_is_plain_lora(tiny_run: Tiny) -> None:
     """gamma = 1: all gates open until routing begins, and something else afterwards."""
     plain = tiny_run.fit(CrossEntropy(tune="lora"), epochs=3)
-    clear = tiny_run.fit(CleaR(gamma=1.0, warmup_epochs=2, dropout=None), epochs=3)
+    method = CleaR(warmup_epochs=2, dropout=None, max_clean_loss=None, consistency_weight="none")
+    clear = tiny_run.fit(method, epochs=3)
     losses = [[row["loss"] for row in outcome.history] for outcome in (plain, clear)]
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
@@ -860,7 +943,7 @@ def test_dropout_after_the_warm_up_can_be_turned_off(tiny_run: Tiny, keeps: bool
             flags.setdefault(run.epoch, set()).add(run.model.training)
             return loss
 
-    method = Watching(dropout_after_warmup=keeps, warmup_epochs=1, scoring_passes=1)
+    method = Watching(dropout_after_warmup=keeps, warmup_epochs=1, max_clean_loss=None)
     tiny_run.fit(method, epochs=3)
     assert flags == {0: {True}, 1: {keeps}, 2: {keeps}}
 
@@ -893,24 +976,29 @@ def test_a_bert_base_trains_as_many_parameters_as_published(peft_family: str) ->
 
 def test_presets_keep_the_values_of_the_specification() -> None:
     """Origins: specs/clear.md, section 5; what differs is measured by us."""
-    published = LossMixture(monotone=False, guard="off")
+    mixture = LossMixture(monotone=False, guard="off")
+    published = CleaR(
+        gamma=0.8,
+        mixture=mixture,
+        spare=False,
+        max_clean_loss=None,
+        consistency_weight="none",
+        dropout=None,
+    )
     assert CleaR() == CleaR.preset("default")
-    assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, 3, 1)
+    assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (1.0, 3, 1)
+    assert (CleaR().spare, CleaR().max_clean_loss) == (True, 0.75)
+    assert CleaR().consistency_weight == "noisy_prob"
     assert (CleaR().temperature, CleaR().temperature_squared) == (1.0, True)
     assert (CleaR().lambda_consistency, CleaR().loss_ema, CleaR().eval_gate) == (1.0, 0, "all_on")
     assert (CleaR().routing, CleaR().free_gate) == ("bernoulli", "sample")
-    code = CleaR(
-        warmup_epochs=3,
-        rank=4,
-        mixture=published,
-        dropout_after_warmup=False,
-        eval_gate="sample",
-        dropout=None,
-    )
+    code = dataclasses.replace(published, rank=4, dropout_after_warmup=False, eval_gate="sample")
     assert CleaR.presets() == {
         "default": CleaR(),
-        "plain": CleaR(routing="none", lambda_consistency=0.0, dropout=None),
-        "paper": CleaR(warmup_epochs=3, scoring_passes=5, mixture=published, dropout=None),
+        "plain": dataclasses.replace(
+            published, routing="none", lambda_consistency=0.0, mixture=LossMixture()
+        ),
+        "paper": dataclasses.replace(published, scoring_passes=5),
         "fast": CleaR(scoring="reuse", loss_ema=0.5),
         "code": dataclasses.replace(
             code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0
@@ -938,6 +1026,14 @@ def test_presets_keep_the_values_of_the_specification() -> None:
     }
     for method in CleaR.presets().values():
         assert CleaR.from_dict(method.to_dict()) == method
+
+
+def test_records_from_before_a_setting_are_read_as_what_they_were() -> None:
+    """A run that routed after the warm-up in any case must not be taken for one that waits."""
+    values = CleaR(max_clean_loss=None).to_dict()
+    assert "max_clean_loss" not in values and "min_class_fraction" not in values
+    assert CleaR.from_dict(values).max_clean_loss is None
+    assert CleaR().to_dict()["max_clean_loss"] == CleaR().max_clean_loss is not None
 
 
 @pytest.mark.parametrize("preset", CleaR.presets())

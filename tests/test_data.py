@@ -106,6 +106,13 @@ BAD_FILES: list[tuple[str, str, str | bytes, dict[str, Any], str]] = [
         {"label": "Lable"},
         r"t\.csv has no column 'Lable' \(label\); did you mean 'label'\?; columns: text, label$",
     ),
+    (
+        "a column that is the label is not proposed as the text",
+        "t.csv",
+        "message,intent\na,x\nb,y\n",
+        {"label": "intent"},
+        r"t\.csv has no column 'text' \(text\); columns: message, intent$",
+    ),
     ("many columns", "t.csv", f"{LONG}\n{LONG}", {}, r"columns: c0, .*, c11 and 18 more$"),
     ("other separator", "t.csv", "text;label\na;x\n", {}, r"is ';' its separator\? expected ','"),
     ("missing clean", "t.csv", GOOD, {"clean_label": "gold"}, r"no column 'gold' \(clean label\)"),

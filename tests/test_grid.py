@@ -312,3 +312,19 @@ def test_draws_are_reproducible_and_inside_their_range() -> None:
 def test_a_range_that_is_none_is_refused(space: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="rate"):
         draw(space, 3, 0)
+
+
+def test_a_home_that_does_not_exist_is_one_clear_line() -> None:
+    """The command line says so; calls from Python once ended in a RuntimeError."""
+    from noiseproof.benchmark import run_grid
+    from noiseproof.report import report
+
+    grid = parse_grid(values())
+    for call in (
+        lambda: read_grid("~nobody-of-this-name/grid.toml"),
+        lambda: run_grid(grid, "~nobody-of-this-name/runs"),
+        lambda: report("~nobody-of-this-name/runs", "report.md"),
+        lambda: report("runs", "~nobody-of-this-name/report.md"),
+    ):
+        with pytest.raises(InputError, match=r"'~nobody-of-this-name/.*' is not a path"):
+            call()

@@ -709,6 +709,7 @@ def test_what_the_method_refuses_before_the_first_step_leaves_no_folder(
         ({"validation": "v.csv"}, "say whether the labels of the validation file are trusted"),
         ({"validation": "v.csv", "validation_labels": "good"}, "must be clean or noisy, got good"),
         ({"validation": 0.1, "validation_labels": "clean"}, "so its labels are noisy"),
+        ({"validation_labels": "clean"}, "and there are none; give validation, or leave it out"),
         ({"train": train_settings(select="best")}, "train.select=best needs validation rows"),
         (
             {"train": train_settings(select="best", evaluate="end"), "validation": 0.2},

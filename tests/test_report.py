@@ -445,6 +445,7 @@ def test_the_seeds_share_the_trials(tmp_path: Path) -> None:
     text = made(tmp_path, tmp_path / "report.md")
     assert "4 trials for every method, shared by its seeds" in text
     assert row(tables(text)["Search for settings"], "GCE")["Seconds"] == "90"
+    assert "their searches, which runs share, took 0.03 more." in text  # once, not for every seed
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -61,3 +61,28 @@ def test_the_noise_model_keeps_labels_and_says_which_texts_changed():
     done = noise.apply([0, 1] * 1000, 2, 0, texts=TEXTS)
     assert done.noise_rate == 0 and done.labels.tolist() == [0, 1] * 1000
     assert 0.25 < done.extras["text_changed"].mean() < 0.35
+
+
+@pytest.mark.parametrize("unit", ["sample", "word"])
+def test_words_give_way_to_other_words_of_the_same_texts(unit):
+    """The noise in data that LoPE's paper calls replacement; white space stays."""
+    noise = parse_noise(f"text:0.4,unit={unit},kind=replace,strength=0.5")
+    assert noise is not None and parse_noise(noise.spec) == noise
+    texts = [(f"{a} {b}\tsaw  {c}",) for a in "kl" for b in "mnop" for c in "qrstu"] * 20
+    done = noise.apply([0, 1] * 400, 2, 0, texts=texts)
+    words = {word for (text,) in texts for word in text.split()}
+    changed = 0
+    for (before,), (after,) in zip(texts, done.extras["texts"], strict=True):
+        pairs = list(zip(before.split(), after.split(), strict=True))
+        assert {new for _, new in pairs} <= words and "\t" in after and "  " in after
+        differ = sum(old != new for old, new in pairs)
+        assert unit == "word" or differ in (0, 2)
+        changed += differ
+    assert abs(changed / (4 * 800) - 0.4 * (0.5 if unit == "sample" else 1)) < 0.04
+
+
+def test_replacing_needs_words_and_whole_ones():
+    with pytest.raises(InputError, match="must be two or more for replace"):
+        TextNoise(1.0, operations=("replace",)).apply(("one",), row_random("test", 0, 0))
+    with pytest.raises(InputError, match="must not name replace with unit=char"):
+        parse_noise("text:0.1,unit=char,kind=replace")

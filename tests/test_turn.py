@@ -30,7 +30,7 @@ from noiseproof.frozen import encode_batch
 from noiseproof.loop import Outcome, Progress
 from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import Method, Run, Stage
-from noiseproof.methods import GCE, TURN
+from noiseproof.methods import GCE, TURN, CrossEntropy
 from noiseproof.methods.turn import LEAST_AGREEMENT, MOST_OVERLAP, class_name, probe_signals
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import load_text_classifier, plain_model, start_head
@@ -813,6 +813,9 @@ def test_a_pooler_that_the_checkpoint_does_not_hold_is_warned_of(
     run.model = load_text_classifier(str(tiny_run.folder), LABELS)[0]
     TURN().on_epoch_start(run)
     assert not run.warned
+    CrossEntropy(tune="head").prepare_model(run.model)
+    with pytest.warns(UserWarning, match=r"does not hold bert.pooler.dense, which stays random"):
+        CrossEntropy(tune="head").prepare_model(model)
 
 
 def test_a_head_can_start_random_or_be_left_as_it_is(tiny_run: Tiny) -> None:

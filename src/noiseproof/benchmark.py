@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.finetune import run_job
 from noiseproof.grid import Cell, Grid, with_best
 from noiseproof.loop import Progress
@@ -125,7 +125,7 @@ def run_grid(
             with ``ray``.
         KeyboardInterrupt: Running cells have written a checkpoint; the same call continues.
     """
-    folder = Path(out).expanduser()
+    folder = path_of(out)
     if workers is not None and ray:
         raise InputError(
             f"--workers {workers} is for this machine; with --ray the processors of the cluster "

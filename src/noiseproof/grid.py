@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from noiseproof.engine import TrainSettings
-from noiseproof.errors import InputError, unknown_name
+from noiseproof.errors import InputError, path_of, unknown_name
 from noiseproof.job import Job
 from noiseproof.method import Method, require
 from noiseproof.methods import METHODS
@@ -144,7 +144,7 @@ class Grid:
     file: str = ""
 
 
-def read_grid(path: Path, only: Sequence[str] = ()) -> Grid:
+def read_grid(path: str | Path, only: Sequence[str] = ()) -> Grid:
     """Read a grid file.
 
     Args:
@@ -158,8 +158,9 @@ def read_grid(path: Path, only: Sequence[str] = ()) -> Grid:
         import tomllib
     else:
         import tomli as tomllib
+    path = path_of(path)
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"the grid {path} does not exist; expected a TOML file") from error
     except (OSError, UnicodeDecodeError) as error:

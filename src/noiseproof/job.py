@@ -78,7 +78,8 @@ class Job:
         answer_rows: How many test rows at most are answered by generating.
         model: Pre-trained model: local folder, hub name, or minilm; features need none. From
             Python, images and features also take a torch module that gives logits.
-        noise: Noise to inject into the training labels, such as symmetric:0.4, or none.
+        noise: Noise to inject into the training labels, such as symmetric:0.4, or none; the help of
+            corrupt lists the kinds.
         noise_seed: Seed of the injected noise; None follows train.seed.
         noise_pool: Foreign rows for open-set noise: a file with the same columns, read like data.
         method: How to fine-tune.
@@ -187,6 +188,11 @@ class Job:
             not from_file or self.validation_labels in VALIDATION_KINDS,
             "say whether the labels of the validation file are trusted: validation_labels must be "
             f"clean or noisy, got {self.validation_labels}",
+        )
+        require(
+            self.validation is not None or self.validation_labels is None,
+            "validation_labels says whether labels of validation rows are trusted, and there are "
+            "none; give validation, or leave it out",
         )
         require(
             share is None or self.validation_labels in (None, "noisy"),

@@ -216,15 +216,16 @@ class Method:
         tasks: Tasks that the method supports.
         writes: Columns that `compute_loss` updates row by row.
         merges: Whether what was trained can become part of the encoder's own weights.
-        later: Settings that came after the first version; the record leaves them out at their
-            default, so that the identifiers of runs from before stay as they are.
+        later: Settings that came after the first version, and what was done before them. The record
+            leaves them out at that value, so that runs from before keep their identifiers and are
+            read as what they were.
     """
 
     name: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]] = ("text",)
     writes: ClassVar[tuple[str, ...]] = ()
     merges: ClassVar[bool] = True
-    later: ClassVar[tuple[str, ...]] = ()
+    later: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
         """The class name is the name everywhere; types are checked before a method's own checks."""
@@ -325,16 +326,16 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the record: ``{"name": ..., field: value, ...}``."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        for item in dataclasses.fields(self):
-            if item.name in self.later and getattr(self, item.name) == item.default:
-                del values[item.name]
+        for name, before in self.later.items():
+            if getattr(self, name) == before:
+                del values[name]
         return {"name": type(self).__name__, **values}
 
     @classmethod
     def from_dict(cls: type[M], values: dict[str, Any]) -> M:
         """The inverse of `to_dict` for this class."""
         hints = get_type_hints(cls)
-        settings = {}
+        settings = dict(cls.later)
         for name, value in values.items():
             if name == "name":
                 continue

@@ -17,7 +17,7 @@ from noiseproof.data import Inputs
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
 from noiseproof.errors import InputError, path_of
-from noiseproof.experts.model import restored_experts
+from noiseproof.experts.model import ExpertModel, restored_experts
 from noiseproof.method import Method
 from noiseproof.methods import find_method
 from noiseproof.record import RunRecord
@@ -144,6 +144,7 @@ def predict(
     image: str | None = None,
     on_bad_image: str | None = None,
     max_new_tokens: int | None = None,
+    inference_mode: str | None = None,
     model: Any = None,
     split: str = "train",
 ) -> Any:
@@ -157,6 +158,8 @@ def predict(
         image: Another column of images than in training.
         on_bad_image: error, or skip; as in training unless given.
         max_new_tokens: Longest response of a language model; as in training unless given.
+        inference_mode: How the poisoning experts of LoPE count: none, mask, renorm or compensate;
+            as it was deployed unless given.
         model: See `load`.
         split: Split of a hub data set or of an archive.
 
@@ -174,6 +177,8 @@ def predict(
             f"split={split}: {data} is a file of rows, which has no splits; leave split out"
         )
     predictor = load(run, model=model)
+    if inference_mode is not None:
+        _switch(predictor.model, inference_mode)
     asked = {
         "text": text,
         "features": features,
@@ -201,6 +206,13 @@ def predict(
         columns[name] = np.full(len(table), empty, dtype=object if empty is None else float)
         columns[name][rows] = values
     return table.frame.assign(**columns)
+
+
+def _switch(model: torch.nn.Module, mode: str) -> None:
+    """Let a model with experts answer in another way than it was deployed."""
+    if not isinstance(model, ExpertModel):
+        raise InputError("inference_mode is for models with experts (LoPE); leave it out")
+    model.set_inference_mode(mode)
 
 
 def _check_read(task: Task, given: Iterable[str]) -> None:

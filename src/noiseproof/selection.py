@@ -119,6 +119,31 @@ def candidates(
     return torch.where(short[labels], place < floor[labels], marked)
 
 
+def spared_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of which a high loss proves nothing, and rows of classes that the model knows.
+
+    Ours. A row is spared if its given label is predicted, or if its class is not known: the loss of
+    a row whose class a model has not learned yet says nothing about its label. A class is known
+    when its rows are predicted as labelled at least half as often as all rows.
+
+    Args:
+        logits: Scores of the rows (N, C).
+        labels: Given labels (N,).
+
+    Returns:
+        Spared, and of a known class: (N,) and (N,), bool.
+
+    >>> logits = torch.eye(2)[[0, 0, 1, 0, 0]]
+    >>> spared_rows(logits, torch.tensor([0, 0, 0, 1, 1]))
+    (tensor([ True,  True, False,  True,  True]), tensor([ True,  True,  True, False, False]))
+    """
+    agrees = logits.argmax(dim=1) == labels  # (N,)
+    rows = torch.bincount(labels, minlength=logits.shape[1])  # (C,)
+    right = torch.bincount(labels, weights=agrees.double(), minlength=logits.shape[1])
+    known = (right >= rows * agrees.double().mean() / 2)[labels]
+    return agrees | ~known, known
+
+
 def trusted(clean_prob: Tensor, losses: Tensor, labels: Tensor, share: float) -> Tensor:
     """Trust at least this share of every class.  (N,), (N,), (N,) -> (N,) clean probabilities.
 

@@ -19,6 +19,7 @@ import numpy as np
 from noiseproof.errors import InputError
 
 OPERATIONS = ("shuffle", "insert", "delete")
+KINDS = (*OPERATIONS, "replace")  # which needs words to put in place, so it is never drawn unasked
 UNITS = ("sample", "word", "char")
 CHARSETS = ("ascii", "keyboard")
 
@@ -34,10 +35,12 @@ class TextNoise:
     Attributes:
         rate: Share of rows, words or characters that are hit.
         unit: sample (a hit row gets one operation, applied to all its texts), word or char.
-        operations: Which of shuffle, insert and delete are drawn, each equally often.
-        strength: unit=sample: share of the characters that are inserted or deleted.
+        operations: Which of shuffle, insert, delete and replace are drawn, each equally often.
+        strength: unit=sample: share of the characters that are inserted or deleted, of the words
+            that are replaced.
         window: unit=sample: words are shuffled inside windows of so many; 0 is the whole text.
         charset: Inserted characters: ascii, or keyboard (a neighbour of the character before).
+        words: What replace puts in the place of a word, each equally often.
     """
 
     rate: float
@@ -46,6 +49,7 @@ class TextNoise:
     strength: float = 0.1
     window: int = 4
     charset: str = "ascii"
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every setting where it stands.
@@ -55,8 +59,10 @@ class TextNoise:
         """
         _check(0 <= self.rate <= 1, "rate", "lie in [0, 1]", self.rate)
         _check(self.unit in UNITS, "unit", f"be one of {', '.join(UNITS)}", self.unit)
-        known = len(self.operations) > 0 and set(self.operations) <= set(OPERATIONS)
-        _check(known, "operations", f"name some of {', '.join(OPERATIONS)}", self.operations)
+        known = len(self.operations) > 0 and set(self.operations) <= set(KINDS)
+        _check(known, "operations", f"name some of {', '.join(KINDS)}", self.operations)
+        whole = "replace" not in self.operations or self.unit != "char"
+        _check(whole, "operations", "not name replace with unit=char", self.operations)
         _check(0 < self.strength <= 1, "strength", "lie in (0, 1]", self.strength)
         _check(self.window == 0 or self.window >= 2, "window", "be 0 or at least 2", self.window)
         charsets = ", ".join(CHARSETS)
@@ -69,7 +75,12 @@ class TextNoise:
         ('riht',)
         >>> TextNoise(0.0).apply(("right",), np.random.default_rng(0))
         ('right',)
+
+        Raises:
+            InputError: Words are to be replaced and fewer than two are given.
         """
+        some = "replace" not in self.operations or len(self.words) > 1
+        _check(some, "words", "be two or more for replace", self.words)
         if self.unit == "word":
             return tuple(self._by_word(text, random) for text in texts)
         if self.unit == "char":
@@ -92,13 +103,15 @@ class TextNoise:
             operation = rest[int(random.integers(len(rest)))]
         if operation == "shuffle":
             return shuffle_words(text, self.window, random)
+        if operation == "replace" and text.split():
+            return replace_words(text, self.strength, self.words, random)
         count = max(1, round(self.strength * len(text)))
         if operation == "delete" and len(text) > 1:
             return delete_characters(text, count, random)
         return insert_characters(text, count, self.charset, random)
 
     def _by_word(self, text: str, random: np.random.Generator) -> str:
-        """Every word on its own: lose a character, gain one, or change places with another."""
+        """Every word on its own: lose a character, gain one, give way to another, or move."""
         parts = re.split(r"(\s+)", text)
         places = [place for place, part in enumerate(parts) if part and not part.isspace()]
         hit = random.random(len(places)) < self.rate
@@ -108,6 +121,8 @@ class TextNoise:
             if operation == "shuffle" and len(places) > 1:
                 other = places[number + 1 if number + 1 < len(places) else number - 1]
                 parts[place], parts[other] = parts[other], parts[place]
+            elif operation == "replace":
+                parts[place] = another(parts[place], self.words, random)
             elif operation == "delete" and len(parts[place]) > 1:
                 parts[place] = delete_characters(parts[place], 1, random)
             else:
@@ -196,6 +211,29 @@ def delete_characters(text: str, count: int, random: np.random.Generator) -> str
         return text
     gone = set(random.choice(len(text), count, replace=False).tolist())
     return "".join(character for place, character in enumerate(text) if place not in gone)
+
+
+def replace_words(
+    text: str, share: float, words: tuple[str, ...], random: np.random.Generator
+) -> str:
+    """Put other words in the place of a share of the words, of one at least.
+
+    >>> replace_words("one two three", 0.1, ("four",), np.random.default_rng(0))
+    'one two four'
+    """
+    parts = re.split(r"(\s+)", text)
+    places = [place for place, part in enumerate(parts) if part and not part.isspace()]
+    count = max(1, round(share * len(places)))
+    for number in random.choice(len(places), count, replace=False):
+        parts[places[number]] = another(parts[places[number]], words, random)
+    return "".join(parts)
+
+
+def another(word: str, words: tuple[str, ...], random: np.random.Generator) -> str:
+    """One of these words, not the same again where there are others."""
+    number = int(random.integers(len(words)))
+    drawn = words[number]
+    return words[(number + 1) % len(words)] if drawn == word else drawn
 
 
 def keyboard_neighbours(letter: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,6 +117,14 @@ def tune_model(
             raise InputError(
                 f"tune=head: {type(model).__name__} reads and writes with the same weights, so it "
                 "has no head of its own; use lora"
+            )
+        if new := new_modules(model):
+            warnings.warn(
+                f"the checkpoint of the encoder does not hold {', '.join(new)}, which stays random "
+                "with tune=head: the probe reads a random projection of the features; tune more "
+                "than the head, or take an encoder whose pooler was trained",
+                UserWarning,
+                stacklevel=2,
             )
         set_trainable(model, head)
         return model

@@ -209,6 +209,8 @@ def predict(words: list[str]) -> None:
                         help="error, or skip (such rows get no label).")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int | None,
                         help="Longest response of a language model.")  # fmt: skip
+    parser.add_argument("--inference-mode", type=str | None,
+                        help="Of LoPE: none, mask, renorm or compensate.")  # fmt: skip
     parser.add_argument("--split", type=str, default="train", help="Split of a hub data set.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the output file.")
     given = parse(parser, words)
@@ -216,11 +218,10 @@ def predict(words: list[str]) -> None:
     from noiseproof.tables import check_writable, write_table
 
     check_writable(given.out, overwrite=given.overwrite)
-    names = ("text", "features", "image", "on_bad_image", "max_new_tokens", "split")
+    settings = given.as_dict() | {"out": None, "overwrite": None}
+    settings = {name: value for name, value in settings.items() if value is not None}
     with as_typed(parser):
-        table = predict_rows(
-            given.run, given.data, **{name: getattr(given, name) for name in names}
-        )
+        table = predict_rows(settings.pop("run"), settings.pop("data"), **settings)
     write_table(table, given.out, overwrite=given.overwrite)
     print(f"{len(table)} rows labelled: {given.out}")
 
@@ -561,12 +562,12 @@ def methods(words: list[str]) -> None:
 
 
 def demo(words: list[str]) -> None:
-    """Plain LoRA against CleaR on customer messages with 40 % wrong labels, in minutes.
+    """Plain LoRA, CleaR and TURN on customer messages with 40 % wrong labels, in minutes.
 
     example: noiseproof demo --out runs/demo
     """
     parser = new_parser("demo", "[--out FOLDER]", demo.__doc__)
-    parser.add_argument("--out", type=str, default="runs/demo", help="Folder for the two runs.")
+    parser.add_argument("--out", type=str, default="runs/demo", help="Folder for the runs.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the runs in --out.")
     given = parse(parser, words)
     from rich.console import Console

@@ -359,8 +359,10 @@ def read_examples(
     """
     table = load_table(source, split, f"the {role} table")
     reader = text if isinstance(text, Reader) else TextColumns(text)
+    named = ((label, "label"), (clean_label, "clean label"), (row_id, "row id"))
+    table = replace(table, taken=frozenset(column for column, _ in named if column is not None))
     columns = reader.columns(table)
-    for column, purpose in ((label, "label"), (clean_label, "clean label"), (row_id, "row id")):
+    for column, purpose in named:
         if column is not None:
             table.require(column, purpose)
         if column in columns and column != row_id:

@@ -181,7 +181,7 @@ class LoPE(Method):
     tasks: ClassVar[tuple[str, ...]] = ("text", "causal-lm")
     merges: ClassVar[bool] = False
     writes: ClassVar[tuple[str, ...]] = ("noisy_loss", "embedding_noise")
-    later: ClassVar[tuple[str, ...]] = ("poison_dropout", "more_modes")
+    later: ClassVar[Mapping[str, Any]] = {"poison_dropout": None, "more_modes": False}
 
     def __post_init__(self) -> None:
         """Every setting is in range, and they fit each other."""

@@ -235,7 +235,7 @@ class NMTune(Tuned):
     small_batch: str = "skip"
     views: int | None = None
 
-    later: ClassVar[tuple[str, ...]] = ("views",)
+    later: ClassVar[Mapping[str, Any]] = {"views": None}
 
     def check(self) -> None:
         """Every setting is in range, and every term has something to train."""

@@ -42,7 +42,7 @@ and noiseproof.load puts them together, as transformers has no class for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -162,7 +162,7 @@ class TURN(Tuned):
     tune_loss: str = "ce"
     tune_from: str = "probe"
 
-    later: ClassVar[tuple[str, ...]] = ("probe_features", "probe_normalize")
+    later: ClassVar[Mapping[str, Any]] = {"probe_features": "model", "probe_normalize": False}
 
     def check(self) -> None:
         """Every setting is in range, and something is left to train."""

@@ -244,8 +244,8 @@ class TextCorruption(NoiseModel):
     Formula: `unit=sample`: a row is hit with probability `rate` and gets one kind, all its texts
         alike: words shuffled in windows of `window` (0: the whole text), or a share `strength` of
         its characters inserted or deleted. `unit=word`, `unit=char`: every word or character is hit
-        on its own. `kind=insert;delete` leaves out the others; `charset=keyboard` inserts
-        neighbours on a keyboard.
+        on its own. `kind=insert;delete` leaves out the others; `kind=replace` puts words of all
+        these texts in the place of others; `charset=keyboard` inserts neighbours on a keyboard.
     Truth: the label stays right, so `mask` does not count the row.
     Realised rate: 0 wrong labels; the share of rows whose texts changed is `text_rate` in the
         record, about `rate` for unit=sample.
@@ -271,12 +271,17 @@ class TextCorruption(NoiseModel):
             object.__setattr__(self, setting, str(getattr(self, setting)))
         self._noise()
 
-    def _noise(self) -> TextNoise:
+    def _noise(self, words: tuple[str, ...] = ()) -> TextNoise:
         kinds = OPERATIONS if self.kind == "all" else tuple(self.kind.split(";"))
-        return TextNoise(self.rate, self.unit, kinds, self.strength, self.window, self.charset)
+        return TextNoise(
+            self.rate, self.unit, kinds, self.strength, self.window, self.charset, words
+        )
 
     def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         noise = self._noise()
+        if "replace" in noise.operations:
+            words = {word for texts in draw.texts for text in texts for word in text.split()}
+            noise = self._noise(tuple(sorted(words)))
         seed = int(draw.rng.integers(2**63))  # one draw, so that rows do not depend on each other
         texts = np.empty(len(labels), dtype=object)
         for row, given in enumerate(draw.texts):

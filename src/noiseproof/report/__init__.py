@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.record import write_atomic
 from noiseproof.report.comparison import grid_report
 from noiseproof.report.runs import find_runs
@@ -40,7 +40,7 @@ def report(
     Raises:
         InputError: There is no record, the baseline is unknown, or ``out`` cannot be written.
     """
-    target = Path(out).expanduser()
+    target = path_of(out)
     _check_target(target, overwrite)
     found = find_runs([paths] if isinstance(paths, str | Path) else paths)
     if target.suffix.lower() == ".csv":

@@ -95,6 +95,10 @@ def cost(grid: Grid) -> Section:
     shown = [i for i in range(len(columns)) if any(row[i].text != MISSING for row in table)]
     total = sum(run.timing("total_s") or 0 for run in grid.found.runs) / 3600
     note = f"Means over runs. All finished runs together took {quantity(total)} hours."
+    searches = {_settings(run.record.search): run.record.search for run in grid.found.runs}
+    spent = sum(as_number(search.get("seconds")) or 0 for search in searches.values()) / 3600
+    if spent:
+        note += f" The trials of their searches, which runs share, took {quantity(spent)} more."
     return Section(
         "Cost",
         [Table([columns[i] for i in shown], [[row[i] for i in shown] for row in table], note)],

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.record import RunRecord, differences
 
 PLACES = ("grid", "part", "data", "noise", "model", "validation")
@@ -201,7 +201,7 @@ def natural(text: object) -> list[Any]:
 
 
 def _root(path: str | Path) -> Path:
-    root = Path(path).expanduser()
+    root = path_of(path)
     if root.name == "record.json" and root.is_file():
         root = root.parent
     if not root.is_dir():

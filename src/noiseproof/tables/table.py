@@ -35,6 +35,7 @@ class Table:
     texts: Mapping[str, Strings] = field(default_factory=dict)  # columns as they were read
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # wide columns (N, ...)
     base: Path | None = None  # folder that paths in the cells are relative to
+    taken: frozenset[str] = frozenset()  # columns with a role: not proposed for another
 
     def __len__(self) -> int:
         """Count the rows, N."""
@@ -67,7 +68,7 @@ class Table:
                 f"array {column!r} of {self.name} has the shape {self.arrays[column].shape}; "
                 f"expected one value a row ({purpose})"
             )
-        hint = nearest(column, names)
+        hint = nearest(column, [name for name in names if name not in self.taken])
         if len(names) == 1 and (other := re.search(r"[;\t|,]", names[0])):
             hint = f"; is {other[0]!r} its separator? expected ',' in .csv and a tab in .tsv"
         names += [f"{name} {array.shape}" for name, array in self.arrays.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from noiseproof.demo import demo_job
 from noiseproof.distortion import encoder_features
 from noiseproof.encoding import Encoded
 from noiseproof.engine import Engine, TrainSettings
-from noiseproof.errors import InputError
+from noiseproof.errors import InputError, path_of
 from noiseproof.job import NO_MODEL
 from noiseproof.method import require
 from noiseproof.methods.nmtune import ReshapedClassifier
@@ -57,7 +56,7 @@ def features_of(model: str, inputs: Inputs, asked: Asked) -> dict[str, np.ndarra
     """
     settings = TrainSettings(device=asked.device, precision="fp32")
     kind = find_task(asked.task)
-    if (Path(model).expanduser() / "record.json").is_file():
+    if (path_of(model) / "record.json").is_file():
         return _of_run(model, inputs, asked, settings)
     if model == NO_MODEL and kind.default_model is not None:
         model = kind.default_model
@@ -79,7 +78,7 @@ def _of_run(
     folder: str, inputs: Inputs, asked: Asked, settings: TrainSettings
 ) -> dict[str, np.ndarray]:
     """Of a run the features of its encoder and, where it reshapes them, what it makes of them."""
-    record = RunRecord.read(Path(folder).expanduser())
+    record = RunRecord.read(path_of(folder))
     tune = record.spec["method"].get("tune", record.spec["method"].get("peft"))
     require(
         record.spec["task"] == asked.task,
