@@ -347,7 +347,14 @@ def test_adapter_and_head_train_and_the_encoder_stays(tiny_run: Tiny, kind: str)
     before = weights(tiny_run.model)
     family = KINDS[kind].family
     depth = KINDS[kind].depth
-    method = CleaR(warmup_epochs=1, peft=family, prompt_depth=depth, train_outer_biases=False)
+    method = CleaR(
+        warmup_epochs=1,
+        peft=family,
+        prompt_depth=depth,
+        train_outer_biases=False,
+        gamma=0.8,
+        max_clean_loss=None,
+    )
     outcome = tiny_run.fit(method, epochs=2)
     model = outcome.model
     inner = model.get_base_model() if isinstance(model, AdaptedModel) else model
@@ -445,7 +452,7 @@ def test_a_run_of_every_family_is_loaded_as_it_was(
     result = noiseproof.fit(
         rows,
         model=str(tiny_model),
-        method=CleaR(peft=family, warmup_epochs=2, eval_gate=mode, gamma=0.6),
+        method=CleaR(peft=family, warmup_epochs=2, eval_gate=mode, gamma=0.6, max_clean_loss=None),
         train=train_settings(epochs=4, learning_rate=2e-2),
         out=tmp_path / "run",
     )
@@ -467,6 +474,7 @@ def test_closed_rows_may_take_known_features_in_every_family(tiny_run: Tiny, fam
             warmup_epochs=1,
             routing="hard",
             lambda_consistency=0.0,
+            max_clean_loss=None,
             train_outer_biases=False,
         )
         if not known:

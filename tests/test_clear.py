@@ -528,6 +528,29 @@ def test_routing_waits_until_right_rows_are_known_better_than_by_a_guess() -> No
     assert "gate_prob" in knows(0.8).on_epoch_start(run)  # what has begun goes on
 
 
+@pytest.mark.parametrize("mixture", [LossMixture(), LossMixture(transform="log")])
+def test_losses_of_a_guess_begin_no_routing_whatever_the_mixture_makes_of_them(
+    mixture: LossMixture,
+) -> None:
+    """All alike: the mixture has nothing to split and trusts every row, on whatever scale."""
+    run = run_of(bare(3), 60, epoch=3)
+    noise = 0.01 * torch.randn(60, CLASSES, generator=torch.Generator().manual_seed(0))
+    run.predict = lambda before_batch=None: noise
+    assert "gate_prob" not in CleaR(mixture=mixture).on_epoch_start(run)
+
+
+def test_a_ramp_begins_where_routing_does() -> None:
+    """It was over before routing began where that had waited."""
+    run = run_of(bare(3), 60, epoch=4)
+    run.predict = lambda before_batch=None: 4 * F.one_hot(run.labels, CLASSES).float()
+    method = CleaR(consistency_ramp=2)
+    run.columns = method.on_epoch_start(run)
+    ramp = [method._ramp(run)]
+    run.epoch = 5
+    run.columns |= method.on_epoch_start(run)
+    assert [*ramp, method._ramp(run)] == [0.5, 1.0]
+
+
 def test_a_run_that_never_routes_says_so(tiny_run: Tiny) -> None:
     with pytest.warns(UserWarning, match="never began to route"):
         outcome = tiny_run.fit(CleaR(warmup_epochs=1, max_clean_loss=0.01), epochs=3)
@@ -815,7 +838,7 @@ def slow_loss(method: CleaR, logits: Tensor, batch: Batch, ramp: float) -> float
     total = 0.0
     for row, label in enumerate(batch.labels.tolist()):
         scores = logits[row].double()
-        clean = float(batch.columns["clean_prob"][row])
+        clean = float(batch.columns["gate_prob"][row])
         loss = -float(scores.log_softmax(0)[label])
         if method.ce_weight == "clean_prob":
             loss *= clean
@@ -855,6 +878,8 @@ def test_the_loss_equals_a_slow_version_of_itself(
     run = run_of(
         model, rows, epoch, clean_prob=torch.rand(rows), target_logits=torch.randn(rows, CLASSES)
     )
+    run.columns["gate_prob"] = torch.rand(rows)  # what gates follow weighs, not the verdict
+    run.columns["routed_since"] = torch.full((rows,), 3.0)
     batch = batch_of(run, torch.arange(rows))
     found = method.compute_loss(model, batch, run)
     assert found.item() == pytest.approx(
@@ -999,6 +1024,7 @@ def test_presets_keep_the_values_of_the_specification() -> None:
             published, routing="none", lambda_consistency=0.0, mixture=LossMixture()
         ),
         "paper": dataclasses.replace(published, scoring_passes=5),
+        "strict": dataclasses.replace(published, mixture=LossMixture(), dropout=0.0),
         "fast": CleaR(scoring="reuse", loss_ema=0.5),
         "code": dataclasses.replace(
             code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0
@@ -1030,9 +1056,10 @@ def test_presets_keep_the_values_of_the_specification() -> None:
 
 def test_records_from_before_a_setting_are_read_as_what_they_were() -> None:
     """A run that routed after the warm-up in any case must not be taken for one that waits."""
-    values = CleaR(max_clean_loss=None).to_dict()
-    assert "max_clean_loss" not in values and "min_class_fraction" not in values
-    assert CleaR.from_dict(values).max_clean_loss is None
+    values = CleaR(max_clean_loss=None, spare=False).to_dict()
+    assert not {"max_clean_loss", "min_class_fraction", "spare"} & values.keys()
+    found = CleaR.from_dict(values)
+    assert (found.max_clean_loss, found.spare) == (None, False)
     assert CleaR().to_dict()["max_clean_loss"] == CleaR().max_clean_loss is not None
 
 

@@ -48,13 +48,15 @@ from tiny import LABELS, Answers, Tiny, as_batch, same_weights, train_settings, 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)  # 25 rows are enough for a mixture
 BY_CLASS = dataclasses.replace(SMALL, scope="per_class")
 
+ROUTED: dict[str, Any] = {"warmup_epochs": 1, "gamma": 0.8, "max_clean_loss": None}
+
 CASES: dict[str, Method] = {
-    "CleaR": CleaR(warmup_epochs=1, scoring_passes=2, mixture=SMALL),
-    "CleaR(adapter)": CleaR(warmup_epochs=1, peft="adapter", mixture=SMALL),
-    "CleaR(bitfit)": CleaR(warmup_epochs=1, peft="bitfit", mixture=SMALL),
-    "CleaR(prompt)": CleaR(warmup_epochs=1, peft="prompt", num_virtual_tokens=3, mixture=SMALL),
-    "CleaR(prefix)": CleaR(warmup_epochs=1, peft="prefix", num_virtual_tokens=3, mixture=SMALL),
-    "CleaR(reuse)": CleaR(warmup_epochs=1, scoring="reuse", loss_ema=0.5, mixture=SMALL),
+    "CleaR": CleaR(**ROUTED, scoring_passes=2, mixture=SMALL),
+    "CleaR(adapter)": CleaR(**ROUTED, peft="adapter", mixture=SMALL),
+    "CleaR(bitfit)": CleaR(**ROUTED, peft="bitfit", mixture=SMALL),
+    "CleaR(prompt)": CleaR(**ROUTED, peft="prompt", num_virtual_tokens=3, mixture=SMALL),
+    "CleaR(prefix)": CleaR(**ROUTED, peft="prefix", num_virtual_tokens=3, mixture=SMALL),
+    "CleaR(reuse)": CleaR(**ROUTED, scoring="reuse", loss_ema=0.5, mixture=SMALL),
     "TURN": TURN(probe_epochs=2, probe_batch_size=24, mixture=BY_CLASS, precondition="off"),
     "NMTune": NMTune(),
     "LoPE": LoPE(noise_rate=0.3),
@@ -332,7 +334,7 @@ def test_gates_that_stay_at_test_time_come_back_with_the_loaded_model(
     """They are no part of the weights, and their draws must not depend on a seed that is not
     loaded: the model would answer otherwise than it was measured.
     """
-    method = CleaR(warmup_epochs=1, gamma=0.5, scoring_passes=1, eval_gate=eval_gate)
+    method = CleaR(**ROUTED, gamma=0.5, scoring_passes=1, eval_gate=eval_gate)
     result = noiseproof.fit(
         tiny_table,
         method=method,

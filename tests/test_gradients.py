@@ -22,7 +22,13 @@ from noiseproof.methods import GCE, METHODS, CleaR, CrossEntropy
 from noiseproof.mixture import LossMixture
 from tiny import Tiny, same_weights, table, train_settings
 
-CLEAR = CleaR(warmup_epochs=1, mixture=LossMixture(min_samples=4), learning_rate=5e-3)
+CLEAR = CleaR(
+    warmup_epochs=1,
+    gamma=0.8,
+    max_clean_loss=None,
+    mixture=LossMixture(min_samples=4),
+    learning_rate=5e-3,
+)
 
 
 class Bias(nn.Module):
@@ -172,7 +178,7 @@ def test_closed_gates_keep_wrong_rows_out_of_the_adapter_but_not_out_of_the_head
     hard = dataclasses.replace(CLEAR, routing="hard", lambda_consistency=0.0)
     model = hard.prepare_model(copy.deepcopy(tiny_run.model))
     wrong = (tiny_run.labels != tiny_run.clean_labels).numpy()
-    columns = {"clean_prob": torch.from_numpy(~wrong).float()}
+    columns = {"gate_prob": torch.from_numpy(~wrong).float()}
     run = Run(model, tiny_run.labels, 3, lambda before_batch=None: torch.zeros(25, 3),
               torch.Generator(), epoch=1, columns=columns)  # fmt: skip
     sample = draw_sample(wrong, 8, seed=0)

@@ -97,7 +97,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         noise="symmetric:0.4",
         noise_seed=7,
         model=str(tiny_model),
-        method=CleaR(warmup_epochs=1, scoring_passes=1),
+        method=CleaR(warmup_epochs=1, max_clean_loss=None),
         train=train_settings(epochs=3, seed=2, init_seed=5, learning_rate=1e-2),
         out=folder / "run",
         report=report,

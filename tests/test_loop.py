@@ -678,7 +678,7 @@ def test_sampled_gates_at_test_time_are_the_same_after_a_resumed_epoch(
     tiny_run: Tiny, tmp_path: Path
 ) -> None:
     """State that a hook leaves in the model at the start of an epoch is not in a checkpoint."""
-    method = CleaR(warmup_epochs=1, gamma=0.5, scoring_passes=1, eval_gate="sample")
+    method = CleaR(warmup_epochs=1, gamma=0.5, max_clean_loss=None, eval_gate="sample")
     measure = {"measure": lambda predict_on, run: {"mean": float(run.predict().mean())}}
     whole = tiny_run.fit(method, seed=5, extra=measure)
     stop = ("train", 2, 2)

@@ -623,7 +623,7 @@ from peft import AutoPeftModelForSequenceClassification
 model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3)
 """
 CLASSIFIER_BASE = PEFT.replace("=3)", "=3, ignore_mismatched_sizes=True)")
-ROUTED = CleaR(warmup_epochs=1)
+ROUTED = CleaR(warmup_epochs=1, gamma=0.8, max_clean_loss=None)
 
 
 @pytest.mark.parametrize(

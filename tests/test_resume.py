@@ -27,8 +27,12 @@ EPOCHS, STEPS = 3, 4  # of 25 rows in batches of 8
 
 METHODS: dict[str, Method] = {
     "CrossEntropy on LoRA": CrossEntropy(tune="lora"),
-    "CleaR with scoring passes": CleaR(warmup_epochs=1, scoring_passes=2, mixture=SMALL),
-    "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL),
+    "CleaR with scoring passes": CleaR(
+        warmup_epochs=1, gamma=0.8, max_clean_loss=None, scoring_passes=2, mixture=SMALL
+    ),
+    "CleaR with reused logits": CleaR(
+        warmup_epochs=1, max_clean_loss=None, scoring="reuse", mixture=SMALL
+    ),
     "ELR": ELR(tune="lora"),
     "LoPE": LoPE(noise_rate=0.3, theta_examples=20),
 }

@@ -26,6 +26,14 @@ from two_processes import PREDICT_ROWS
 
 SMALL = LossMixture(min_samples=4, min_gap=0.0)
 
+ROUTED: dict[str, Any] = {
+    "warmup_epochs": 1,
+    "gamma": 0.8,
+    "max_clean_loss": None,
+    "mixture": SMALL,
+    "dropout": 0.0,
+}
+
 CASES: dict[str, Method] = {
     "SmallLoss": SmallLoss(tune="lora", warmup_epochs=1, mixture=SMALL, dropout=0.0),
     "TURN": TURN(
@@ -35,11 +43,10 @@ CASES: dict[str, Method] = {
         precondition="off",
         dropout=0.0,
     ),
-    "CleaR": CleaR(warmup_epochs=1, scoring_passes=2, mixture=SMALL, dropout=0.0),
-    "CleaR by batch": CleaR(
-        warmup_epochs=1, scoring_passes=2, free_gate="batch", mixture=SMALL, dropout=0.0
-    ),
-    "CleaR with reused logits": CleaR(warmup_epochs=1, scoring="reuse", mixture=SMALL, dropout=0.0),
+    "CleaR": CleaR(**ROUTED, scoring_passes=2),
+    "CleaR by batch": CleaR(**ROUTED, scoring_passes=2, free_gate="batch"),
+    "CleaR with reused logits": CleaR(**ROUTED, scoring="reuse"),
+    "CleaR with open gates": CleaR(**ROUTED | {"gamma": 1.0}),
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
     "LoPE": LoPE(noise_rate=0.3, theta_examples=20, lora_dropout=0.0, dropout=0.0),

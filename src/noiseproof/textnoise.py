@@ -94,6 +94,8 @@ class TextNoise:
             changed = tuple(self._text(text, operation, random) for text in texts)
             if changed != texts:
                 return changed
+        if set(self.operations) == {"replace"}:  # nothing to replace
+            return texts
         return tuple(self._text(text, "insert", random) for text in texts)
 
     def _text(self, text: str, operation: str, random: np.random.Generator) -> str:
@@ -103,8 +105,9 @@ class TextNoise:
             operation = rest[int(random.integers(len(rest)))]
         if operation == "shuffle":
             return shuffle_words(text, self.window, random)
-        if operation == "replace" and text.split():
-            return replace_words(text, self.strength, self.words, random)
+        if operation == "replace":
+            empty = not text.split()
+            return text if empty else replace_words(text, self.strength, self.words, random)
         count = max(1, round(self.strength * len(text)))
         if operation == "delete" and len(text) > 1:
             return delete_characters(text, count, random)

@@ -342,13 +342,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         reason = f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
         raise InputError(f"config {path} is not valid {kind}: {reason}") from error
-    values = values.get("spec", values) if isinstance(values, dict) else values
+    if isinstance(values, dict) and isinstance(values.get("spec"), dict):
+        values = _of_record(values["spec"])
     if not isinstance(values, dict):
         raise InputError(
             f"config {path} must hold names and values such as 'label: intent', "
             f"got {type(values).__name__}"
         )
     return values
+
+
+def _of_record(spec: dict[str, Any]) -> dict[str, Any]:
+    """A specification with what it leaves out because it was so before there was a setting."""
+    from noiseproof.methods import METHODS
+
+    method: Any = spec.get("method")
+    if not isinstance(method, dict) or method.get("name") not in METHODS:
+        return spec
+    return spec | {"method": {**METHODS[method["name"]].later, **method}}
 
 
 def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:

@@ -27,8 +27,9 @@ from wrong labels, as published; ``ce_weight``, another inactive line, did not h
 Settings: warmup_epochs = 3 (released code; 3 to 10 of 20 in the
 paper), lambda_consistency = 1, temperature = 1, scoring_passes = 1 (released code; 5 in the paper),
 bottleneck_size = 16 and num_virtual_tokens = 20 (released code); rank, alpha, dropout and
-learning_rate are ours, see docs/results/foundation.md. Presets: default, plain, paper, fast, and
-the released code by family: code (lora), code-adapter, code-bitfit, code-prompt.
+learning_rate are ours, see docs/results/foundation.md. Presets: default, plain, strict (published
+gates, our other values; better where most labels are wrong), paper, fast, and the released code by
+family: code (lora), code-adapter, code-bitfit, code-prompt.
 Needs: no noise rate, no clean rows; an encoder with numbered layers. Prompts and prefixes need the
 attention interface of transformers, so not DeBERTa, and no decoder. What cannot be gated exactly is
 refused: every model is tried on a tiny input before it is trained.
@@ -43,7 +44,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ from noiseproof.methods.clear_gates import (
     row_wise_targets,
     unroute,
 )
-from noiseproof.mixture import LossMixture, MixtureFit, fit_loss_mixture
+from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
 from noiseproof.saving import merged
 from noiseproof.selection import finite_losses, spared_rows, trusted
@@ -101,9 +101,11 @@ class CleaR(Method):
             p), none (all gates open).
         threshold: Cut of routing=hard, and of the logged selection.
         gate_unit: A gate per layer, per module, or one for the whole network.
-        free_gate: Draws that ignore the label: one per sample, or one per batch.
+        free_gate: Draws that ignore the label, of which gamma=1 has none: one per sample, or one
+            per batch.
         scoring: passes (extra forward passes), or reuse (logits of the last epoch's steps).
-        scoring_passes: Gated passes whose logits are averaged.
+        scoring_passes: Gated passes whose logits are averaged; one where gamma is 1, as all would
+            be alike.
         loss_ema: Weight of the last epoch's smoothed loss.
         mixture: How the losses are split.
         min_class_fraction: Where fewer rows of a class look clean, gates trust this share of them,
@@ -118,11 +120,13 @@ class CleaR(Method):
         temperature: Temperature of the consistency term.
         temperature_squared: Multiply the consistency term by the squared temperature.
         consistency_ramp: Epochs over which the consistency weight rises; 0 is at once.
-        ce_weight: none, or clean_prob: weigh cross-entropy by the clean probability.
+        ce_weight: none, or clean_prob: weigh cross-entropy by the clean probability that the gates
+            follow (with spare and min_class_fraction).
         consistency_weight: none, or noisy_prob: weigh consistency by one minus it, so that a row
             that is trusted is not held to former answers.
         dropout_after_warmup: False turns dropout off in routed epochs, as the released code does.
-        eval_gate: all_on, expected (gate = gamma), sample, or mean (of eval_passes samples).
+        eval_gate: all_on, expected (gate = gamma), sample, or mean (of eval_passes samples); all
+            the same where gamma is 1.
         eval_passes: Passes of eval_gate=mean.
         learning_rate: Peak rate; None is 2e-3, 5e-4 (adapter), 5e-3 (bitfit) or 1e-2 (prompt,
             prefix).
@@ -241,8 +245,10 @@ class CleaR(Method):
 
     @classmethod
     def presets(cls) -> dict[str, CleaR]:
-        """Default, plain (the adapter alone), paper, fast (no extra pass), and the released code.
+        """Default, plain (the adapter alone), fast (no extra pass), and published forms.
 
+        strict has the published gates with our other values; paper has also its five passes,
+        mixture and dropout.
         The released code has other values for each family: code is that of lora.
         """
         gates = cls(
@@ -262,6 +268,7 @@ class CleaR(Method):
         return {
             "default": cls(),
             "plain": replace(gates, routing="none", lambda_consistency=0.0),
+            "strict": replace(gates, dropout=0.0),
             "paper": replace(published, scoring_passes=5),
             "fast": cls(scoring="reuse", loss_ema=0.5),
             "code": replace(code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0),
@@ -364,18 +371,21 @@ class CleaR(Method):
         if self.loss_ema and "loss" in run.columns:
             loss = (1 - self.loss_ema) * loss + self.loss_ema * run.columns["loss"]
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
-        begun = "gate_prob" in run.columns or self._has_learned(fit, run.num_classes)
+        columns = {"loss": finite_losses(loss), "clean_prob": fit.clean_prob}
+        begun = "gate_prob" in run.columns or self._has_learned(columns, run.num_classes)
         run.log(
             **fit.summary(),
             selected=float((fit.clean_prob > self.threshold).float().mean()),
             routed=float(begun),
         )
-        columns = {"loss": finite_losses(loss), "clean_prob": fit.clean_prob}
         if not begun:
             if run.epoch + 1 == run.epochs:
                 run.warn(NEVER_ROUTED)
             return columns
         columns["gate_prob"] = fit.clean_prob
+        if self.consistency_ramp:
+            now = torch.full_like(fit.clean_prob, run.epoch)
+            columns["routed_since"] = run.columns.get("routed_since", now)
         if self.min_class_fraction:
             columns["gate_prob"] = trusted(
                 fit.clean_prob, columns["loss"], run.labels, self.min_class_fraction
@@ -438,14 +448,13 @@ class CleaR(Method):
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _has_learned(self, fit: MixtureFit, classes: int) -> bool:
+    def _has_learned(self, columns: Columns, classes: int) -> bool:
         """Whether the rows that look clean are known better than by a guess among all classes."""
         if self.max_clean_loss is None:
             return True
-        means = [
-            pair[0] for pair, reason in zip(fit.means, fit.fallback, strict=True) if not reason
-        ]
-        return not means or float(np.mean(means)) <= self.max_clean_loss * math.log(classes)
+        loss, clean = columns["loss"].double(), columns["clean_prob"].double()  # (N,), (N,)
+        mean = float((clean * loss).sum() / clean.sum().clamp(min=1e-9))
+        return mean <= self.max_clean_loss * math.log(classes)
 
     def _routed(self, run: Run) -> bool:
         """Whether the warm-up is over, and whatever waited after it."""
@@ -477,7 +486,8 @@ class CleaR(Method):
     def _ramp(self, run: Run) -> float:
         if not self.consistency_ramp:
             return 1.0
-        return min(1.0, (run.epoch - self.warmup(run.epochs) + 1) / self.consistency_ramp)
+        since = float(run.columns["routed_since"][0])
+        return min(1.0, (run.epoch - since + 1) / self.consistency_ramp)
 
     def _train_gates(self, batch: Batch, run: Run, routed: bool) -> Tensor | None:
         """Gates (B, U) of one training step; None is all open."""

@@ -22,9 +22,8 @@ EXPERTS = {"3/1": LOPE, "3/2": "LoPE, 3 + 2 experts", "2/2": "LoPE, 2 + 2 expert
 BY_CHARACTER = "LoPE, noise by characters"
 RANKS = {rank: f"LoPE, rank {rank}" for rank in (2, 8)}
 MISMATCHED = (("insert", "shuffle", "relative"), ("shuffle", "delete", "off"),
-              ("delete", "insert", "off"))  # fmt: skip
-"""Noise of the data, of the stage poison, and of its embeddings; the paper's third pair replaces
-words in the data, which has no counterpart here."""
+              ("replace", "insert", "off"))  # fmt: skip
+"""Noise of the data, of the stage poison, and of its embeddings."""
 SETS = {"test": "test_accuracy", "corrupted": "ood_corrupted_accuracy"}
 Of = Callable[["Records", str], Values]
 
