@@ -203,9 +203,7 @@ def measure_point(args: argparse.Namespace) -> None:
         args.data,
         model=models.resolve_model(args.model),
         method=noiseproof.CleaR(
-            warmup_epochs=1,
-            max_clean_loss=None,  # the second epoch is routed, however little the first taught
-            dropout=None if args.dropout == "own" else noiseproof.CleaR.dropout,
+            warmup_epochs=1, dropout=None if args.dropout == "own" else noiseproof.CleaR.dropout
         ),
         train=noiseproof.TrainSettings(
             epochs=EPOCHS, batch_size=args.batch_size, device="cpu", precision="fp32"

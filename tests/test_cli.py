@@ -556,7 +556,7 @@ def test_instance_noise_reads_the_texts_with_the_model(
 def test_the_list_names_every_method_with_its_presets() -> None:
     lines = works("methods").out
     assert [name for name in METHODS if not re.search(rf"^{name} ", lines, re.MULTILINE)] == []
-    assert "default, plain, strict," in lines
+    assert "default, gentle, plain," in lines
 
 
 @pytest.mark.parametrize("name", METHODS)
