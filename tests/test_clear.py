@@ -493,8 +493,7 @@ def test_a_share_of_a_class_that_looks_wrong_as_a_whole_is_routed_anyway() -> No
     assert (trusted[80:] == 1).tolist() == [False] * 7 + [True] * 3
     gate = train_gates(CleaR(routing="hard", min_class_fraction=0.3), run, torch.arange(90))
     assert gate[:, 0].tolist() == [1.0] * 80 + [0.0] * 7 + [1.0] * 3
-    without = CleaR().on_epoch_start(run)
-    assert torch.equal(without["gate_prob"], without["clean_prob"])
+    assert "gate_prob" not in CleaR().on_epoch_start(run)
 
 
 def test_routing_waits_until_right_rows_are_known_better_than_by_a_guess() -> None:
@@ -520,8 +519,8 @@ def test_routing_waits_until_right_rows_are_known_better_than_by_a_guess() -> No
     run.columns.update(columns)
     method = knows(0.8)
     assert not method._routed(run)  # so gates, loss and dropout are those of the warm-up
-    published = CleaR(max_clean_loss=None, **settled).on_epoch_start(run)
-    assert "gate_prob" in published
+    CleaR(**settled).on_epoch_start(run)
+    assert run.logged["routed"] == 1 and CleaR()._routed(run)  # the published form begins at once
     columns = knows(0.4).on_epoch_start(run)
     assert torch.equal(columns["gate_prob"], columns["clean_prob"]) and run.logged["routed"] == 1
     run.columns.update(columns)
@@ -577,7 +576,8 @@ def test_rows_of_which_a_high_loss_proves_nothing_have_gates_as_open_as_the_aver
     run.labels, run.predict = labels, lambda before_batch=None: logits
     plain = CleaR().on_epoch_start(run)
     unknown = labels == 2
-    assert (plain["gate_prob"][hard] < 0.5).all() and (plain["gate_prob"][unknown][5:] < 0.5).all()
+    assert (plain["clean_prob"][hard] < 0.5).all()
+    assert (plain["clean_prob"][unknown][5:] < 0.5).all()
     spared = CleaR(spare=True).on_epoch_start(run)
     average = float(plain["clean_prob"][~unknown].mean())
     assert 0.6 < average < 0.95
@@ -585,7 +585,7 @@ def test_rows_of_which_a_high_loss_proves_nothing_have_gates_as_open_as_the_aver
         assert (spared["gate_prob"][rows] >= average - 1e-6).all()
     others = ~unknown
     others[hard] = False
-    assert torch.equal(spared["gate_prob"][others], plain["gate_prob"][others])
+    assert torch.equal(spared["gate_prob"][others], plain["clean_prob"][others])
     assert torch.equal(spared["clean_prob"], plain["clean_prob"])  # the verdict stays
     assert run.logged["known_share"] == pytest.approx(2 / 3)
     assert run.logged["gates_least"] == pytest.approx(average)
@@ -740,7 +740,7 @@ def test_scoring_averages_gated_passes_in_row_order(tiny_run: Tiny) -> None:
     torch.testing.assert_close(columns["target_logits"], wanted, rtol=1e-4, atol=1e-4)
     losses = F.cross_entropy(wanted, run.labels, reduction="none")
     torch.testing.assert_close(columns["loss"], losses, rtol=1e-4, atol=1e-4)
-    assert set(columns) == {"loss", "clean_prob", "gate_prob", "target_logits"}
+    assert set(columns) == {"loss", "clean_prob", "target_logits"}
 
 
 def test_scoring_restores_every_training_flag(tiny_run: Tiny) -> None:
@@ -765,7 +765,7 @@ def test_without_consistency_no_teacher_is_kept(tiny_run: Tiny) -> None:
     """N x C numbers that nobody reads."""
     run = at_epoch(tiny_run, routed(tiny_run), epoch=3)
     columns = CleaR(lambda_consistency=0, max_clean_loss=None).on_epoch_start(run)
-    assert set(columns) == {"loss", "clean_prob", "gate_prob"}
+    assert set(columns) == {"loss", "clean_prob"}
 
 
 def test_a_weight_by_clean_probability_is_scored_for_without_routing(tiny_run: Tiny) -> None:

@@ -345,8 +345,8 @@ class CleaR(Method):
     def on_epoch_start(self, run: Run) -> Columns:
         """Columns fixed for the epoch: how clean a row looks, and what follows for its gates.
 
-        ``loss``, ``clean_prob`` (N,); once routing has begun ``gate_prob`` (N,), the clean
-        probability with the share of a class that is trusted anyway, and ``target_logits`` (N, C).
+        ``loss``, ``clean_prob`` (N,); once routing has begun ``target_logits`` (N, C), and
+        ``gate_prob`` (N,) where the gates follow more than ``clean_prob``, or have waited.
         """
         if run.epoch < self.warmup(run.epochs):
             return self._recorder(run) if run.epoch == 0 else {}
@@ -358,7 +358,7 @@ class CleaR(Method):
             loss = (1 - self.loss_ema) * loss + self.loss_ema * run.columns["loss"]
         fit = fit_loss_mixture(loss, run.labels, self.mixture, run.columns.get("clean_prob"))
         columns = {"loss": finite_losses(loss), "clean_prob": fit.clean_prob}
-        begun = "gate_prob" in run.columns or self._has_learned(columns, run.num_classes)
+        begun = self._routed(run) or self._has_learned(columns, run.num_classes)
         run.log(
             **fit.summary(),
             selected=float((fit.clean_prob > self.threshold).float().mean()),
@@ -368,7 +368,8 @@ class CleaR(Method):
             if run.epoch + 1 == run.epochs:
                 run.warn(NEVER_ROUTED)
             return columns
-        columns["gate_prob"] = fit.clean_prob
+        if self.max_clean_loss is not None:
+            columns["gate_prob"] = fit.clean_prob
         if self.consistency_ramp:
             now = torch.full_like(fit.clean_prob, run.epoch)
             columns["routed_since"] = run.columns.get("routed_since", now)
@@ -379,8 +380,8 @@ class CleaR(Method):
         if self.spare:
             spared, known = spared_rows(logits, run.labels)  # (N,), (N,)
             prior = float(fit.clean_prob[known].mean())
-            lifted = columns["gate_prob"].clamp(min=prior)
-            columns["gate_prob"] = torch.where(spared, lifted, columns["gate_prob"])
+            gates = gate_prob(columns)
+            columns["gate_prob"] = torch.where(spared, gates.clamp(min=prior), gates)
             run.log(known_share=float(known.float().mean()), gates_least=prior)
         if self.lambda_consistency:
             usable = torch.isfinite(logits).all(dim=1, keepdim=True)
@@ -405,7 +406,7 @@ class CleaR(Method):
             run.write("recorded", batch, torch.ones(len(batch.rows)))
         if not routed or self._plain:
             return loss.mean()
-        clean = batch.columns["gate_prob"]
+        clean = gate_prob(batch.columns)
         if self.ce_weight == "clean_prob":
             loss = loss * clean
         if self.lambda_consistency:
@@ -445,7 +446,8 @@ class CleaR(Method):
     def _routed(self, run: Run) -> bool:
         """Whether the warm-up is over, and whatever waited after it."""
         warm = run.epoch < self.warmup(run.epochs)
-        return not warm and (self._plain or "gate_prob" in run.columns)
+        waits = self.max_clean_loss is not None and not self._plain
+        return not warm and (not waits or "gate_prob" in run.columns)
 
     @property
     def _plain(self) -> bool:
@@ -484,10 +486,10 @@ class CleaR(Method):
         follows = routed and self.routing != "random"
         if follows and self.routing == "hard":
             units = routing_of(run).units
-            kept = (batch.columns["gate_prob"] > self.threshold).float()
+            kept = (gate_prob(batch.columns) > self.threshold).float()
             return kept[:, None].expand(-1, units)
         if follows:
-            rate = rate * batch.columns["gate_prob"]
+            rate = rate * gate_prob(batch.columns)
         return self._gates(run, batch.rows, rate, not follows, SALT_TRAIN, run.epoch, run.step)
 
     def _logits(self, model: nn.Module, batch: Batch, run: Run, gate: Tensor | None) -> Tensor:
@@ -585,6 +587,11 @@ class CleaR(Method):
 
         prepared: BeforeBatch = before_batch
         return run.predict(before_batch=prepared)
+
+
+def gate_prob(columns: Columns) -> Tensor:
+    """How open the gates of each row of a batch may be.  -> (B,)."""
+    return columns["gate_prob"] if "gate_prob" in columns else columns["clean_prob"]
 
 
 def routing_of(run: Run) -> Routing:
