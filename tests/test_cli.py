@@ -858,7 +858,7 @@ SETTING = [
     ("no pool", f"{FIT} --noise openset:0.3", r"and needs --noise-pool, a file"),
     ("method", f"{FIT} --method Clear", r"method 'Clear'; did you mean 'CleaR'\? available: Cl"),
     ("no method", f"{FIT} --method", r"--method needs a name; noiseproof methods lists them"),
-    ("preset", f"{FIT} --method CleaR:fats", r"preset 'fats' of CleaR; available: default, pl"),
+    ("preset", f"{FIT} --method CleaR:fats", r"preset 'fats' of CleaR; available: default, gentle"),
     (
         "option",
         f"{FIT} --lable x",

@@ -334,7 +334,7 @@ def test_gates_that_stay_at_test_time_come_back_with_the_loaded_model(
     """They are no part of the weights, and their draws must not depend on a seed that is not
     loaded: the model would answer otherwise than it was measured.
     """
-    method = CleaR(**ROUTED, gamma=0.5, scoring_passes=1, eval_gate=eval_gate)
+    method = CleaR(**ROUTED | {"gamma": 0.5}, scoring_passes=1, eval_gate=eval_gate)
     result = noiseproof.fit(
         tiny_table,
         method=method,

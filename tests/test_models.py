@@ -447,6 +447,7 @@ def test_a_base_that_was_a_classifier_gets_a_new_head(tiny_model: Path) -> None:
         assert torch.equal(value, model.bert.state_dict()[name])
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint of the encoder does not hold")  # tune=head
 def test_parts_that_a_checkpoint_lacks_train_and_are_saved(
     encoder_folder: Path, tmp_path: Path
 ) -> None:
