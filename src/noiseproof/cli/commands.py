@@ -562,12 +562,12 @@ def methods(words: list[str]) -> None:
 
 
 def demo(words: list[str]) -> None:
-    """Plain LoRA, CleaR and TURN on customer messages with 40 % wrong labels, in minutes.
+    """Plain LoRA against CleaR on customer messages with 40 % wrong labels, in minutes.
 
     example: noiseproof demo --out runs/demo
     """
     parser = new_parser("demo", "[--out FOLDER]", demo.__doc__)
-    parser.add_argument("--out", type=str, default="runs/demo", help="Folder for the runs.")
+    parser.add_argument("--out", type=str, default="runs/demo", help="Folder for the two runs.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the runs in --out.")
     given = parse(parser, words)
     from rich.console import Console
