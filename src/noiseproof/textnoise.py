@@ -106,8 +106,7 @@ class TextNoise:
         if operation == "shuffle":
             return shuffle_words(text, self.window, random)
         if operation == "replace":
-            empty = not text.split()
-            return text if empty else replace_words(text, self.strength, self.words, random)
+            return replace_words(text, self.strength, self.words, random)
         count = max(1, round(self.strength * len(text)))
         if operation == "delete" and len(text) > 1:
             return delete_characters(text, count, random)
@@ -115,8 +114,7 @@ class TextNoise:
 
     def _by_word(self, text: str, random: np.random.Generator) -> str:
         """Every word on its own: lose a character, gain one, give way to another, or move."""
-        parts = re.split(r"(\s+)", text)
-        places = [place for place, part in enumerate(parts) if part and not part.isspace()]
+        parts, places = _words(text)
         hit = random.random(len(places)) < self.rate
         drawn = random.integers(len(self.operations), size=len(places))
         for number in np.flatnonzero(hit):
@@ -176,8 +174,7 @@ def shuffle_words(text: str, window: int, random: np.random.Generator) -> str:
     >>> shuffle_words("one two  three", 0, np.random.default_rng(3))
     'three two  one'
     """
-    parts = re.split(r"(\s+)", text)
-    places = [place for place, part in enumerate(parts) if part and not part.isspace()]
+    parts, places = _words(text)
     size = window or max(1, len(places))
     shuffled = list(parts)
     for start in range(0, len(places), size):
@@ -219,14 +216,13 @@ def delete_characters(text: str, count: int, random: np.random.Generator) -> str
 def replace_words(
     text: str, share: float, words: tuple[str, ...], random: np.random.Generator
 ) -> str:
-    """Put other words in the place of a share of the words, of one at least.
+    """Put other words in the place of a share of the words, of one at least where there is one.
 
     >>> replace_words("one two three", 0.1, ("four",), np.random.default_rng(0))
     'one two four'
     """
-    parts = re.split(r"(\s+)", text)
-    places = [place for place, part in enumerate(parts) if part and not part.isspace()]
-    count = max(1, round(share * len(places)))
+    parts, places = _words(text)
+    count = min(len(places), max(1, round(share * len(places))))
     for number in random.choice(len(places), count, replace=False):
         parts[places[number]] = another(parts[places[number]], words, random)
     return "".join(parts)
@@ -255,6 +251,12 @@ def keyboard_neighbours(letter: str) -> str:
         found = above + beside + below
         return found.upper() if letter.isupper() else found
     return ""
+
+
+def _words(text: str) -> tuple[list[str], list[int]]:
+    """The words and what stands between them, and the places of the words."""
+    parts = re.split(r"(\s+)", text)
+    return parts, [place for place, part in enumerate(parts) if part and not part.isspace()]
 
 
 def _new_character(before: str, charset: str, number: int) -> str:

@@ -217,13 +217,13 @@ def predict(words: list[str]) -> None:
     from noiseproof.prediction import predict as predict_rows
     from noiseproof.tables import check_writable, write_table
 
-    check_writable(given.out, overwrite=given.overwrite)
-    settings = given.as_dict() | {"out": None, "overwrite": None}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    asked = given.as_dict()
+    out, overwrite = asked.pop("out"), asked.pop("overwrite")
+    check_writable(out, overwrite=overwrite)
     with as_typed(parser):
-        table = predict_rows(settings.pop("run"), settings.pop("data"), **settings)
-    write_table(table, given.out, overwrite=given.overwrite)
-    print(f"{len(table)} rows labelled: {given.out}")
+        table = predict_rows(**asked)
+    write_table(table, out, overwrite=overwrite)
+    print(f"{len(table)} rows labelled: {out}")
 
 
 def audit(words: list[str]) -> None:

@@ -283,12 +283,7 @@ class CleaR(Method):
             self.peft not in PROMPTS,
             f"CleaR.peft={self.peft} works with encoders alone; with task causal-lm use lora",
         )
-        return replace(
-            self,
-            lambda_consistency=0.0,
-            spare=False,
-            max_clean_loss=None,
-        )
+        return replace(self, lambda_consistency=0.0, spare=False, max_clean_loss=None)
 
     # --- hooks -----------------------------------------------------------------------------------
 
@@ -437,8 +432,7 @@ class CleaR(Method):
 
     def _has_learned(self, columns: Columns, classes: int) -> bool:
         """Whether the rows that look clean are known better than by a guess among all classes."""
-        if self.max_clean_loss is None:
-            return True
+        assert self.max_clean_loss is not None  # else routing has begun
         loss, clean = columns["loss"].double(), columns["clean_prob"].double()  # (N,), (N,)
         mean = float((clean * loss).sum() / clean.sum().clamp(min=1e-9))
         return mean <= self.max_clean_loss * math.log(classes)
