@@ -247,6 +247,25 @@ def test_what_a_hook_warns_of_is_issued_and_written_down(tiny_run: Tiny) -> None
     assert [row.get("warning") for row in outcome.history] == [None, "this will not help", None]
 
 
+def test_every_stage_trains_in_bf16(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that a stage had wrapped once was not wrapped again: later stages ran in fp32."""
+    seen: list[bool] = []
+
+    class Twice(CrossEntropy):
+        def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
+            model.get_input_embeddings().register_forward_hook(
+                lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+            )
+            return super().prepare_model(model)
+
+        def stages(self, epochs: int) -> list[Stage]:
+            return [Stage("first", 1), Stage("second", 1)]
+
+    monkeypatch.setattr("noiseproof.engine.choose_precision", lambda *asked: "bf16")
+    tiny_run.fit(Twice(), epochs=2, precision="bf16")
+    assert seen and all(seen)
+
+
 def test_a_stage_in_which_nothing_trains_is_refused(tiny_run: Tiny) -> None:
     @dataclass(frozen=True)
     class Nothing(Method):

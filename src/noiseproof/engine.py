@@ -254,8 +254,9 @@ class Engine:
         return prepared[1]
 
     def end_stage(self) -> None:
-        """Undo the wrapping of `start_stage`."""
-        self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+        """Undo the wrapping of `start_stage`, so that the next stage can wrap the model again."""
+        model = self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+        model.__dict__.pop("_is_accelerate_prepared", None)  # else prepare leaves it in fp32
         self.accelerator.free_memory()
         self.net = nn.Identity()
         self._position = None
