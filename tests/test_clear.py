@@ -493,7 +493,55 @@ def test_a_share_of_a_class_that_looks_wrong_as_a_whole_is_routed_anyway() -> No
     assert (trusted[80:] == 1).tolist() == [False] * 7 + [True] * 3
     gate = train_gates(CleaR(routing="hard", min_class_fraction=0.3), run, torch.arange(90))
     assert gate[:, 0].tolist() == [1.0] * 80 + [0.0] * 7 + [1.0] * 3
-    assert "gate_prob" not in CleaR().on_epoch_start(run)
+    assert "gate_prob" not in CleaR(cap_doubt=False).on_epoch_start(run)
+
+
+def test_doubts_are_scaled_to_what_the_model_contradicts() -> None:
+    """A mixture splits right labels as well: it doubts what is hard, the model says what is wrong.
+
+    Half of the rows have high losses, a fifth of these are predicted otherwise than labelled.
+    """
+    labels = torch.arange(90) % CLASSES
+    logits = torch.zeros(90, CLASSES)
+    logits[torch.arange(90), labels] = 6.0
+    logits[45:] = 0.0
+    logits[torch.arange(45, 90), labels[45:]] = 0.1
+    logits[45:54] = logits[45:54].roll(1, dims=1)
+    run = run_of(bare(3), 90, epoch=3)
+    run.labels, run.predict = labels, lambda before_batch=None: logits
+    plain = CleaR(cap_doubt=False).on_epoch_start(run)
+    assert (plain["clean_prob"][45:] < 0.05).all()
+    run.columns = CleaR().on_epoch_start(run)
+    assert torch.equal(run.columns["clean_prob"], plain["clean_prob"])  # the verdict stays
+    doubt = 0.1 / float((1 - plain["clean_prob"]).mean())
+    assert 0.15 < doubt < 0.25
+    assert run.logged["contradicted"] == pytest.approx(0.1)
+    assert run.logged["doubt"] == pytest.approx(doubt)
+    gates = 1 - (1 - plain["clean_prob"]) * doubt
+    torch.testing.assert_close(run.columns["gate_prob"], gates)
+    soft = train_gates(CleaR(routing="soft"), run, torch.arange(90))
+    torch.testing.assert_close(soft[:, 0], (1 - 0.2 * doubt) * gates)
+    warm = train_gates(CleaR(routing="soft"), run, torch.arange(90), routed=False)
+    torch.testing.assert_close(warm, torch.full((90, 3), 0.8))
+
+
+def test_doubts_that_the_model_shares_are_those_of_the_published_form_bit_for_bit() -> None:
+    """With as many rows contradicted as doubted, gates, targets and weights are what they were."""
+    labels = torch.arange(90) % CLASSES
+    logits = torch.zeros(90, CLASSES)
+    logits[torch.arange(90), labels] = torch.linspace(2, 6, 90)
+    logits[:40] = logits[:40].roll(1, dims=1)
+    run = run_of(bare(3), 90, epoch=3)
+    run.labels, run.predict = labels, lambda before_batch=None: logits
+    columns = CleaR().on_epoch_start(run)
+    assert run.logged["doubt"] == 1 and 50 / 90 <= run.logged["clean_prob_mean"] < 1
+    plain = CleaR(cap_doubt=False).on_epoch_start(run)
+    assert torch.equal(columns["gate_prob"], plain["clean_prob"])
+    gates = []
+    for method, found in ((CleaR(), columns), (CleaR(cap_doubt=False), plain)):
+        run.columns = found
+        gates.append(train_gates(method, run, torch.arange(90)))
+    assert torch.equal(*gates)
 
 
 def test_routing_waits_until_right_rows_are_known_better_than_by_a_guess() -> None:
@@ -574,11 +622,11 @@ def test_rows_of_which_a_high_loss_proves_nothing_have_gates_as_open_as_the_aver
     logits[hard, labels[hard]] = 0.1
     run = run_of(bare(3), 90, epoch=3)
     run.labels, run.predict = labels, lambda before_batch=None: logits
-    plain = CleaR().on_epoch_start(run)
+    plain = CleaR(cap_doubt=False).on_epoch_start(run)
     unknown = labels == 2
     assert (plain["clean_prob"][hard] < 0.5).all()
     assert (plain["clean_prob"][unknown][5:] < 0.5).all()
-    spared = CleaR(spare=True).on_epoch_start(run)
+    spared = CleaR(spare=True, cap_doubt=False).on_epoch_start(run)
     average = float(plain["clean_prob"][~unknown].mean())
     assert 0.6 < average < 0.95
     for rows in (hard, unknown):
@@ -740,7 +788,7 @@ def test_scoring_averages_gated_passes_in_row_order(tiny_run: Tiny) -> None:
     torch.testing.assert_close(columns["target_logits"], wanted, rtol=1e-4, atol=1e-4)
     losses = F.cross_entropy(wanted, run.labels, reduction="none")
     torch.testing.assert_close(columns["loss"], losses, rtol=1e-4, atol=1e-4)
-    assert set(columns) == {"loss", "clean_prob", "target_logits"}
+    assert set(columns) == {"loss", "clean_prob", "gate_prob", "doubt", "target_logits"}
 
 
 def test_scoring_restores_every_training_flag(tiny_run: Tiny) -> None:
@@ -764,7 +812,7 @@ def test_the_warm_up_scores_nothing(tiny_run: Tiny) -> None:
 def test_without_consistency_no_teacher_is_kept(tiny_run: Tiny) -> None:
     """N x C numbers that nobody reads."""
     run = at_epoch(tiny_run, routed(tiny_run), epoch=3)
-    columns = CleaR(lambda_consistency=0, max_clean_loss=None).on_epoch_start(run)
+    columns = CleaR(lambda_consistency=0, cap_doubt=False).on_epoch_start(run)
     assert set(columns) == {"loss", "clean_prob"}
 
 
@@ -850,6 +898,8 @@ def slow_loss(method: CleaR, logits: Tensor, batch: Batch, ramp: float) -> float
             agreement *= heat**2
         if method.consistency_weight == "noisy_prob":
             agreement *= 1 - clean
+        if "doubt" in batch.columns:
+            agreement *= float(batch.columns["doubt"][row])
         total += loss + method.lambda_consistency * ramp * agreement
     return total / len(batch.labels)
 
@@ -881,6 +931,8 @@ def test_the_loss_equals_a_slow_version_of_itself(
     )
     run.columns["gate_prob"] = torch.rand(rows)  # what gates follow weighs, not the verdict
     run.columns["routed_since"] = torch.full((rows,), 3.0)
+    if epoch > 3:
+        run.columns["doubt"] = torch.full((rows,), 0.3)
     batch = batch_of(run, torch.arange(rows))
     found = method.compute_loss(model, batch, run)
     assert found.item() == pytest.approx(
@@ -1002,7 +1054,8 @@ def test_a_bert_base_trains_as_many_parameters_as_published(peft_family: str) ->
 
 def test_presets_keep_the_values_of_the_specification() -> None:
     """Origins: specs/clear.md, section 5; what differs is measured by us."""
-    published = CleaR(mixture=LossMixture(monotone=False, guard="off"), dropout=None)
+    mixture = LossMixture(monotone=False, guard="off")
+    published = CleaR(mixture=mixture, cap_doubt=False, dropout=None)
     assert CleaR() == CleaR.preset("default")
     assert (CleaR().gamma, CleaR().warmup_epochs, CleaR().scoring_passes) == (0.8, 3, 1)
     assert (CleaR().spare, CleaR().max_clean_loss) == (False, None)
@@ -1013,9 +1066,13 @@ def test_presets_keep_the_values_of_the_specification() -> None:
     code = dataclasses.replace(published, rank=4, dropout_after_warmup=False, eval_gate="sample")
     assert CleaR.presets() == {
         "default": CleaR(),
-        "plain": CleaR(routing="none", lambda_consistency=0.0, dropout=None),
+        "plain": CleaR(routing="none", cap_doubt=False, lambda_consistency=0.0, dropout=None),
         "gentle": CleaR(
-            gamma=1.0, spare=True, max_clean_loss=0.75, consistency_weight="noisy_prob"
+            gamma=1.0,
+            spare=True,
+            cap_doubt=False,
+            max_clean_loss=0.75,
+            consistency_weight="noisy_prob",
         ),
         "paper": dataclasses.replace(published, scoring_passes=5),
         "fast": CleaR(scoring="reuse", loss_ema=0.5),
@@ -1049,10 +1106,11 @@ def test_presets_keep_the_values_of_the_specification() -> None:
 
 def test_records_from_before_a_setting_are_read_as_what_they_were() -> None:
     """A run that routed after the warm-up in any case must not be taken for one that waits."""
-    values = CleaR(max_clean_loss=None, spare=False).to_dict()
-    assert not {"max_clean_loss", "min_class_fraction", "spare"} & values.keys()
+    values = CleaR(max_clean_loss=None, spare=False, cap_doubt=False).to_dict()
+    assert not {"max_clean_loss", "min_class_fraction", "spare", "cap_doubt"} & values.keys()
     found = CleaR.from_dict(values)
-    assert (found.max_clean_loss, found.spare) == (None, False)
+    assert (found.max_clean_loss, found.spare, found.cap_doubt) == (None, False, False)
+    assert CleaR.from_dict(CleaR().to_dict()).cap_doubt
     gentle = CleaR.preset("gentle")
     assert gentle.to_dict()["spare"] and gentle.to_dict()["max_clean_loss"] == 0.75
     assert CleaR.from_dict(gentle.to_dict()) == gentle

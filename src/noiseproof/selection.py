@@ -144,6 +144,30 @@ def spared_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return agrees | ~known, known
 
 
+def borne_out(logits: Tensor, labels: Tensor, clean_prob: Tensor) -> tuple[float, float]:
+    """Share of rows that a model contradicts, and how far the doubts of a mixture can be true.
+
+    Ours. A mixture of two parts finds two parts, whether labels are wrong or rows merely hard. No
+    more labels can be wrong than a model contradicts, unless it has memorised them, and then the
+    mixture does not doubt them either.
+
+    Args:
+        logits: Scores of the rows (N, C).
+        labels: Given labels (N,).
+        clean_prob: Probability that each label is right (N,).
+
+    Returns:
+        The share, and contradicted rows per doubted row, at most 1.
+
+    >>> logits, labels = torch.eye(2)[[0, 0, 1, 0]], torch.tensor([0, 0, 1, 1])
+    >>> borne_out(logits, labels, torch.tensor([1.0, 0.5, 0.5, 0.0]))
+    (0.25, 0.5)
+    """
+    contradicted = float((logits.argmax(dim=1) != labels).double().mean())
+    doubted = float((1 - clean_prob.double()).mean())
+    return contradicted, min(1.0, contradicted / doubted) if doubted > 0 else 1.0
+
+
 def trusted(clean_prob: Tensor, losses: Tensor, labels: Tensor, share: float) -> Tensor:
     """Trust at least this share of every class.  (N,), (N,), (N,) -> (N,) clean probabilities.
 

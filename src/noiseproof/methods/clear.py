@@ -18,7 +18,9 @@ mixtures keep every row; evaluation is deterministic; dropout stays on after the
 depend on (seed, epoch, row) alone, at test on the content of the row or batch. ``prefix``, kinds of
 peft but LoRA, ``gate_unit=module`` and ``scoring=reuse`` are ours. The head is not protected from
 wrong labels, as published; ``ce_weight``, an inactive line of the released code, did not help
-(docs/results/clear-defaults.md). Preset gentle has gates of ours: none is closed at random (gamma =
+(docs/results/clear-defaults.md). Doubts are borne out by what the model contradicts
+(``cap_doubt``, ours): a mixture finds two parts where all labels are right as well, and then gates
+shut out small classes and hard rows. Preset gentle has gates of ours: none is closed at random (gamma =
 1), rows that are predicted as labelled and rows of a class that is not known yet are trusted no
 less than the average row (``spare``), routing waits for a model that has learned something
 (``max_clean_loss``), and consistency holds a row as far as its label is doubted
@@ -74,7 +76,7 @@ from noiseproof.methods.clear_gates import (
 from noiseproof.mixture import LossMixture, fit_loss_mixture
 from noiseproof.models import set_dropout
 from noiseproof.saving import merged
-from noiseproof.selection import finite_losses, spared_rows, trusted
+from noiseproof.selection import borne_out, finite_losses, spared_rows, trusted
 from noiseproof.tokens import TARGETS
 from noiseproof.tuning import PLAIN_TUNING, PROMPTS, tune_model, usual_rate
 
@@ -112,6 +114,9 @@ class CleaR(Method):
         spare: Gates are no less open than those of the average row for rows whose given label is
             predicted, and for rows of a class that is hardly ever predicted: the loss of these
             says that the class is not known yet, not that they are wrong.
+        cap_doubt: A mixture splits the losses of right labels as well. Where it doubts more rows
+            than the model contradicts, gates are closed, at random too, and rows held to former
+            answers only as far as the two numbers agree: hardly at all where labels are right.
         max_clean_loss: Routing waits while the rows that look clean have a mean loss above this
             share of a blind guess's, log(C): a model that has learned nothing tells no labels
             apart. None begins after the warm-up in any case, as published; preset gentle has 0.75.
@@ -156,6 +161,7 @@ class CleaR(Method):
     mixture: LossMixture = field(default_factory=LossMixture)
     min_class_fraction: float = 0.0
     spare: bool = False
+    cap_doubt: bool = True
     max_clean_loss: float | None = None
     lambda_consistency: float = 1.0
     temperature: float = 1.0
@@ -184,6 +190,7 @@ class CleaR(Method):
     later: ClassVar[Mapping[str, Any]] = {
         "min_class_fraction": 0.0,
         "spare": False,
+        "cap_doubt": False,
         "max_clean_loss": None,
     }
 
@@ -248,13 +255,21 @@ class CleaR(Method):
 
         And the released code, which has other values for each family: code is that of lora.
         """
-        published = cls(mixture=LossMixture(monotone=False, guard="off"), dropout=None)
+        published = cls(
+            mixture=LossMixture(monotone=False, guard="off"), cap_doubt=False, dropout=None
+        )
         code = replace(published, dropout_after_warmup=False, eval_gate="sample", rank=4)
-        gentle = cls(gamma=1.0, spare=True, max_clean_loss=0.75, consistency_weight="noisy_prob")
+        gentle = cls(
+            gamma=1.0,
+            spare=True,
+            cap_doubt=False,
+            max_clean_loss=0.75,
+            consistency_weight="noisy_prob",
+        )
         return {
             "default": cls(),
             "gentle": gentle,
-            "plain": cls(routing="none", lambda_consistency=0.0, dropout=None),
+            "plain": cls(routing="none", cap_doubt=False, lambda_consistency=0.0, dropout=None),
             "paper": replace(published, scoring_passes=5),
             "fast": cls(scoring="reuse", loss_ema=0.5),
             "code": replace(code, gamma=0.85, scoring_passes=2, free_gate="batch", alpha=1.0),
@@ -283,7 +298,9 @@ class CleaR(Method):
             self.peft not in PROMPTS,
             f"CleaR.peft={self.peft} works with encoders alone; with task causal-lm use lora",
         )
-        return replace(self, lambda_consistency=0.0, spare=False, max_clean_loss=None)
+        return replace(
+            self, lambda_consistency=0.0, spare=False, cap_doubt=False, max_clean_loss=None
+        )
 
     # --- hooks -----------------------------------------------------------------------------------
 
@@ -341,7 +358,8 @@ class CleaR(Method):
         """Columns fixed for the epoch: how clean a row looks, and what follows for its gates.
 
         ``loss``, ``clean_prob`` (N,); once routing has begun ``target_logits`` (N, C), and
-        ``gate_prob`` (N,) where the gates follow more than ``clean_prob``, or have waited.
+        ``gate_prob`` (N,) where the gates follow more than ``clean_prob``, or have waited, and
+        ``doubt`` (N,), one number for all rows, with ``cap_doubt``.
         """
         if run.epoch < self.warmup(run.epochs):
             return self._recorder(run) if run.epoch == 0 else {}
@@ -365,12 +383,17 @@ class CleaR(Method):
             return columns
         if self.max_clean_loss is not None:
             columns["gate_prob"] = fit.clean_prob
+        if self.cap_doubt:
+            contradicted, doubt = borne_out(logits, run.labels, fit.clean_prob)
+            columns["doubt"] = torch.full_like(fit.clean_prob, doubt)
+            columns["gate_prob"] = fit.clean_prob + (1 - fit.clean_prob) * (1 - doubt)
+            run.log(contradicted=contradicted, doubt=doubt)
         if self.consistency_ramp:
             now = torch.full_like(fit.clean_prob, run.epoch)
             columns["routed_since"] = run.columns.get("routed_since", now)
         if self.min_class_fraction:
             columns["gate_prob"] = trusted(
-                fit.clean_prob, columns["loss"], run.labels, self.min_class_fraction
+                gate_prob(columns), columns["loss"], run.labels, self.min_class_fraction
             )
         if self.spare:
             spared, known = spared_rows(logits, run.labels)  # (N,), (N,)
@@ -410,6 +433,8 @@ class CleaR(Method):
             )
             if self.consistency_weight == "noisy_prob":
                 agreement = agreement * (1 - clean)
+            if "doubt" in batch.columns:
+                agreement = agreement * batch.columns["doubt"]
             loss = loss + self.lambda_consistency * self._ramp(run) * agreement
         return loss.mean()
 
@@ -482,6 +507,8 @@ class CleaR(Method):
             units = routing_of(run).units
             kept = (gate_prob(batch.columns) > self.threshold).float()
             return kept[:, None].expand(-1, units)
+        if follows and "doubt" in batch.columns:
+            rate = rate + (1 - rate) * (1 - batch.columns["doubt"])
         if follows:
             rate = rate * gate_prob(batch.columns)
         return self._gates(run, batch.rows, rate, not follows, SALT_TRAIN, run.epoch, run.step)
