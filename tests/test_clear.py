@@ -306,6 +306,23 @@ def test_closed_rows_may_take_known_features(tiny_run: Tiny, clean: list[float])
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_closed_rows_take_known_features_in_bf16_as_well(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with the fp32 encoder, logits in bf16 look as if the head read something else."""
+    found: list[int] = []
+
+    class Watching(CleaR):
+        def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
+            loss = super().compute_loss(model, batch, run)
+            found.append(len(run.model.noiseproof_routing.frozen))
+            return loss
+
+    monkeypatch.setattr("noiseproof.engine.choose_precision", lambda *asked: "bf16")
+    tiny_run.fit(Watching(warmup_epochs=1, **GATED), epochs=2, precision="bf16")
+    assert found[-1] == len(tiny_run.labels)
+
+
 def test_dropout_in_the_encoder_forbids_known_features(tiny_run: Tiny) -> None:
     """With dropout the frozen backbone answers differently in every step."""
     half = torch.tensor([0.0, 1.0] * 4)

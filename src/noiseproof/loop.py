@@ -235,6 +235,7 @@ class _Loop:
             torch.Generator(),
             seed=self.settings.seed,
             encode=self._encode,
+            autocast=self.engine.accelerator.autocast,
             redrawn=self.encoded.redrawn,
             features=lambda: self.engine.features(self.encoded),
             row_losses=self.encoded.losses,

@@ -16,6 +16,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 
@@ -136,6 +137,7 @@ class Run:
         generator: Random source for hooks, fresh for every epoch from the run's seed.
         seed: Seed of the run, for draws that are keyed by row.
         encode: Features of all training rows, see `Encode`; None where there is no encoder.
+        autocast: Context in which a module computes in the run's precision, as the model does.
         redrawn: Whether steps see a row otherwise than `encode` does, such as an augmented image.
         features: What the head reads of the training rows, (N, D, 1 or 2) on the CPU, in a stage
             that trains on cached features; else it returns None.
@@ -163,6 +165,7 @@ class Run:
     generator: torch.Generator
     seed: int = 0
     encode: Encode | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     redrawn: bool = False
     features: Callable[[], Tensor | None] = lambda: None
     forget: Callable[[], None] = lambda: None

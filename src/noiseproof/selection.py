@@ -148,8 +148,8 @@ def borne_out(logits: Tensor, labels: Tensor, clean_prob: Tensor) -> tuple[float
     """Share of rows that a model contradicts, and how far the doubts of a mixture can be true.
 
     Ours. A mixture of two parts finds two parts, whether labels are wrong or rows merely hard. No
-    more labels can be wrong than a model contradicts, unless it has memorised them, and then the
-    mixture does not doubt them either.
+    more labels can be wrong than a model contradicts, but for those that it has memorised; their
+    losses are low, and the mixture doubts them no longer either.
 
     Args:
         logits: Scores of the rows (N, C).
@@ -157,7 +157,7 @@ def borne_out(logits: Tensor, labels: Tensor, clean_prob: Tensor) -> tuple[float
         clean_prob: Probability that each label is right (N,).
 
     Returns:
-        The share, and contradicted rows per doubted row, at most 1.
+        The share, and contradicted rows per doubted row, at most 1; 0 where no row is either.
 
     >>> logits, labels = torch.eye(2)[[0, 0, 1, 0]], torch.tensor([0, 0, 1, 1])
     >>> borne_out(logits, labels, torch.tensor([1.0, 0.5, 0.5, 0.0]))
@@ -165,7 +165,7 @@ def borne_out(logits: Tensor, labels: Tensor, clean_prob: Tensor) -> tuple[float
     """
     contradicted = float((logits.argmax(dim=1) != labels).double().mean())
     doubted = float((1 - clean_prob.double()).mean())
-    return contradicted, min(1.0, contradicted / doubted) if doubted > 0 else 1.0
+    return contradicted, min(1.0, contradicted / max(doubted, 1e-12))
 
 
 def trusted(clean_prob: Tensor, losses: Tensor, labels: Tensor, share: float) -> Tensor:

@@ -19,9 +19,9 @@ depend on (seed, epoch, row) alone, at test on the content of the row or batch. 
 peft but LoRA, ``gate_unit=module`` and ``scoring=reuse`` are ours. The head is not protected from
 wrong labels, as published; ``ce_weight``, an inactive line of the released code, did not help
 (docs/results/clear-defaults.md). Doubts are borne out by what the model contradicts
-(``cap_doubt``, ours): a mixture finds two parts where all labels are right as well, and then gates
-shut out small classes and hard rows. Preset gentle has gates of ours: none is closed at random (gamma =
-1), rows that are predicted as labelled and rows of a class that is not known yet are trusted no
+(``cap_doubt``, ours): a mixture finds two parts where all labels are right as well, and gates would
+shut out small classes and hard rows. Preset gentle has other gates: none is closed at random (gamma
+= 1), rows that are predicted as labelled and rows of a class that is not known yet are trusted no
 less than the average row (``spare``), routing waits for a model that has learned something
 (``max_clean_loss``), and consistency holds a row as far as its label is doubted
 (``consistency_weight``, another inactive line). It keeps small classes and loses less where labels
@@ -117,6 +117,7 @@ class CleaR(Method):
         cap_doubt: A mixture splits the losses of right labels as well. Where it doubts more rows
             than the model contradicts, gates are closed, at random too, and rows held to former
             answers only as far as the two numbers agree: hardly at all where labels are right.
+            Nothing to routing=random.
         max_clean_loss: Routing waits while the rows that look clean have a mean loss above this
             share of a blind guess's, log(C): a model that has learned nothing tells no labels
             apart. None begins after the warm-up in any case, as published; preset gentle has 0.75.
@@ -383,7 +384,7 @@ class CleaR(Method):
             return columns
         if self.max_clean_loss is not None:
             columns["gate_prob"] = fit.clean_prob
-        if self.cap_doubt:
+        if self.cap_doubt and self.routing != "random":
             contradicted, doubt = borne_out(logits, run.labels, fit.clean_prob)
             columns["doubt"] = torch.full_like(fit.clean_prob, doubt)
             columns["gate_prob"] = fit.clean_prob + (1 - fit.clean_prob) * (1 - doubt)
@@ -549,7 +550,9 @@ class CleaR(Method):
         if routing.frozen is None:
             routing.frozen = torch.empty(0)
             some = {name: tensor[:4] for name, tensor in batch.inputs.items()}
-            position = feature_position(run.model, some) if only_gated_trains(run.model) else None
+            with run.autocast():  # as the model answers, else no position gives its logits
+                known = only_gated_trains(run.model)
+                position = feature_position(run.model, some) if known else None
             width = int(getattr(run.model.config, "hidden_size", 0))
             if position is not None and len(run.labels) * width * 8 <= FROZEN_BYTES:
                 device = batch.labels.device
