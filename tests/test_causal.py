@@ -14,6 +14,7 @@ import torch
 
 import noiseproof
 from language import CHAT, language_model, tokenizer
+from noiseproof.data import Examples
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.experts.mixing import MODES
@@ -512,6 +513,79 @@ def test_chat_messages_without_a_chat_template_are_refused() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(InputError, match="no chat template"):
         fit({"messages": [turns] * 4}, text="messages")
+
+
+def test_messages_that_a_chat_template_does_not_take_are_one_clear_line() -> None:
+    """Templates raise where a role has no place, such as a system message in Gemma's."""
+    made = tokenizer(chat=True)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    made.chat_template = refusal + CHAT
+    task = CausalLM(made, RowSettings())
+    user = {"role": "user", "content": "a"}
+    task.encode(Dialogues([json.dumps([user])], ["b"], chat=True))
+    system = {"role": "system", "content": "be kind"}
+    prompts = [json.dumps(turns) for turns in ([user], [system, user])]
+    with pytest.raises(InputError, match=r"messages of row 2 \(system, user\): no system"):
+        task.encode(Dialogues(prompts, ["b", "b"], chat=True))
+
+
+def scored(task: CausalLM, rows: Dialogues) -> tuple[list[Any], list[tuple[int, ...]]]:
+    """Scores of the choices of every row, and what a model was shown of prompts and choices."""
+    seen: list[tuple[int, ...]] = []
+
+    def outputs(encoded: EncodedDialogues) -> torch.Tensor:
+        seen.extend(
+            (len(prompt), len(response))
+            for prompt, response in zip(encoded.prompts, encoded.responses, strict=True)
+        )
+        counts = torch.tensor([float(len(response)) for response in encoded.responses])
+        return torch.stack([counts, counts, counts], dim=1)  # one nat a token
+
+    assert rows.choices is not None
+    return task._choice_scores(rows, rows.choices, outputs), seen  # type: ignore[arg-type]
+
+
+def test_choices_are_never_cut_and_all_of_a_row_see_the_same_prompt() -> None:
+    """Cut choices gain, and one without a token left had a loss of 0: it always won."""
+    made = tokenizer()
+    long = "the boat is in the harbour " * 10
+    rows = Dialogues(
+        [long, "the boat"], ["a", "a"],
+        choices=(("harbour", "harbour harbour harbour"), ("harbour", "harbour " * 40)),
+        answers=("0", "0"),
+    )  # fmt: skip
+    task = CausalLM(made, RowSettings(max_length=16, choice_score="sum"))
+    scores, seen = scored(task, rows)
+    few, many = (len(task._response_ids(text, False)) for text in rows.choices[0])  # type: ignore[index]
+    assert few < many < 16
+    assert scores[0].tolist() == [-few, -many]
+    assert seen == [(16 - many, few), (16 - many, many)]
+    assert scores[1] is None  # a choice that fits beside no prompt at all
+    task = CausalLM(made, RowSettings(max_length=2))
+    examples = Examples(["a", "b"], rows, np.zeros(2, int), None, ("response",))
+    with pytest.raises(InputError, match="no row has choices that fit into 2 tokens"):
+        task.answer_metrics(torch.nn.Identity(), examples, lambda _: torch.Tensor())
+
+
+def test_an_encoder_sees_of_a_long_prompt_what_it_was_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was trained on beginnings without an end token and asked about ends."""
+    folder = language_model("t5")
+    model, made = load_language_model(str(folder))
+    task = CausalLM(made, RowSettings(max_length=8), model.config.decoder_start_token_id)
+    rows = Dialogues(["the boat is in the harbour " * 4], ["a"])
+    trained = task.encode(rows).prompts[0].tolist()
+    asked: list[list[int]] = []
+    monkeypatch.setattr(
+        "noiseproof.tasks.causal.generate",
+        lambda model, made, prompts, new: asked.extend(prompts) or [""] * len(prompts),
+    )
+    task.respond(model, rows)
+    assert len(trained) == 8 and trained == asked[0]
+    whole = made(rows.prompts[0] + "\n")["input_ids"]
+    assert trained[:-1] == whole[:7]
+    assert trained[-1] == (whole[-1] if whole[-1] == made.eos_token_id else whole[7])
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs
@@ -222,19 +223,13 @@ class CausalLM(Task):
         Rows longer than ``max_length`` lose the end of their response.
         """
         assert isinstance(inputs, Dialogues)
-        require(inputs.responses is not None, "these rows have no responses; give their column")
-        limit = min(self.settings.max_length, int(self.tokenizer.model_max_length))
+        limit = self._limit
         prompts, responses = [], []
-        for prompt, response in zip(*self._texts(inputs), strict=True):
-            first, second = (
-                self._prompt_ids(prompt, inputs.chat),
-                self._response_ids(response, inputs.chat),
-            )
-            if self.start is None:
-                first = first[:limit]
-                second = second[: limit - len(first)]
-            prompts.append(np.array(first[:limit], dtype=np.int64))
-            responses.append(np.array(second[:limit], dtype=np.int64))
+        for first, second in self._ids(inputs):
+            first = self._shortened(first, limit)
+            room = limit - len(first) if self.start is None else limit
+            prompts.append(np.array(first, dtype=np.int64))
+            responses.append(np.array(second[:room], dtype=np.int64))
         empty = sum(not len(response) for response in responses)
         if empty == len(responses):
             raise InputError(
@@ -248,11 +243,35 @@ class CausalLM(Task):
                 UserWarning,
                 stacklevel=2,
             )
-        pad = int(self.tokenizer.pad_token_id or 0)
-        encoded = EncodedDialogues(prompts, responses, self.start, pad)
+        encoded = EncodedDialogues(prompts, responses, self.start, self._pad)
         encoded.source = (inputs, self.encode)
         encoded.counts = {"without_response": empty} if empty else {}
         return encoded
+
+    @property
+    def _limit(self) -> int:
+        """Tokens of a row, or of each side of an encoder-decoder."""
+        return min(self.settings.max_length, int(self.tokenizer.model_max_length))
+
+    @property
+    def _pad(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def _ids(self, inputs: Dialogues) -> list[tuple[list[int], list[int]]]:
+        """Tokens of every prompt and of its response, whole."""
+        require(inputs.responses is not None, "these rows have no responses; give their column")
+        return [
+            (self._prompt_ids(prompt, inputs.chat), self._response_ids(response, inputs.chat))
+            for prompt, response in zip(*self._texts(inputs), strict=True)
+        ]
+
+    def _shortened(self, prompt: list[int], limit: int) -> list[int]:
+        """The beginning of a prompt; the encoder of an encoder-decoder still sees its end token."""
+        if len(prompt) <= limit:
+            return prompt
+        end = prompt[-1:] if self.start is not None else []
+        ends = end == [self.tokenizer.eos_token_id]
+        return [*prompt[: limit - 1], *end] if ends else prompt[:limit]
 
     def _texts(self, inputs: Dialogues) -> tuple[list[str], list[str]]:
         """Prompts and responses as they are tokenised."""
@@ -260,10 +279,11 @@ class CausalLM(Task):
         if not inputs.chat:
             return [self._framed(prompt) for prompt in inputs.prompts], responses
         prompts, tails = [], []
-        for text, response in zip(inputs.prompts, responses, strict=True):
+        for row, (text, response) in enumerate(zip(inputs.prompts, responses, strict=True)):
             turns = json.loads(text)
-            prompt = self._chat(turns, True)
-            whole = self._chat([*turns, {"role": "assistant", "content": response}], False)
+            prompt = self._chat(turns, True, row)
+            answer = {"role": "assistant", "content": response}
+            whole = self._chat([*turns, answer], False, row)
             if not whole.startswith(prompt):
                 raise InputError(
                     "the tokenizer's chat template does not continue a prompt with its response; "
@@ -276,14 +296,22 @@ class CausalLM(Task):
     def _framed(self, prompt: str) -> str:
         return self.settings.template.replace("{prompt}", prompt)
 
-    def _chat(self, turns: list[dict[str, str]], ask: bool) -> str:
+    def _chat(self, turns: list[dict[str, str]], ask: bool, row: int) -> str:
         if not self.tokenizer.chat_template:
             raise InputError(
                 "the rows are chat messages, and the tokenizer of this model has no chat template; "
                 "use an instruction-tuned model, or give prompt and response columns"
             )
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        return str(text)
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+            )
+        except TemplateError as error:
+            roles = ", ".join(str(turn.get("role")) for turn in turns)
+            raise InputError(
+                f"the tokenizer's chat template refuses the messages of row {row + 1} ({roles}): "
+                f"{error}; leave out or merge what it does not take, such as a system message"
+            ) from error
 
     def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
@@ -303,18 +331,23 @@ class CausalLM(Task):
         """Answer prompts greedily: N texts of at most ``max_new_tokens`` tokens.
 
         A decoder has room for prompt and response together: the response gets half of it at most,
-        and a prompt that is too long for the rest loses its beginning.
+        and a prompt that is too long for the rest loses its beginning. An encoder sees of a prompt
+        what it saw in training.
         """
         limit, new = int(self.tokenizer.model_max_length), self.settings.max_new_tokens
         if self.start is None:
             new = min(new, max(1, limit // 2))
             limit -= new
-        texts = inputs.prompts
         if inputs.chat:
-            texts = [self._chat(json.loads(text), True) for text in texts]
+            turns = [json.loads(text) for text in inputs.prompts]
+            texts = [self._chat(some, True, row) for row, some in enumerate(turns)]
         else:
-            texts = [self._framed(text) for text in texts]
-        prompts = [self._prompt_ids(text, inputs.chat)[-limit:] for text in texts]
+            texts = [self._framed(text) for text in inputs.prompts]
+        prompts = [self._prompt_ids(text, inputs.chat) for text in texts]
+        if self.start is None:
+            prompts = [prompt[-limit:] for prompt in prompts]
+        else:
+            prompts = [self._shortened(prompt, self._limit) for prompt in prompts]
         return generate(model, self.tokenizer, prompts, new)
 
     def answers(
@@ -345,8 +378,15 @@ class CausalLM(Task):
             right = [
                 int(np.argmax(some)) == int(answer)
                 for some, answer in zip(scores, inputs.answers, strict=True)
+                if some is not None
             ]
+            if not right:
+                raise InputError(
+                    f"no row has choices that fit into {self._limit} tokens; raise train.max_length"
+                )
             found["choice_accuracy"] = float(np.mean(right))
+            if len(right) < len(scores):
+                found["choice_rows"] = float(len(right))
         pattern = self.settings.answer_pattern
         if pattern is not None:
             some = inputs.take(np.arange(min(len(inputs), self.settings.answer_rows)))
@@ -364,16 +404,42 @@ class CausalLM(Task):
         inputs: Dialogues,
         choices: tuple[tuple[str, ...], ...],
         outputs_of: Callable[[Encoded], Tensor],
-    ) -> list[np.ndarray]:
-        """Log-probability of every choice after its prompt, by the sum or the mean over tokens."""
+    ) -> list[np.ndarray | None]:
+        """Log-probability of every choice after its prompt, by the sum or the mean over tokens.
+
+        Choices are never cut: for all those of a row the prompt loses as much of its beginning as
+        the longest of them needs. None for a row with a choice that has no room, or no token.
+        """
         owners = np.repeat(np.arange(len(choices)), [len(some) for some in choices])
         flat = [choice for some in choices for choice in some]
         asked = replace(inputs.take(owners), responses=flat, truth=None, choices=None, answers=None)
-        outputs = outputs_of(self.encode(asked)).numpy()  # (all choices, 3)
+        ids = self._ids(asked)
+        lengths = np.array([len(second) for _, second in ids])
+        longest, shortest = (
+            np.array([reduce(lengths[owners == row]) for row in range(len(choices))])
+            for reduce in (np.max, np.min)
+        )
+        room = self._limit - longest if self.start is None else self._limit + 0 * longest
+        fits = (shortest > 0) & (longest <= self._limit) & (room > 0)
+        kept = np.flatnonzero(fits[owners])
+        if not len(kept):
+            return [None] * len(choices)
+        prompts = [
+            np.array(
+                ids[place][0][-room[owners[place]] :]
+                if self.start is None
+                else self._shortened(ids[place][0], self._limit),
+                dtype=np.int64,
+            )
+            for place in kept
+        ]
+        responses = [np.array(ids[place][1], dtype=np.int64) for place in kept]
+        encoded = EncodedDialogues(prompts, responses, self.start, self._pad)
+        outputs = outputs_of(encoded).numpy()  # (choices that fit, 3)
         scores = -outputs[:, 0]
         if self.settings.choice_score == "mean":
-            scores = scores / np.maximum(outputs[:, 1], 1)
-        return [scores[owners == row] for row in range(len(choices))]
+            scores = scores / outputs[:, 1]
+        return [scores[owners[kept] == row] if fits[row] else None for row in range(len(choices))]
 
 
 def find_answer(pattern: str, text: str) -> str | None:
