@@ -428,6 +428,36 @@ def test_modules_that_cannot_have_experts_are_refused(target: str, message: str)
         ExpertModel(model, Experts(targets=(target,)))
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"), [("roberta", ("dense",)), ("distilbert", ("lin2", "pre_classifier"))]
+)
+def test_the_head_gets_no_experts_and_trains_as_a_whole(
+    name: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Layers of the head may be called as those of the encoder; behind experts they are frozen."""
+    torch.manual_seed(0)
+    base, inputs = classifier(name)
+    model = stirred(ExpertModel(copy.deepcopy(base), Experts(targets=targets)))
+    head = {n for n, _ in base.named_parameters() if n.split(".")[0] in ("classifier",
+                                                                         "pre_classifier")}  # fmt: skip
+    assert head <= set(model.kept) <= {name.removeprefix("model.") for name in model.trained}
+    assert model.layers and not any(".lora_" in name for name in model.kept)
+    assert all(model.get_parameter(f"model.{name}").requires_grad for name in head)
+    wanted = answer(model, inputs)
+    model.save_pretrained(str(tmp_path))
+    again = restored_experts(base, tmp_path)
+    assert torch.equal(answer(again, inputs), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("roberta", "classifier.dense"), ("distilbert", "pre_classifier")]
+)
+def test_targets_of_the_head_alone_are_refused(name: str, target: str) -> None:
+    model, _ = classifier(name)
+    with pytest.raises(InputError, match=f"{target} of .* train as a whole with the head"):
+        ExpertModel(model, Experts(targets=(target,)))
+
+
 def test_inference_modes_that_the_model_cannot_answer_in_are_refused() -> None:
     fresh = ExpertModel(classifier("bert")[0], Experts())
     with pytest.raises(InputError, match="unknown inference mode 'all'; available: none, mask"):
@@ -442,6 +472,43 @@ def test_inference_modes_that_the_model_cannot_answer_in_are_refused() -> None:
         hydra.set_inference_mode("mask")
     hydra.set_inference_mode("none")
     assert hydra.mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"online": "yes"}, "online must be true or false, got 'yes'"),
+        ({"sign": 7}, "sign must be -1, 0 or 1, got 7"),
+        ({"most": 4}, r"most must lie in \[0, 3\], got 4"),
+        ({"most": 1.5}, "most must be a whole number or None"),
+        ({"order": "x"}, "order must be one of theta, index, got 'x'"),
+        ({"beta": "foo"}, "beta must be sum_to_one, keep_mass or a number above 0, got 'foo'"),
+        ({"beta": -1.0}, "beta must be sum_to_one, keep_mass or a number above 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_compensation_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Whatever was no known word would count as another one, and nobody would notice."""
+    model, _ = adapted("bert")
+    before = (model.mode, model.settings)
+    with pytest.raises(InputError, match=message):
+        model.set_inference_mode("compensate", **changes)
+    assert (model.mode, model.settings) == before
+
+
+def test_online_similarities_can_be_switched_on_and_off_after_training() -> None:
+    model, inputs = adapted("bert")
+    online, _ = adapted("bert", online=True)
+    for one in (model, online):
+        one.set_inference_mode("compensate")
+    calibrated, wanted = answer(model, inputs), answer(online, inputs)
+    model.set_inference_mode("compensate", online=True)
+    assert torch.equal(answer(model, inputs), wanted) and not torch.equal(calibrated, wanted)
+    model.set_inference_mode("compensate", online=False)
+    assert torch.equal(answer(model, inputs), calibrated)
+    fresh = ExpertModel(classifier("bert")[0], Experts())
+    fresh.set_inference_mode("compensate", online=True)  # needs no calibration
+    assert fresh.mode == "compensate"
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 import noiseproof
 from language import language_model
 from noiseproof.checkpoint import Interrupted
+from noiseproof.cli import main
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.experts.mixing import MODES
@@ -834,10 +837,12 @@ def test_compensation_is_measured_in_all_its_forms_where_asked(run_of: Callable[
     """One training; the deployed form is the last that is set."""
     out = run_of("forms", method=LoPE(**NOISY, more_modes=True, compensate_sign=-1))
     modes = json.loads((out / "record.json").read_bytes())["modes"]
-    forms = ["sum to one", "mass kept", "sign -1", "sign 0", "0 of 3", "1 of 3", "2 of 3"]
+    forms = ["sum to one", "mass kept", "sign -1", "sign 0", "calibrated", "online",
+             "0 of 3", "1 of 3", "2 of 3"]  # fmt: skip
     assert list(modes) == ["none", "mask", "renorm", *(f"compensate, {one}" for one in forms),
                            "compensate"]  # fmt: skip
-    assert modes["compensate, sign -1"] == modes["compensate"]
+    assert modes["compensate, sign -1"] == modes["compensate"] == modes["compensate, calibrated"]
+    assert modes["compensate, online"] != modes["compensate"]
     loaded = noiseproof.load(out)
     assert loaded.model.settings.sign == -1
     texts = table(12, seed=1)["text"].tolist()
@@ -847,8 +852,23 @@ def test_compensation_is_measured_in_all_its_forms_where_asked(run_of: Callable[
         answers.append(loaded.predict_proba(texts, settings=train_settings()))
     np.testing.assert_array_equal(answers[0], answers[3])
     assert len({str(answer) for answer in answers}) == 3
-    with pytest.raises(InputError, match="compensate has no setting 'betta'; it has sign, most"):
+    with pytest.raises(InputError, match="no setting 'betta'; it has online, sign, most"):
         loaded.model.set_inference_mode("compensate", betta=1)
+
+
+def test_what_is_typed_as_a_number_is_one(folder: Path, tiny_model: Path) -> None:
+    """A text in its place would be refused, on the command line and from the record of a run."""
+    data = (folder / "train.csv", "--test", folder / "test.csv", "--model", tiny_model)
+    quick = ("--train.epochs", 2, "--train.device", "cpu", "--train.precision", "fp32")
+    one, two = folder / "typed", folder / "read"
+    words = ("fit", *data, "--method", "LoPE", "--method.beta", "2.0", *quick, "--out", one)
+    for line in (words, ("fit", "--config", one / "record.json", "--out", two)):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert main([str(word) for word in line]) == 0
+    records = [json.loads((out / "record.json").read_bytes()) for out in (one, two)]
+    assert [record["spec"]["method"]["beta"] for record in records] == [2.0, 2.0]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert noiseproof.load(two).model.settings.beta == 2.0
 
 
 def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:
@@ -1016,7 +1036,7 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"adapt_forward": "all"}, "LoPE.adapt_forward must be one of none, mask, renorm"),
         ({"inference_mode": "all"}, "LoPE.inference_mode must be one of none, mask, renorm"),
         ({"theta_mode": "token"}, "LoPE.theta_mode must be one of calibrate, online"),
-        ({"compensate_order": "size"}, "LoPE.compensate_order must be one of theta, index"),
+        ({"compensate_order": "size"}, "LoPE.compensate_order must be one of theta, index, got"),
         ({"rank": 0}, "LoPE.rank must be at least 1, got 0"),
         ({"num_experts": 0}, "LoPE.num_experts must be at least 1"),
         ({"theta_examples": 0}, "LoPE.theta_examples must be at least 1"),
@@ -1035,8 +1055,9 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"poison_epochs": 0}, "LoPE.poison_epochs must be at least 1"),
         ({"compensate_k": 4}, r"LoPE.compensate_k must lie in \[0, 3\], got 4"),
         ({"compensate_sign": 2}, "LoPE.compensate_sign must be -1, 0 or 1"),
-        ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number; got 'one'"),
-        ({"beta": 0.0}, "LoPE.beta"),
+        ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number above 0, got 'one'"),
+        ({"beta": 0.0}, "LoPE.beta must be sum_to_one, keep_mass or a number above 0, got 0.0"),
+        ({"beta": float("nan")}, "LoPE.beta must be sum_to_one"),
         ({"train_poison": ()}, "LoPE.train_poison must name some of A, B, BD, gate, head"),
         ({"train_adapt": ("C",)}, "LoPE.train_adapt must name some of A, B, BD, gate, head"),
         ({"noise_stages": ("train",)}, "LoPE.noise_stages must name some of poison, adapt"),

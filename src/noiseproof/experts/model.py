@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from noiseproof.errors import InputError
 from noiseproof.experts.layers import ExpertLinear, Reading, Switch, shape_of
-from noiseproof.experts.mixing import MODES, Experts
+from noiseproof.experts.mixing import COMPENSATION, MODES, Experts, check_compensation
 from noiseproof.experts.watching import Watch
 from noiseproof.models import kept_parameters
 from noiseproof.saving import fill_adapter, save_adapter, saved_adapter
 
 FAMILY = "experts"  # in adapters.json
-COMPENSATION = ("sign", "most", "order", "beta")
-"""Settings of `Experts` that can change without training again."""
 TARGETS: dict[str, tuple[str, ...]] = {
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
@@ -62,7 +60,7 @@ class ExpertModel(nn.Module):
         self.settings = dataclasses.replace(settings, targets=targets)
         self.switch = Switch("none" if not settings.poison else "renorm")
         self.kept = kept_parameters(model)
-        for name in target_modules(model, targets):
+        for name in target_modules(model, targets, self.kept):
             parent, _, last = name.rpartition(".")
             layer = ExpertLinear(model.get_submodule(name), self.settings, self.switch)
             setattr(model.get_submodule(parent), last, layer)
@@ -125,17 +123,19 @@ class ExpertModel(nn.Module):
 
         Args:
             mode: One of `MODES`.
-            compensation: How compensate works: some of sign, most, order and beta, see `Experts`.
-                What is not given stays.
+            compensation: How compensate works: some of online, sign, most, order and beta, see
+                `Experts`. What is not given stays.
 
         Raises:
-            InputError: Unknown, or the saved model cannot answer so.
+            InputError: Unknown or out of range, or the saved model cannot answer so.
         """
         unknown = sorted(compensation.keys() - set(COMPENSATION))
         if unknown:
             raise InputError(
                 f"compensate has no setting {unknown[0]!r}; it has {', '.join(COMPENSATION)}"
             )
+        check_compensation(compensation, self.settings.normal)
+        settings = dataclasses.replace(self.settings, **compensation)
         if mode not in MODES:
             raise InputError(f"unknown inference mode {mode!r}; available: {', '.join(MODES)}")
         if mode != "none" and not self.settings.poison:
@@ -144,13 +144,13 @@ class ExpertModel(nn.Module):
             raise InputError("the poisoning experts were not saved; use mask, renorm or compensate")
         calibrated = all(bool(layer.lora_calibrated) for layer in self.layers.values())
         if mode == "compensate" and not calibrated:
-            if not self.settings.online:
+            if not settings.online:
                 raise InputError("compensate needs a calibrated model; use renorm or mask")
             with torch.no_grad():
                 for layer in self.layers.values():
                     layer.lora_gram.copy_(layer.gram())
         self.switch.mode = mode
-        self.settings = dataclasses.replace(self.settings, **compensation)
+        self.settings = settings
         for layer in self.layers.values():
             layer.settings = self.settings
 
@@ -245,17 +245,29 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def target_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
+def target_modules(model: nn.Module, targets: Sequence[str], kept: Sequence[str] = ()) -> list[str]:
     """Full names of the linear modules whose names end so.
+
+    Args:
+        model: What they are in.
+        targets: Ends of names.
+        kept: Names of parameters that train as a whole, such as the head's; modules that hold one
+            of them are left out.
 
     Raises:
         InputError: There is none, or one is not linear.
     """
-    found = []
+    found, whole = [], []
     for name, module in model.named_modules():
         if any(name == target or name.endswith(f".{target}") for target in targets):
             shape_of(module)
-            found.append(name)
+            trains = any(parameter.startswith(f"{name}.") for parameter in kept)
+            (whole if trains else found).append(name)
+    if whole and not found:
+        raise InputError(
+            f"{' and '.join(whole)} of {type(model).__name__} train as a whole with the head, and "
+            "get no experts; give other target_modules, or leave them out"
+        )
     if not found:
         raise InputError(
             f"no module of {type(model).__name__} is called {' or '.join(targets)}; its linear "

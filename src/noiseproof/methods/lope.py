@@ -1,8 +1,9 @@
 """LoPE: asymmetric LoRA with a poisoning expert.
 
-Paper: Wang, Guo, Pu, Chen, Pu, Ou, Qin & Tian, "Robust Fine-tuning of Large Language Models with a
-Poisoning Expert" (NeurIPS 2025, arXiv:2505.23868). No code by its authors is known, and the printed
-equations of its two stages and of the compensation were not available to us: they follow its prose.
+Paper: Wang, Guo, Pu, Chen, Pu, Ou, Qin & Tian, "Noise-Robustness Through Noise: A Framework
+combining Asymmetric LoRA with Poisoning MoE" (NeurIPS 2025, arXiv:2505.23868). No code by its
+authors is known, and the printed equations of its two stages and of the compensation were not
+available to us: they follow its prose.
 The layer is HydraLoRA's (Tian et al., NeurIPS 2024, arXiv:2404.19245).
 Idea: noise in the data is learned somewhere. Give it a place of its own: an expert that is trained
 first on data made noisier on purpose, kept frozen while the others learn, and left out at the end.
@@ -51,7 +52,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.experts.mixing import MODES, Experts, embedding_noise, rms_of_tokens
+from noiseproof.experts.mixing import (
+    MODES,
+    Experts,
+    check_compensation,
+    embedding_noise,
+    rms_of_tokens,
+)
 from noiseproof.experts.model import ExpertModel
 from noiseproof.experts.watching import Watch
 from noiseproof.frozen import feature_position
@@ -126,11 +133,13 @@ class LoPE(Method):
         inference_mode: How it counts at inference: none, mask, renorm or compensate.
         theta_mode: calibrate (one similarity a layer), or online (of every token).
         theta_examples: Training rows that calibrate.
-        compensate_sign: Sign of the similarities; 0 makes compensate renorm.
+        compensate_sign: Sign of the similarities; 0 leaves them out: compensate is then mask with
+            beta=keep_mass, and renorm with sum_to_one.
         compensate_k: Experts that are compensated; None is all.
         compensate_order: Which: theta (most similar first) or index.
         beta: sum_to_one, keep_mass, or a factor.
-        more_modes: Measure compensation with other signs, sums and numbers of experts too.
+        more_modes: Measure compensation with other signs, sums and numbers of experts too, and
+            with similarities that are calibrated or of every token.
         save_poison: Keep the poisoning experts in model/; without them the mode none is gone.
         responses: Whether the last text of a row is its response; set by the task causal-lm.
     """
@@ -173,7 +182,7 @@ class LoPE(Method):
     compensate_sign: int = 1
     compensate_k: int | None = None
     compensate_order: str = "theta"
-    beta: str | float = "keep_mass"
+    beta: float | str = "keep_mass"
     more_modes: bool = False
     save_poison: bool = True
     responses: bool = False
@@ -198,7 +207,6 @@ class LoPE(Method):
             ("adapt_forward", MODES),
             ("inference_mode", MODES),
             ("theta_mode", ("calibrate", "online")),
-            ("compensate_order", ("theta", "index")),
         ):
             value = getattr(self, name)
             require(
@@ -265,23 +273,16 @@ class LoPE(Method):
             f"LoPE.head_policy={self.head_policy} needs a head that trains again: put head into "
             f"train_adapt, got {self.train_adapt}",
         )
-        most = self.compensate_k
-        require(
-            most is None or 0 <= most <= self.num_experts,
-            f"LoPE.compensate_k must lie in [0, {self.num_experts}], got {most}",
+        check_compensation(
+            self._compensation,
+            self.num_experts,
+            {
+                "sign": "LoPE.compensate_sign",
+                "most": "LoPE.compensate_k",
+                "order": "LoPE.compensate_order",
+                "beta": "LoPE.beta",
+            },
         )
-        require(
-            self.compensate_sign in (-1, 0, 1),
-            f"LoPE.compensate_sign must be -1, 0 or 1, got {self.compensate_sign}",
-        )
-        if isinstance(self.beta, str):
-            names = ("sum_to_one", "keep_mass")
-            require(
-                self.beta in names,
-                f"LoPE.beta must be {', '.join(names)} or a number; got {self.beta!r}",
-            )
-        else:
-            require_range("LoPE", "beta", self.beta, 0, 1e6, open_low=True)
         seed = self.noise_seed
         require(
             seed is None or 0 <= seed < 2**32, f"LoPE.noise_seed must lie in [0, 2^32), got {seed}"
@@ -356,11 +357,7 @@ class LoPE(Method):
                 poison=self.num_poison_experts,
                 gate_input=self.gate_input,
                 gate_init=self.gate_init,
-                online=self.theta_mode == "online",
-                sign=self.compensate_sign,
-                most=self.compensate_k,
-                order=self.compensate_order,
-                beta=self.beta,
+                **self._compensation,
             ),
         )
         adapted.save_poison = self.save_poison
@@ -494,7 +491,7 @@ class LoPE(Method):
         """All inference modes, the deployed one last."""
         if not self.num_poison_experts or not isinstance(model, ExpertModel):
             return {}
-        own = {"sign": self.compensate_sign, "most": self.compensate_k, "beta": self.beta}
+        own = self._compensation
         found = {name: partial(model.set_inference_mode, name, **own) for name in MODES}
         if self.more_modes:
             others: dict[str, dict[str, Any]] = {
@@ -502,6 +499,8 @@ class LoPE(Method):
                 "mass kept": {"beta": "keep_mass"},
                 "sign -1": {"sign": -1},
                 "sign 0": {"sign": 0},
+                "calibrated": {"online": False},
+                "online": {"online": True},
             }
             for most in range(self.num_experts):
                 others[f"{most} of {self.num_experts}"] = {"most": most}
@@ -524,6 +523,17 @@ class LoPE(Method):
             self.shuffle_window,
             self.noise_charset,
         )
+
+    @property
+    def _compensation(self) -> dict[str, Any]:
+        """The settings of `COMPENSATION`."""
+        return {
+            "online": self.theta_mode == "online",
+            "sign": self.compensate_sign,
+            "most": self.compensate_k,
+            "order": self.compensate_order,
+            "beta": self.beta,
+        }
 
     @property
     def _target_rate(self) -> float:
