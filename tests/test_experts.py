@@ -438,8 +438,8 @@ def test_the_head_gets_no_experts_and_trains_as_a_whole(
     torch.manual_seed(0)
     base, inputs = classifier(name)
     model = stirred(ExpertModel(copy.deepcopy(base), Experts(targets=targets)))
-    head = {n for n, _ in base.named_parameters() if n.split(".")[0] in ("classifier",
-                                                                         "pre_classifier")}  # fmt: skip
+    parts = ("classifier", "pre_classifier")
+    head = {name for name, _ in base.named_parameters() if name.split(".")[0] in parts}
     assert head <= set(model.kept) <= {name.removeprefix("model.") for name in model.trained}
     assert model.layers and not any(".lora_" in name for name in model.kept)
     assert all(model.get_parameter(f"model.{name}").requires_grad for name in head)
@@ -663,6 +663,70 @@ def test_rows_go_without_the_poisoning_expert_in_training_alone(kind: str) -> No
     torch.testing.assert_close(answer(model, inputs), wanted)
 
 
+def test_relative_positions_are_no_tokens_of_a_row() -> None:
+    """DeBERTa's query projection reads them too, after the text; they must not take its place."""
+    model, inputs = adapted("deberta-v3")
+    model.set_inference_mode("none")
+    calls: list[tuple[int, ...]] = []
+    layers = list(model.layers.values())
+    handle = layers[0].register_forward_hook(lambda _, given, out: calls.append(given[0].shape))
+    tokens = inputs["attention_mask"].sum(dim=1).tolist()
+    tables = []
+    for size in (4, 1):  # of one row they have as many rows as the batch
+        watch = watched(model, inputs, size)
+        for number in range(len(layers)):
+            assert watch.sums[:, number, 0].tolist() == tokens
+        tables.append(watch.table()[0])
+    handle.remove()
+    assert len(calls) == 10 and calls[:2] == [(4, 7, 16), (1, 80, 16)]
+    for key in ("poison_weight", "entropy", "update_ratio"):
+        assert tables[0][key] == pytest.approx(tables[1][key], rel=1e-4)
+    model.switch.loads = []
+    model(**inputs)
+    assert len(model.switch.loads) == len(layers)
+
+
+def test_positions_go_without_the_poisoning_expert_where_every_row_does() -> None:
+    model, inputs = adapted("deberta-v3", dropout=0.0)
+    answers = {}
+    for name, mode, absent in (("mask", "mask", None), ("none", "none", None),
+                               ("all", "none", [True] * 4), ("some", "none", [True, False] * 2),
+                               ("no", "none", [False] * 4)):  # fmt: skip
+        model.switch.training_mode, model.switch.absent_mode = mode, "mask"
+        model.switch.absent = None if absent is None else torch.tensor(absent)
+        for module in model.modules():  # the mode of training, without its dropout
+            module.training = isinstance(module, ExpertLinear)
+        answers[name] = answer(model, inputs)
+    assert torch.equal(answers["all"], answers["mask"])
+    assert torch.equal(answers["no"], answers["none"])
+    torch.testing.assert_close(answers["some"][1::2], answers["none"][1::2])
+    assert not torch.allclose(answers["some"][::2], answers["none"][::2])
+
+
+def test_a_layer_that_is_used_again_counts_all_its_calls_of_one_pass() -> None:
+    """ALBERT's layers share their weights; a second look at the rows starts anew."""
+    model, _ = adapted("bert")
+    name, layer = next(iter(model.layers.items()))
+    one, two = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    tables = {}
+    with torch.no_grad():
+        for kind, reads in (("one", [one]), ("two", [two]), ("both", [one, two])):
+            with model.watching(2) as watch:
+                for _ in range(2):
+                    watch.begin([0, 1])
+                    model.switch.reading = Reading(MASK)
+                    for read in reads:
+                        layer(read)
+            tables[kind] = watch.table()[0]
+            assert watch.sums[:, 0, 0].tolist() == [5 * len(reads), 2 * len(reads)]
+    model.switch.reading = None
+    for key in ("poison_weight", "entropy", "update_ratio"):
+        assert tables["both"][key] == pytest.approx((tables["one"][key] + tables["two"][key]) / 2)
+    for key in ("theta", "theta_first"):
+        mean = np.mean([tables["one"][key], tables["two"][key]], axis=0)
+        assert tables["both"][key] == pytest.approx(mean.tolist(), abs=1e-6)
+
+
 def test_rows_cannot_be_left_out_where_tokens_belong_to_none() -> None:
     switch = Switch("none")
     layer = layer_of(switch).train()
@@ -776,7 +840,7 @@ def watched(model: ExpertModel, inputs: dict[str, Tensor], size: int, pad: int =
     padded = {key: F.pad(value, (0, pad)) for key, value in inputs.items()}
     with model.watching(rows) as watch:
         for start in range(0, rows, size):
-            watch.places = list(range(start, min(rows, start + size)))
+            watch.begin(list(range(start, min(rows, start + size))))
             answer(model, {key: value[start : start + size] for key, value in padded.items()})
     return watch
 
@@ -847,7 +911,7 @@ def test_rows_in_one_piece_and_tokens_without_a_row_are_counted() -> None:
     tables = []
     for read in (given, given.flatten(0, 1), given.flatten(0, 1)[:9]):
         with model.watching(2) as watch, torch.no_grad():
-            watch.places = [1, 0]
+            watch.begin([1, 0])
             model.switch.reading = Reading(MASK)
             if len(read) == 9:  # no mask fits
                 with pytest.warns(UserWarning, match="no attention mask is known"):

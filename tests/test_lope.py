@@ -692,7 +692,7 @@ def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -
     model.set_inference_mode("none")
     rows = np.arange(25)
     with model.watching(25) as watch, torch.no_grad():
-        watch.places = rows.tolist()
+        watch.begin(rows.tolist())
         model(**tiny_run.encoded.inputs(rows))
     found = outcome.run.findings["experts"]["layers"]
     for row, wanted in zip(found, watch.table(), strict=True):

@@ -20,7 +20,7 @@ COMPENSATION: dict[str, Any] = {
     "order": str,
     "beta": float | str,
 }
-"""Settings of `Experts` that say how compensate works, with their types; no training hangs on them."""
+"""Settings of `Experts` that say how compensate works, with their types; training needs none."""
 SHORTEST = 1e-12  # an output of a smaller norm has no direction
 
 

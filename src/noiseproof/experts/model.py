@@ -19,6 +19,7 @@ from noiseproof.models import kept_parameters
 from noiseproof.saving import fill_adapter, save_adapter, saved_adapter
 
 FAMILY = "experts"  # in adapters.json
+READ = ("input_ids", "inputs_embeds", "attention_mask")  # one of which tells the rows of a call
 TARGETS: dict[str, tuple[str, ...]] = {
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
@@ -84,7 +85,8 @@ class ExpertModel(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """Output of the model."""
         masks = (inputs.get("attention_mask"), inputs.get("decoder_attention_mask"))
-        self.switch.reading = Reading(*masks)
+        read = next((inputs[name] for name in READ if inputs.get(name) is not None), None)
+        self.switch.reading = Reading(*masks, None if read is None else len(read))
         try:
             return self.model(**inputs)
         finally:

@@ -617,7 +617,7 @@ class LoPE(Method):
 
             def before(some: Tensor) -> None:
                 numbers = some.tolist()
-                watch.places = numbers if transform else [place[row] for row in numbers]
+                watch.begin(numbers if transform else [place[row] for row in numbers])
 
             run.predict(before, torch.from_numpy(rows.copy()), transform)
         watch.gather()
