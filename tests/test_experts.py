@@ -706,7 +706,7 @@ def test_positions_go_without_the_poisoning_expert_where_every_row_does() -> Non
 def test_a_layer_that_is_used_again_counts_all_its_calls_of_one_pass() -> None:
     """ALBERT's layers share their weights; a second look at the rows starts anew."""
     model, _ = adapted("bert")
-    name, layer = next(iter(model.layers.items()))
+    layer = next(iter(model.layers.values()))
     one, two = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     tables = {}
     with torch.no_grad():

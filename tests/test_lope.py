@@ -22,6 +22,7 @@ import noiseproof
 from language import language_model
 from noiseproof.checkpoint import Interrupted
 from noiseproof.cli import main
+from noiseproof.cli.words import _of_record
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.experts.mixing import MODES
@@ -32,6 +33,7 @@ from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, digest, group_of
 from noiseproof.preparation import OOD, Prepared
+from noiseproof.record import spec_id
 from noiseproof.report.experts import verdict
 from noiseproof.saving import ADAPTERS_FILE
 from rows import response_rows
@@ -310,6 +312,127 @@ def test_a_head_drawn_anew_is_neither_the_trained_nor_the_first_one(
 def test_a_language_model_has_no_head_to_draw_anew() -> None:
     with pytest.raises(InputError, match="with task causal-lm there is no new one"):
         LoPE(head_policy="reinit").for_tokens()
+
+
+def test_responses_do_without_the_expert_half_of_the_time_unless_told() -> None:
+    """The published stage has every row with it, and so have runs from before there was a choice."""
+    assert LoPE().for_tokens().poison_dropout == 0.5
+    assert LoPE(poison_dropout=0.2).for_tokens().poison_dropout == 0.2
+    assert not LoPE(adapt_forward="mask").for_tokens().poison_dropout
+    for name in ("paper", "sft", "hydralora"):
+        method = LoPE.preset(name).for_tokens()
+        assert method.responses and not method.poison_dropout
+        assert method.for_tokens() == method
+
+
+def test_records_of_responses_from_before_are_read_as_what_they_were() -> None:
+    """No row went without the expert, and the identifiers stay; classes are as they were too."""
+    new = LoPE().for_tokens().to_dict()
+    assert new.pop("poison_dropout") == 0.5
+    read = LoPE.from_dict(new).for_tokens()
+    assert not read.poison_dropout and read.to_dict() == new
+    assert LoPE(poison_dropout=0.0).for_tokens().to_dict() == new
+    for words in (new, LoPE().to_dict()):
+        method = _of_record({"method": words})["method"]
+        assert method["poison_dropout"] is None and method["more_modes"] is False
+    again = LoPE.from_dict(LoPE().to_dict())
+    assert again == LoPE() and not again.poison_dropout
+    assert "poison_dropout" not in LoPE().to_dict()
+    assert LoPE.preset("paper").to_dict()["poison_dropout"] == 0.0
+
+
+def test_published_records_keep_their_identifiers() -> None:
+    records = Path(__file__).parents[1] / "docs/results/records"
+    specs = [
+        json.loads(path.read_bytes())["spec"] for path in records.glob("*/cells/*/record.json")
+    ]
+    mine = [spec for spec in specs if spec["method"]["name"] == "LoPE"]
+    assert len(mine) > 50
+    for spec in mine:
+        method = LoPE.from_dict(spec["method"])
+        method = method.for_tokens() if method.responses else method
+        assert spec_id(spec | {"method": method.to_dict()}) == spec_id(spec)
+
+
+def test_what_the_task_says_cannot_be_said_from_outside(tiny_run: Tiny) -> None:
+    """Classes would be taken for responses, and no label would be flipped."""
+    with pytest.raises(InputError, match=r"LoPE.responses=True does not fit a Bert.*leave it out"):
+        tiny_run.fit(LoPE(**NOISY, responses=True), epochs=2)
+
+
+def test_responses_need_operations_to_be_corrupted() -> None:
+    with pytest.raises(InputError, match="target_noise_rate=0.3 corrupts responses by noise_ops"):
+        LoPE(noise_ops=(), target_noise_rate=0.3).for_tokens()
+    assert LoPE.preset("hydralora-neftune").for_tokens().target_noise_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "silent"),
+    [
+        ({"noise_ops": (), "emb_noise_mode": "off"}, True),
+        ({"noise_ops": ()}, False),
+        ({"noise_rate": 0.0, "target_noise_rate": 0.3, "emb_noise_mode": "off"}, False),
+        ({"noise_rate": 0.0, "target_noise_rate": 0.0, "emb_noise_mode": "off"}, True),
+    ],
+    ids=str,
+)
+def test_a_stage_poison_without_noise_is_warned_of_with_responses_too(
+    settings: dict[str, Any], silent: bool
+) -> None:
+    """Where no label is a class, a rate of labels is no noise."""
+    method = LoPE(**settings).for_tokens()
+    assert (not method._adds_noise) == silent
+    transform = method.stages(2)[0].transform
+    assert silent == (transform is None and not method._shakes)
+
+
+def test_a_response_has_a_draw_of_its_own_where_it_has_a_rate() -> None:
+    """Without one it suffers with its prompt; with one, whether its prompt does or not."""
+    texts = ("one two three four", "five six seven eight")
+
+    def hits(**settings: Any) -> np.ndarray:
+        transform = LoPE(noise_rate=0.4, **settings).for_tokens().stages(2)[0].transform
+        assert transform is not None
+        rows = [transform(texts, row, 0, 0) for row in range(2000)]
+        return np.array([[one != two for one, two in zip(row, texts, strict=True)] for row in rows])
+
+    together = hits()
+    assert bool((together[:, 0] == together[:, 1]).all())
+    apart = hits(target_noise_rate=0.2)
+    np.testing.assert_array_equal(apart[:, 0], together[:, 0])  # prompts do not notice
+    for part, rate in ((apart[:, 1], 0.2), (apart.all(axis=1), 0.08)):
+        assert abs(part.sum() - rate * 2000) < 4 * (2000 * rate * (1 - rate)) ** 0.5
+    assert not hits(target_noise_rate=0.0)[:, 1].any()
+
+
+def test_the_history_shows_the_router_and_the_noise_while_they_train(tiny_run: Tiny) -> None:
+    """A router that gives the expert everything, or nothing, is seen before the end."""
+    outcome = tiny_run.fit(LoPE(**TWO, lora_dropout=0.0, dropout=0.0), epochs=4)
+    history = outcome.history
+    poison, adapt = history[:2], history[2:]
+    for row in history:
+        assert 0 < row["poison_weight"] < 1
+    assert poison[0]["poison_weight"] != adapt[-1]["poison_weight"]
+    found = outcome.run.findings["noise"]
+    for name in ("loss_corrupted", "loss_others", "embedding_noise"):
+        assert poison[1][name] == pytest.approx(found[name], rel=1e-5)
+        assert not any(name in row and np.isfinite(row[name]) for row in adapt)
+    experts(outcome).switch.poison = seen = []
+    rows = np.arange(25)
+    inputs = tiny_run.encoded.inputs(rows)
+    with experts(outcome).watching(25) as watch, torch.no_grad():
+        watch.begin(rows.tolist())
+        experts(outcome)(**inputs)
+    wanted = [row["poison_weight"] for row in watch.table()]
+    assert torch.stack(seen).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_nothing_hangs_on_the_embeddings_when_training_is_over(
+    tiny_run: Tiny, run_of: Callable[..., Path]
+) -> None:
+    for model in (experts(tiny_run.fit(LoPE(**NOISY), epochs=2)),
+                  noiseproof.load(run_of("plain")).model):  # fmt: skip
+        assert not model.model.get_input_embeddings()._forward_hooks
 
 
 def test_the_balance_term_is_the_variation_of_the_loads(tiny_run: Tiny) -> None:
@@ -664,7 +787,10 @@ def test_a_router_that_knows_noise_is_found_out_too(tiny_run: Tiny) -> None:
     LoPE(**NOISY).finalize_model(outcome.run)
     found = outcome.run.findings["experts"]
     assert found["noise_auroc"] > 0.8 and found["raised_share"] > 0.7
-    assert found["weight_on_corrupted"] > 0
+    assert found["weight_difference"] > 0
+    difference = found["weight_corrupted"] - found["weight_clean"]
+    assert found["weight_difference"] == pytest.approx(difference)
+    assert found["weight_clean"] == pytest.approx(found["poison_weight"], abs=0.01)
     assert "Corrupted texts rely more on it" in verdict(found)
 
 
@@ -674,7 +800,7 @@ def test_a_row_is_compared_with_its_own_corrupted_copy(
     """With noise that changes nothing, every pair must be equal to the last bit."""
     monkeypatch.setattr(lope.TextNoise, "apply", lambda noise, texts, random: texts)
     found = tiny_run.fit(LoPE(noise_rate=0.3), epochs=2).run.findings["experts"]
-    assert (found["weight_on_corrupted"], found["raised_share"]) == (0, 0)
+    assert (found["weight_difference"], found["raised_share"]) == (0, 0)
     assert found["rows"] == 25 and found["noise_auroc"] == 0.5
 
 
@@ -1053,6 +1179,10 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"emb_noise_prob": 1.5}, "LoPE.emb_noise_prob"),
         ({"noise_seed": -1}, "LoPE.noise_seed must lie in"),
         ({"poison_epochs": 0}, "LoPE.poison_epochs must be at least 1"),
+        (
+            {"poison_epochs": 2, "epoch_budget": "per_stage"},
+            "LoPE.poison_epochs=2 shares out .* with epoch_budget=per_stage each stage has all",
+        ),
         ({"compensate_k": 4}, r"LoPE.compensate_k must lie in \[0, 3\], got 4"),
         ({"compensate_sign": 2}, "LoPE.compensate_sign must be -1, 0 or 1"),
         ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number above 0, got 'one'"),
@@ -1080,6 +1210,7 @@ def test_presets_are_what_the_papers_describe() -> None:
     assert (paper.noise_rate, paper.emb_noise_alpha) == (0.05, 0.05)
     assert paper.emb_noise_mode == "absolute"
     assert (paper.learning_rate, paper.epoch_budget) == (2e-4, "per_stage")
+    assert (paper.beta, presets["sft"]) == ("sum_to_one", paper)
     assert paper.train_poison == ("A", "BD", "head") and paper.inference_mode == "compensate"
     for name in ("hydralora", "hydralora-noise", "hydralora-neftune"):
         assert [stage.name for stage in presets[name].stages(1)] == [ADAPT]

@@ -78,6 +78,8 @@ class Switch:
         watch: Gets what each layer sees, in a call for the sake of that.
         loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
             nothing.
+        poison: Gets each layer's mean weight of the poisoning experts (), without; None gets
+            nothing.
         warned: Whether it was said that masks are missing.
     """
 
@@ -89,6 +91,7 @@ class Switch:
         self.reading: Reading | None = None
         self.watch: Watch | None = None
         self.loads: list[Tensor] | None = None
+        self.poison: list[Tensor] | None = None
         self.warned = False
 
     def foreign(self, read: Tensor) -> bool:
@@ -227,6 +230,8 @@ class ExpertLinear(nn.Module):
             self.switch.watch.note(self, input, output, hidden, logits)
         if self.switch.loads is not None and tokens:
             self.switch.loads.append(self._load(logits[self.switch.real(input)]))
+        if self.switch.poison is not None and tokens:
+            self.switch.poison.append(self._poison(logits.detach(), self.switch.real(input)))
         used = self.settings.count if mode == "none" else self.settings.normal
         if rate and self.settings.dropout_mode == "per_expert":
             more = [self._down(given, rate) for _ in range(used - 1)]
@@ -298,6 +303,11 @@ class ExpertLinear(nn.Module):
     def _load(self, logits: Tensor) -> Tensor:
         """Mean share of each normal expert among them.  (M, N) -> (NE,)."""
         return torch.softmax(logits[:, : self.settings.normal], dim=-1).mean(dim=0)
+
+    def _poison(self, logits: Tensor, real: Tensor) -> Tensor:
+        """Mean weight of the poisoning experts over real tokens.  (.., N), (..) -> ()."""
+        weight = torch.softmax(logits, dim=-1)[..., self.settings.normal :].sum(dim=-1)
+        return (weight * real).sum() / real.sum().clamp_min(1)
 
     def _logits(self, read: Tensor) -> Tensor:
         """What the router says, always in fp32."""

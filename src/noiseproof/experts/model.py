@@ -68,8 +68,10 @@ class ExpertModel(nn.Module):
         self.save_poison, self.has_poison = True, settings.poison > 0
         self.seal: dict[str, str] = {}
         self.noise: Callable[[Tensor, Tensor], Tensor] | None = None
-        for embeddings in token_embeddings(model):
+        self._shaken = [
             embeddings.register_forward_hook(self._embedded)
+            for embeddings in token_embeddings(model)
+        ]
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
             decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
@@ -166,6 +168,11 @@ class ExpertModel(nn.Module):
         finally:
             self.switch.watch = None
 
+    def remove_noise(self) -> None:
+        """Training is over: nothing is added to embeddings any more."""
+        for hook in self._shaken:
+            hook.remove()
+
     def keep_down(self) -> None:
         """Remember A as it is now, for `ExpertLinear.drift`."""
         with torch.no_grad():
@@ -221,6 +228,7 @@ def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
     adapted.has_poison = adapted.save_poison = save_poison
     fill_adapter(adapted, folder, adapted._saved_names(), "model")
     adapted.set_inference_mode(mode)
+    adapted.remove_noise()
     return adapted.eval()
 
 

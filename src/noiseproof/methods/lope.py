@@ -25,9 +25,10 @@ poisoning expert left out, unless half of the rows went without it in training.
 Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
 lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
-paper 2e-4 for 7 billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its
-controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper belong, of the run:
-one epoch, --train.batch_size 8 --train.schedule cosine --train.warmup_share 0.03
+paper 2e-4 for 7 billion parameters). Presets: default, paper (also called sft, after its task: an
+epoch for each stage, rate 2e-4, absolute noise, weights that sum to one), the layer alone
+(hydralora), its controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper belong,
+of the run: one epoch, --train.batch_size 8 --train.schedule cosine --train.warmup_share 0.03
 --train.weight_decay 0.
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
@@ -73,7 +74,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
-from noiseproof.models import set_dropout, start_head, trial_inputs
+from noiseproof.models import is_language_model, set_dropout, start_head, trial_inputs
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 from noiseproof.tuning import usual_rate
@@ -129,7 +130,7 @@ class LoPE(Method):
             it is), mask, renorm or compensate.
         poison_dropout: adapt_forward=none: share of rows that go without the poisoning expert in a
             step of the stage adapt, with weights as at inference; the others learn to do without.
-            None is 0.5 for responses and 0 for classes.
+            None is 0.5 for responses and 0 for classes; a record without it had 0.
         inference_mode: How it counts at inference: none, mask, renorm or compensate.
         theta_mode: calibrate (one similarity a layer), or online (of every token).
         theta_examples: Training rows that calibrate.
@@ -269,6 +270,11 @@ class LoPE(Method):
             f"LoPE.poison_epochs must be at least 1, got {self.poison_epochs}",
         )
         require(
+            self.poison_epochs == 1 or self.epoch_budget == "total",
+            f"LoPE.poison_epochs={self.poison_epochs} shares out train.epochs, and with "
+            "epoch_budget=per_stage each stage has all of them; leave one of the two out",
+        )
+        require(
             self.head_policy not in ("restore", "reinit") or "head" in self.train_adapt,
             f"LoPE.head_policy={self.head_policy} needs a head that trains again: put head into "
             f"train_adapt, got {self.train_adapt}",
@@ -309,7 +315,7 @@ class LoPE(Method):
         return {
             "default": cls(),
             "paper": cls(**published),
-            "sft": cls(emb_noise_mode="absolute", beta="sum_to_one", poison_dropout=0.0),
+            "sft": cls(**published),
             "hydralora": cls(**hydra),
             "hydralora-noise": cls(**noisy),
             "hydralora-neftune": cls(
@@ -331,13 +337,25 @@ class LoPE(Method):
             "LoPE.head_policy=reinit draws a head anew, and with task causal-lm there is no new "
             "one; leave it out",
         )
+        require(
+            bool(self.noise_ops) or not self.target_noise_rate,
+            f"LoPE.target_noise_rate={self.target_noise_rate} corrupts responses by noise_ops, and "
+            f"there are none; name some of {', '.join(OPERATIONS)}, or leave it out",
+        )
         left_out = self.poison_dropout
-        if left_out is None and self.num_poison_experts and self.adapt_forward == "none":
+        takes_part = self.num_poison_experts > 0 and self.adapt_forward == "none"
+        if left_out is None and takes_part and not self.responses:
             left_out = TOKEN_DROPOUT
-        return dataclasses.replace(self, responses=True, poison_dropout=left_out)
+        # With responses None is 0, so that records from before the setting say what was done.
+        return dataclasses.replace(self, responses=True, poison_dropout=left_out or None)
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
         """Put experts beside the target modules; they start as if they were not there."""
+        require(
+            self.responses == is_language_model(model),
+            f"LoPE.responses={self.responses} does not fit a {type(model).__name__}: the task says "
+            "whether rows have responses; leave it out",
+        )
         require(
             self.responses or not self.num_poison_experts or "head" in self.train_poison,
             "LoPE.train_poison without head would train the poisoning expert against a new head "
@@ -446,11 +464,16 @@ class LoPE(Method):
         if noisy and "noisy_label" in batch.columns:
             batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
         experts.switch.loads = [] if self.balance_weight else None
+        experts.switch.poison = [] if self.num_poison_experts else None
         experts.switch.absent = self._absent(run, batch)
         losses = losses_of(model, batch)
         experts.noise = experts.switch.absent = None
+        if experts.switch.poison:
+            run.average(len(losses), poison_weight=float(torch.stack(experts.switch.poison).mean()))
+        experts.switch.poison = None
         if noisy:
             run.write("noisy_loss", batch, losses)
+            self._log_noise(run, batch, losses)
         loss = losses.mean()
         if self.balance_weight:
             loads = torch.stack(experts.switch.loads or [])  # (layers, NE)
@@ -458,6 +481,17 @@ class LoPE(Method):
             loss = loss + self.balance_weight * spread.mean()
             experts.switch.loads = None
         return loss
+
+    def _log_noise(self, run: Run, batch: Batch, losses: Tensor) -> None:
+        """Put the losses (B,) of corrupted and other rows into the history, and the shaking."""
+        hit = run.columns["corrupted"][batch.rows]
+        for name, rows in (("loss_corrupted", hit), ("loss_others", ~hit)):
+            if bool(rows.any()):
+                own = losses.detach()[rows.to(losses.device)]
+                run.average(len(own), **{name: float(own.mean())})
+        if self._shakes:
+            shaken = run.columns["embedding_noise"][batch.rows]
+            run.average(len(shaken), embedding_noise=float(shaken.mean()))
 
     def _absent(self, run: Run, batch: Batch) -> Tensor | None:
         """Rows (B,) of a batch that go without the poisoning expert, by row and epoch."""
@@ -473,6 +507,7 @@ class LoPE(Method):
         """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
         model = experts_of(run)
         check_seal(model)
+        model.remove_noise()
         if "noisy_loss" in run.columns:
             run.findings["noise"] = noise_seen(run.columns)
         if not self.num_poison_experts:  # it answers as it did in training
@@ -545,8 +580,8 @@ class LoPE(Method):
 
     @property
     def _adds_noise(self) -> bool:
-        texts = self.noise_rate > 0 and bool(self.noise_ops)
-        return texts or self._target_rate > 0 or self._shakes
+        targets = self._target_rate > 0 and (not self.responses or bool(self.noise_ops))
+        return targets or (self.noise_rate > 0 and bool(self.noise_ops)) or self._shakes
 
     @property
     def _without(self) -> str:
@@ -658,7 +693,9 @@ class LoPE(Method):
         wrong = np.repeat([False, True], len(rows))
         found |= {
             "rows": len(rows),
-            "weight_on_corrupted": float((noisy - clean).mean()),
+            "weight_clean": float(clean.mean()),
+            "weight_corrupted": float(noisy.mean()),
+            "weight_difference": float((noisy - clean).mean()),
             "raised_share": float((noisy > clean).mean()),
             "noise_auroc": detection(scores, wrong)["auroc"],
         }
