@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import noiseproof
 from families import classifier, config, text_inputs
 from noiseproof.errors import InputError
 from noiseproof.experts.layers import ExpertLinear, Reading, Switch
@@ -1054,6 +1055,44 @@ def test_a_file_that_is_not_whole_is_refused_by_name(change: str, tmp_path: Path
         tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, str(tmp_path / ADAPTERS_FILE))
     with pytest.raises(InputError, match=rf"does not fit the model .*{name} differs"):
+        restored_experts(base, tmp_path)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change fields of the file about the experts; None takes one away."""
+    about = json.loads((folder / ADAPTERS_CONFIG).read_bytes()) | changes
+    left = {name: value for name, value in about.items() if value is not None}
+    (folder / ADAPTERS_CONFIG).write_text(json.dumps(left), encoding="utf-8")
+
+
+def test_the_file_says_where_experts_are_and_what_wrote_it(tmp_path: Path) -> None:
+    base, model, inputs = trained_pair()
+    wanted = answer(model, inputs)
+    model.save_pretrained(str(tmp_path))
+    about = json.loads((tmp_path / ADAPTERS_CONFIG).read_bytes())
+    assert about["layers"] == list(model.layers) and about["layers"][0].startswith("bert.encoder")
+    assert about["calibrated"] is True and about["version"] == noiseproof.__version__
+    new = ("layers", "calibrated", "base_digest", "version")
+    edit(tmp_path, **dict.fromkeys(new))  # a file from before
+    assert torch.equal(answer(restored_experts(base, tmp_path), inputs), wanted)
+
+
+def test_a_setting_of_another_version_is_told_with_the_version(tmp_path: Path) -> None:
+    base, model, _ = trained_pair()
+    model.save_pretrained(str(tmp_path))
+    edit(tmp_path, heat=2.0, version="9.1")
+    with pytest.raises(InputError, match=r"has the setting 'heat', .* written by noiseproof 9\.1"):
+        restored_experts(base, tmp_path)
+
+
+def test_experts_beside_other_weights_are_warned_of(tmp_path: Path) -> None:
+    """The shapes fit, and the answers mean nothing; in half precision it is the same model."""
+    base, model, _ = trained_pair()
+    model.save_pretrained(str(tmp_path))
+    restored_experts(copy.deepcopy(base).bfloat16().float(), tmp_path)
+    with torch.no_grad():
+        base.get_parameter("bert.encoder.layer.1.output.dense.weight")[0, 0] += 1
+    with pytest.warns(UserWarning, match="has other weights than the model that the experts in"):
         restored_experts(base, tmp_path)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import noiseproof
@@ -35,7 +37,7 @@ from noiseproof.methods.lope import ADAPT, GROUPS, POISON, digest, group_of
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import spec_id
 from noiseproof.report.experts import verdict
-from noiseproof.saving import ADAPTERS_FILE
+from noiseproof.saving import ADAPTERS_CONFIG, ADAPTERS_FILE
 from rows import response_rows
 from tiny import FILLER, TOPICS, Tiny, last_json, python, table, train_settings
 
@@ -315,7 +317,7 @@ def test_a_language_model_has_no_head_to_draw_anew() -> None:
 
 
 def test_responses_do_without_the_expert_half_of_the_time_unless_told() -> None:
-    """The published stage has every row with it, and so have runs from before there was a choice."""
+    """Published rows all have it, and so have runs from before there was a choice."""
     assert LoPE().for_tokens().poison_dropout == 0.5
     assert LoPE(poison_dropout=0.2).for_tokens().poison_dropout == 0.2
     assert not LoPE(adapt_forward="mask").for_tokens().poison_dropout
@@ -361,7 +363,7 @@ def test_what_the_task_says_cannot_be_said_from_outside(tiny_run: Tiny) -> None:
 
 
 def test_responses_need_operations_to_be_corrupted() -> None:
-    with pytest.raises(InputError, match="target_noise_rate=0.3 corrupts responses by noise_ops"):
+    with pytest.raises(InputError, match=r"target_noise_rate=0\.3 corrupts responses by noise_ops"):
         LoPE(noise_ops=(), target_noise_rate=0.3).for_tokens()
     assert LoPE.preset("hydralora-neftune").for_tokens().target_noise_rate == 0
 
@@ -397,9 +399,9 @@ def test_a_response_has_a_draw_of_its_own_where_it_has_a_rate() -> None:
         return np.array([[one != two for one, two in zip(row, texts, strict=True)] for row in rows])
 
     together = hits()
-    assert bool((together[:, 0] == together[:, 1]).all())
+    assert (together[:, 0] != together[:, 1]).mean() < 0.03  # a shuffle may give one text again
     apart = hits(target_noise_rate=0.2)
-    np.testing.assert_array_equal(apart[:, 0], together[:, 0])  # prompts do not notice
+    np.testing.assert_array_equal(apart[:, 0], together.any(axis=1))  # prompts do not notice
     for part, rate in ((apart[:, 1], 0.2), (apart.all(axis=1), 0.08)):
         assert abs(part.sum() - rate * 2000) < 4 * (2000 * rate * (1 - rate)) ** 0.5
     assert not hits(target_noise_rate=0.0)[:, 1].any()
@@ -1055,6 +1057,39 @@ def test_the_best_epoch_is_one_of_the_second_stage(tiny_run: Tiny) -> None:
         **{"epochs": 4, "select": "best", "evaluate": "epoch"},
     )
     assert outcome.best_epoch == 2 and outcome.history[2]["stage"] == ADAPT
+
+
+def test_a_model_whose_pooler_is_new_comes_back_with_it(folder: Path, tiny_model: Path) -> None:
+    """The checkpoint lacks it, so it trains with the head and is saved with the experts."""
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    bare = folder / "bare"
+    BertForMaskedLM.from_pretrained(str(tiny_model)).save_pretrained(str(bare))
+    AutoTokenizer.from_pretrained(str(tiny_model)).save_pretrained(str(bare))
+    out = folder / "pooled"
+    result = noiseproof.fit(**job(folder, bare, method=LoPE(**NOISY)), out=str(out))
+    texts = table(12, seed=1)["text"].tolist()
+    one, two = (
+        loaded.predict_proba(texts, settings=train_settings())
+        for loaded in (result.predictor, noiseproof.load(out))
+    )
+    np.testing.assert_array_equal(one, two)
+    assert any("pooler" in name for name in load_file(str(out / "model" / ADAPTERS_FILE)))
+
+
+def test_a_base_that_is_gone_is_told_with_the_file_that_names_it(
+    folder: Path, tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, folder / "moving")
+    out = folder / "moved"
+    noiseproof.fit(**job(folder, folder / "moving", train=train_settings(epochs=2)), out=str(out))
+    (folder / "moving").rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=r"is gone.*model/adapters\.json as base_model_name"):
+        noiseproof.load(out)
+    about = json.loads((out / "model" / ADAPTERS_CONFIG).read_bytes())
+    about["base_model_name_or_path"] = str(folder / "elsewhere")
+    (out / "model" / ADAPTERS_CONFIG).write_text(json.dumps(about), encoding="utf-8")
+    noiseproof.load(out)
 
 
 def test_what_it_trains_cannot_be_merged(folder: Path, tiny_model: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noiseproof import __version__
 from noiseproof.errors import InputError
 from noiseproof.experts.layers import ExpertLinear, Reading, Switch, shape_of
 from noiseproof.experts.mixing import COMPENSATION, MODES, Experts, check_compensation
 from noiseproof.experts.watching import Watch
 from noiseproof.models import kept_parameters
-from noiseproof.saving import fill_adapter, save_adapter, saved_adapter
+from noiseproof.saving import ADAPTERS_CONFIG, fill_adapter, save_adapter, saved_adapter
 
 FAMILY = "experts"  # in adapters.json
+SAMPLED = 64  # values of a tensor of the model that `base_digest` covers
 READ = ("input_ids", "inputs_embeds", "attention_mask")  # one of which tells the rows of a call
 TARGETS: dict[str, tuple[str, ...]] = {
     "bert": ("query", "value"),
@@ -118,6 +122,11 @@ class ExpertModel(nn.Module):
         return own + [f"model.{name}" for name in self.kept]
 
     @property
+    def calibrated(self) -> bool:
+        """Whether similarities were measured."""
+        return all(bool(layer.lora_calibrated) for layer in self.layers.values())
+
+    @property
     def mode(self) -> str:
         """How poisoning experts count at inference."""
         return self.switch.mode
@@ -146,8 +155,7 @@ class ExpertModel(nn.Module):
             raise InputError(f"a model without poisoning experts has the mode none, not {mode!r}")
         if mode == "none" and self.settings.poison > 0 and not self.has_poison:
             raise InputError("the poisoning experts were not saved; use mask, renorm or compensate")
-        calibrated = all(bool(layer.lora_calibrated) for layer in self.layers.values())
-        if mode == "compensate" and not calibrated:
+        if mode == "compensate" and not self.calibrated:
             if not settings.online:
                 raise InputError("compensate needs a calibrated model; use renorm or mask")
             with torch.no_grad():
@@ -192,6 +200,12 @@ class ExpertModel(nn.Module):
         tensors = {name: named[name] for name in self._saved_names()}
         settings = {"family": FAMILY, "save_poison": self.save_poison}
         settings |= dataclasses.asdict(self.settings) | {"mode": self.switch.mode}
+        settings |= {
+            "layers": list(self.layers),
+            "calibrated": self.calibrated,
+            "base_digest": base_digest(self),
+            "version": __version__,
+        }
         save_adapter(Path(folder), tensors, str(self.config.name_or_path), settings)
 
     def _saved_names(self) -> list[str]:
@@ -212,24 +226,55 @@ class ExpertModel(nn.Module):
 def restored_experts(model: nn.Module, folder: Path) -> nn.Module:
     """Put saved experts into their model; without any the model itself.
 
+    A file from before a field of it was kept has no less: what is missing is not checked.
+
     Args:
         model: What `noiseproof.saving.load_saved_model` gave.
         folder: Where `ExpertModel.save_pretrained` wrote.
 
     Raises:
-        InputError: The file belongs to another model, or is not whole.
+        InputError: The file belongs to another model, is not whole, or is of a version that knew
+            other settings.
     """
     settings = saved_adapter(folder, (FAMILY,))
     if settings is None:
         return model
-    mode, save_poison = settings.pop("mode"), settings.pop("save_poison")
-    del settings["family"]
+    about = ("family", "mode", "save_poison", "layers", "calibrated", "base_digest", "version")
+    _, mode, save_poison, _, _, digest, version = (settings.pop(name, None) for name in about)
+    known = {item.name for item in dataclasses.fields(Experts)}
+    for name in sorted(settings.keys() - known):
+        raise InputError(
+            f"{folder / ADAPTERS_CONFIG} has the setting {name!r}, which noiseproof {__version__} "
+            f"does not know; it was written by noiseproof {version}: install that version"
+        )
     adapted = ExpertModel(model, Experts(**settings))
     adapted.has_poison = adapted.save_poison = save_poison
     fill_adapter(adapted, folder, adapted._saved_names(), "model")
     adapted.set_inference_mode(mode)
     adapted.remove_noise()
+    if digest is not None and base_digest(adapted) != digest:
+        warnings.warn(
+            f"{adapted.config.name_or_path} has other weights than the model that the experts in "
+            f"{folder} were trained beside, so what they add means nothing there; put the old "
+            "weights back, or train again",
+            UserWarning,
+            stacklevel=2,
+        )
     return adapted.eval()
+
+
+def base_digest(model: ExpertModel) -> str:
+    """Digest of the frozen model: the first values of every tensor that no stage trains.
+
+    They are rounded to bf16, so that a model in half precision is the same one.
+    """
+    trained = set(model.trained)
+    found = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in trained:
+            values = parameter.detach().flatten()[:SAMPLED].to(torch.bfloat16).cpu()
+            found.update(name.encode() + values.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
 
 
 def token_embeddings(model: Any) -> list[nn.Module]:

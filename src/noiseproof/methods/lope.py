@@ -27,9 +27,9 @@ lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 1
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
 paper 2e-4 for 7 billion parameters). Presets: default, paper (also called sft, after its task: an
 epoch for each stage, rate 2e-4, absolute noise, weights that sum to one), the layer alone
-(hydralora), its controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper belong,
-of the run: one epoch, --train.batch_size 8 --train.schedule cosine --train.warmup_share 0.03
---train.weight_decay 0.
+(hydralora), its controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper
+belong, of the run: one epoch, --train.batch_size 8 --train.schedule cosine
+--train.warmup_share 0.03 --train.weight_decay 0.
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
 Cost: with epoch_budget=total that of LoRA with as many epochs, one more pass over at most
