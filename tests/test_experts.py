@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import noiseproof
 from families import classifier, config, text_inputs
 from noiseproof.errors import InputError
+from noiseproof.experts import layers
 from noiseproof.experts.layers import ExpertLinear, Reading, Switch
 from noiseproof.experts.mixing import (
     MODES,
@@ -360,6 +361,38 @@ def test_half_precision_comes_and_goes_while_experts_stay_in_single() -> None:
         found = full(given)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), full(given), rtol=0.05, atol=0.5)
+
+
+@pytest.mark.parametrize("gate_input", ["x", "Ax"])
+@pytest.mark.parametrize("kind", ["autocast", "bf16"])
+def test_the_router_is_in_single_precision_whatever_the_model_is_in(
+    kind: str, gate_input: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits in half precision make near-equal weights equal."""
+    seen: list[Tensor] = []
+    original = layers.expert_weights
+
+    def weights(logits: Tensor, *given: Any) -> Tensor:
+        seen.append(logits)
+        return original(logits, *given)
+
+    monkeypatch.setattr(layers, "expert_weights", weights)
+    model, inputs = adapted("bert", gate_input=gate_input)
+    read: list[Tensor] = []
+    first = next(iter(model.layers.values()))
+    first.register_forward_hook(lambda _, given, out: read.append(given[0]))
+    if kind == "bf16":
+        model.bfloat16()
+        found = answer(model, inputs)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = answer(model, inputs)
+    assert found.dtype == torch.bfloat16 and len(seen) == 4
+    assert all(logits.dtype == torch.float32 for logits in seen)
+    if gate_input == "x":
+        wanted = F.linear(read[0].float(), first.lora_gate.weight.float())
+        torch.testing.assert_close(seen[0], wanted, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(seen[0], seen[0].bfloat16().float())
 
 
 @pytest.mark.parametrize("poison", [1, 2])

@@ -697,6 +697,14 @@ def test_an_encoder_and_its_decoder_are_both_shaken_and_not_alike(
     assert result.predictor.predict(["the old boat"])
 
 
+def test_a_projection_that_gives_keys_too_is_named_in_the_findings() -> None:
+    rows, model = response_rows(9), language_model("gpt2")
+    found = noiseproof.fit(
+        rows, task="causal-lm", model=model, method=LoPE(**NOISY), train=train_settings(epochs=2)
+    ).record.findings
+    assert found["experts"]["fused"] == ["c_attn"]
+
+
 def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shaken: list[Tensor] = []
     original = LoPE._shaker
@@ -749,7 +757,7 @@ def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None
         assert len(row["theta_first"]) == len(row["load"]) == 3  # BERT answers from [CLS]
     for name, value in found["mean"].items():
         assert value == pytest.approx(np.mean([row[name] for row in found["layers"]]))
-    assert found["even_share"] == 0.25 and found["rows"] == 25
+    assert found["even_share"] == 0.25 and found["rows"] == 25 and "fused" not in found
     assert found["poison_weight"] == pytest.approx(
         np.mean([row["poison_weight"] for row in found["layers"]])
     )
@@ -1023,7 +1031,42 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
 ) -> None:
     """The noise of rows and embeddings is drawn again, and what is frozen is frozen again."""
     out = folder / "-".join(map(str, step))
-    given = job(folder, tiny_model) | {"out": str(out)}
+    fit_in_two_parts(job(folder, tiny_model) | {"out": str(out)}, step, monkeypatch)
+    assert_same_run(out, run_of("plain"))
+
+
+@pytest.mark.parametrize("kind", ["half precision", "responses"])
+def test_half_precision_and_responses_are_gone_on_with_in_the_second_stage(
+    kind: str, folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the rows with responses go without the expert: the same ones again."""
+    given = job(folder, tiny_model)
+    if kind == "responses":
+        given = {
+            "data": response_rows(),
+            "test": response_rows(9, seed=5),
+            "task": "causal-lm",
+            "model": language_model("llama"),
+            "method": LoPE(**NOISY),
+            "train": train_settings(),
+        }
+    else:
+        monkeypatch.setattr("noiseproof.engine.choose_precision", lambda *asked: "bf16")
+        given["train"] = train_settings(precision="bf16")
+    one, two = folder / f"{kind} whole", folder / f"{kind} in two"
+    noiseproof.fit(**given, out=str(one))
+    fit_in_two_parts(given | {"out": str(two)}, (ADAPT, 1, 1), monkeypatch)
+    assert_same_run(two, one)
+    record = json.loads((one / "record.json").read_bytes())
+    assert len({json.dumps(values) for values in record["modes"].values()}) > 1
+    tensors = load_file(str(one / "model" / ADAPTERS_FILE))
+    assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if "_B" in name)
+
+
+def fit_in_two_parts(
+    given: dict[str, Any], step: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fit, be interrupted in a step of a stage and epoch, and go on."""
     original = LoPE.compute_loss
 
     def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
@@ -1036,11 +1079,15 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
         with pytest.raises(Interrupted):
             noiseproof.fit(**given)
     noiseproof.fit(**given, resume=True)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Two runs left the same behind, bit for bit."""
     for name in ("model/" + ADAPTERS_FILE, "history.csv"):
-        assert (out / name).read_bytes() == (run_of("plain") / name).read_bytes()
-    one, two = (pd.read_parquet(path / "samples.parquet") for path in (out, run_of("plain")))
-    pd.testing.assert_frame_equal(one, two, check_exact=True)
-    records = [json.loads((p / "record.json").read_bytes()) for p in (out, run_of("plain"))]
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    tables = [pd.read_parquet(path / "samples.parquet") for path in (one, two)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    records = [json.loads((path / "record.json").read_bytes()) for path in (one, two)]
     for key in ("metrics", "modes", "findings"):
         assert records[0][key] == records[1][key]
 

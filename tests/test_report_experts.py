@@ -151,6 +151,12 @@ def test_the_weights_on_clean_and_corrupted_texts_are_told_where_they_are_known(
     assert "corrupted copy" not in before and "does not know noise" in before
 
 
+def test_layers_that_give_keys_too_are_named(tmp_path: Path) -> None:
+    found = {"experts": EXPERTS | {"fused": ["c_attn"]}}
+    part = section(written(tmp_path, findings=found), "Poisoning expert")
+    assert "Experts are beside c_attn as a whole, which gives keys as well." in part
+
+
 def test_damaged_findings_say_nothing(tmp_path: Path) -> None:
     broken = EXPERTS | {"noise_auroc": None, "layers": []}
     assert "Poisoning expert" not in written(tmp_path, findings={"experts": broken})

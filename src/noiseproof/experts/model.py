@@ -42,6 +42,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "t5": ("q", "v"),
 }
 """Names of query and value projections by architecture; fused ones are adapted whole."""
+FUSED = ("Wqkv", "c_attn", "query_key_value")  # those that give keys as well
 
 
 class ExpertModel(nn.Module):

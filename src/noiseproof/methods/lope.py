@@ -60,7 +60,7 @@ from noiseproof.experts.mixing import (
     embedding_noise,
     rms_of_tokens,
 )
-from noiseproof.experts.model import ExpertModel
+from noiseproof.experts.model import FUSED, ExpertModel
 from noiseproof.experts.watching import Watch
 from noiseproof.frozen import feature_position
 from noiseproof.method import (
@@ -688,6 +688,9 @@ class LoPE(Method):
             "poison_weight": mean["poison_weight"],
             "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
         }
+        fused = [name for name in FUSED if any(n.endswith(f".{name}") for n in model.layers)]
+        if fused:
+            found["fused"] = fused
         clean, noisy = seen.row_scores(), corrupted.row_scores()
         scores = np.concatenate([clean, noisy])
         wrong = np.repeat([False, True], len(rows))

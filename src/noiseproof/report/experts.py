@@ -96,6 +96,10 @@ def router_blocks(run: Run) -> list[Block]:
     told = losses_told(run)
     if told:
         blocks.append(Text(told))
+    fused = found.get("fused")
+    if isinstance(fused, list):
+        names = " and ".join(map(str, fused))
+        blocks.append(Text(f"Experts are beside {names} as a whole, which gives keys as well."))
     layers = [row for row in found.get("layers", ()) if isinstance(row, Mapping)]
     if layers:
         mean = found.get("mean")
