@@ -313,7 +313,8 @@ def target_modules(model: nn.Module, targets: Sequence[str], kept: Sequence[str]
     Raises:
         InputError: There is none, or one is not linear.
     """
-    found, whole = [], []
+    found: list[str] = []
+    whole: list[str] = []
     for name, module in model.named_modules():
         if any(name == target or name.endswith(f".{target}") for target in targets):
             shape_of(module)
