@@ -37,6 +37,12 @@ def config(name: str) -> Any:
             | {"pooler_hidden_size": 16, "relative_attention": True}
             | {"pos_att_type": ["p2c", "c2p"]},
         ),
+        "deberta-v3": (
+            "DebertaV2Config",
+            usual
+            | {"pooler_hidden_size": 16, "relative_attention": True, "share_att_key": True}
+            | {"pos_att_type": ["p2c", "c2p"], "position_buckets": 40},
+        ),
         "modernbert": ("ModernBertConfig", usual | ends | {"cls_token_id": 1, "sep_token_id": 2}),
         "gpt2": (
             "GPT2Config",

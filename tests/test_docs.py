@@ -274,6 +274,17 @@ def test_the_readme_lists_every_source_file_in_about_five_words() -> None:
     assert {name: text for name, text in rows.items() if not 3 <= len(text.split()) <= 8} == {}
 
 
+def test_every_test_that_a_page_of_results_names_exists() -> None:
+    named = {
+        found
+        for page in (ROOT / "docs/results").glob("*.md")
+        for found in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_the_readme_names_the_torch_of_the_lock() -> None:
     pin = re.compile(r"\btorch==[\d.]+\d")
     lock = pin.findall((ROOT / "constraints.txt").read_text(encoding="utf-8"))

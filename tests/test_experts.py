@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import noiseproof
 from families import classifier, config, text_inputs
 from noiseproof.errors import InputError
+from noiseproof.experts import layers
 from noiseproof.experts.layers import ExpertLinear, Reading, Switch
 from noiseproof.experts.mixing import (
     MODES,
@@ -361,6 +363,38 @@ def test_half_precision_comes_and_goes_while_experts_stay_in_single() -> None:
     torch.testing.assert_close(found.float(), full(given), rtol=0.05, atol=0.5)
 
 
+@pytest.mark.parametrize("gate_input", ["x", "Ax"])
+@pytest.mark.parametrize("kind", ["autocast", "bf16"])
+def test_the_router_is_in_single_precision_whatever_the_model_is_in(
+    kind: str, gate_input: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits in half precision make near-equal weights equal."""
+    seen: list[Tensor] = []
+    original = layers.expert_weights
+
+    def weights(logits: Tensor, *given: Any) -> Tensor:
+        seen.append(logits)
+        return original(logits, *given)
+
+    monkeypatch.setattr(layers, "expert_weights", weights)
+    model, inputs = adapted("bert", gate_input=gate_input)
+    read: list[Tensor] = []
+    first = next(iter(model.layers.values()))
+    first.register_forward_hook(lambda _, given, out: read.append(given[0]))
+    if kind == "bf16":
+        model.bfloat16()
+        found = answer(model, inputs)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = answer(model, inputs)
+    assert found.dtype == torch.bfloat16 and len(seen) == 4
+    assert all(logits.dtype == torch.float32 for logits in seen)
+    if gate_input == "x":
+        wanted = F.linear(read[0].float(), first.lora_gate.weight.float())
+        torch.testing.assert_close(seen[0], wanted, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
 @pytest.mark.parametrize("poison", [1, 2])
 def test_drift_says_how_far_the_shared_projection_has_moved(poison: int) -> None:
     layer = layer_of(poison=poison)
@@ -428,6 +462,36 @@ def test_modules_that_cannot_have_experts_are_refused(target: str, message: str)
         ExpertModel(model, Experts(targets=(target,)))
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"), [("roberta", ("dense",)), ("distilbert", ("lin2", "pre_classifier"))]
+)
+def test_the_head_gets_no_experts_and_trains_as_a_whole(
+    name: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Layers of the head may be called as those of the encoder; behind experts they are frozen."""
+    torch.manual_seed(0)
+    base, inputs = classifier(name)
+    model = stirred(ExpertModel(copy.deepcopy(base), Experts(targets=targets)))
+    parts = ("classifier", "pre_classifier")
+    head = {name for name, _ in base.named_parameters() if name.split(".")[0] in parts}
+    assert head <= set(model.kept) <= {name.removeprefix("model.") for name in model.trained}
+    assert model.layers and not any(".lora_" in name for name in model.kept)
+    assert all(model.get_parameter(f"model.{name}").requires_grad for name in head)
+    wanted = answer(model, inputs)
+    model.save_pretrained(str(tmp_path))
+    again = restored_experts(base, tmp_path)
+    assert torch.equal(answer(again, inputs), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("roberta", "classifier.dense"), ("distilbert", "pre_classifier")]
+)
+def test_targets_of_the_head_alone_are_refused(name: str, target: str) -> None:
+    model, _ = classifier(name)
+    with pytest.raises(InputError, match=f"{target} of .* train as a whole with the head"):
+        ExpertModel(model, Experts(targets=(target,)))
+
+
 def test_inference_modes_that_the_model_cannot_answer_in_are_refused() -> None:
     fresh = ExpertModel(classifier("bert")[0], Experts())
     with pytest.raises(InputError, match="unknown inference mode 'all'; available: none, mask"):
@@ -442,6 +506,43 @@ def test_inference_modes_that_the_model_cannot_answer_in_are_refused() -> None:
         hydra.set_inference_mode("mask")
     hydra.set_inference_mode("none")
     assert hydra.mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"online": "yes"}, "online must be true or false, got 'yes'"),
+        ({"sign": 7}, "sign must be -1, 0 or 1, got 7"),
+        ({"most": 4}, r"most must lie in \[0, 3\], got 4"),
+        ({"most": 1.5}, "most must be a whole number or None"),
+        ({"order": "x"}, "order must be one of theta, index, got 'x'"),
+        ({"beta": "foo"}, "beta must be sum_to_one, keep_mass or a number above 0, got 'foo'"),
+        ({"beta": -1.0}, "beta must be sum_to_one, keep_mass or a number above 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_compensation_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Whatever was no known word would count as another one, and nobody would notice."""
+    model, _ = adapted("bert")
+    before = (model.mode, model.settings)
+    with pytest.raises(InputError, match=message):
+        model.set_inference_mode("compensate", **changes)
+    assert (model.mode, model.settings) == before
+
+
+def test_online_similarities_can_be_switched_on_and_off_after_training() -> None:
+    model, inputs = adapted("bert")
+    online, _ = adapted("bert", online=True)
+    for one in (model, online):
+        one.set_inference_mode("compensate")
+    calibrated, wanted = answer(model, inputs), answer(online, inputs)
+    model.set_inference_mode("compensate", online=True)
+    assert torch.equal(answer(model, inputs), wanted) and not torch.equal(calibrated, wanted)
+    model.set_inference_mode("compensate", online=False)
+    assert torch.equal(answer(model, inputs), calibrated)
+    fresh = ExpertModel(classifier("bert")[0], Experts())
+    fresh.set_inference_mode("compensate", online=True)  # needs no calibration
+    assert fresh.mode == "compensate"
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -596,6 +697,70 @@ def test_rows_go_without_the_poisoning_expert_in_training_alone(kind: str) -> No
     torch.testing.assert_close(answer(model, inputs), wanted)
 
 
+def test_relative_positions_are_no_tokens_of_a_row() -> None:
+    """DeBERTa's query projection reads them too, after the text; they must not take its place."""
+    model, inputs = adapted("deberta-v3")
+    model.set_inference_mode("none")
+    calls: list[tuple[int, ...]] = []
+    layers = list(model.layers.values())
+    handle = layers[0].register_forward_hook(lambda _, given, out: calls.append(given[0].shape))
+    tokens = inputs["attention_mask"].sum(dim=1).tolist()
+    tables = []
+    for size in (4, 1):  # of one row they have as many rows as the batch
+        watch = watched(model, inputs, size)
+        for number in range(len(layers)):
+            assert watch.sums[:, number, 0].tolist() == tokens
+        tables.append(watch.table()[0])
+    handle.remove()
+    assert len(calls) == 10 and calls[:2] == [(4, 7, 16), (1, 80, 16)]
+    for key in ("poison_weight", "entropy", "update_ratio"):
+        assert tables[0][key] == pytest.approx(tables[1][key], rel=1e-4)
+    model.switch.loads = []
+    model(**inputs)
+    assert len(model.switch.loads) == len(layers)
+
+
+def test_positions_go_without_the_poisoning_expert_where_every_row_does() -> None:
+    model, inputs = adapted("deberta-v3", dropout=0.0)
+    answers = {}
+    for name, mode, absent in (("mask", "mask", None), ("none", "none", None),
+                               ("all", "none", [True] * 4), ("some", "none", [True, False] * 2),
+                               ("no", "none", [False] * 4)):  # fmt: skip
+        model.switch.training_mode, model.switch.absent_mode = mode, "mask"
+        model.switch.absent = None if absent is None else torch.tensor(absent)
+        for module in model.modules():  # the mode of training, without its dropout
+            module.training = isinstance(module, ExpertLinear)
+        answers[name] = answer(model, inputs)
+    assert torch.equal(answers["all"], answers["mask"])
+    assert torch.equal(answers["no"], answers["none"])
+    torch.testing.assert_close(answers["some"][1::2], answers["none"][1::2])
+    assert not torch.allclose(answers["some"][::2], answers["none"][::2])
+
+
+def test_a_layer_that_is_used_again_counts_all_its_calls_of_one_pass() -> None:
+    """ALBERT's layers share their weights; a second look at the rows starts anew."""
+    model, _ = adapted("bert")
+    layer = next(iter(model.layers.values()))
+    one, two = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    tables = {}
+    with torch.no_grad():
+        for kind, reads in (("one", [one]), ("two", [two]), ("both", [one, two])):
+            with model.watching(2) as watch:
+                for _ in range(2):
+                    watch.begin([0, 1])
+                    model.switch.reading = Reading(MASK)
+                    for read in reads:
+                        layer(read)
+            tables[kind] = watch.table()[0]
+            assert watch.sums[:, 0, 0].tolist() == [5 * len(reads), 2 * len(reads)]
+    model.switch.reading = None
+    for key in ("poison_weight", "entropy", "update_ratio"):
+        assert tables["both"][key] == pytest.approx((tables["one"][key] + tables["two"][key]) / 2)
+    for key in ("theta", "theta_first"):
+        mean = np.mean([tables["one"][key], tables["two"][key]], axis=0)
+        assert tables["both"][key] == pytest.approx(mean.tolist(), abs=1e-6)
+
+
 def test_rows_cannot_be_left_out_where_tokens_belong_to_none() -> None:
     switch = Switch("none")
     layer = layer_of(switch).train()
@@ -709,7 +874,7 @@ def watched(model: ExpertModel, inputs: dict[str, Tensor], size: int, pad: int =
     padded = {key: F.pad(value, (0, pad)) for key, value in inputs.items()}
     with model.watching(rows) as watch:
         for start in range(0, rows, size):
-            watch.places = list(range(start, min(rows, start + size)))
+            watch.begin(list(range(start, min(rows, start + size))))
             answer(model, {key: value[start : start + size] for key, value in padded.items()})
     return watch
 
@@ -780,7 +945,7 @@ def test_rows_in_one_piece_and_tokens_without_a_row_are_counted() -> None:
     tables = []
     for read in (given, given.flatten(0, 1), given.flatten(0, 1)[:9]):
         with model.watching(2) as watch, torch.no_grad():
-            watch.places = [1, 0]
+            watch.begin([1, 0])
             model.switch.reading = Reading(MASK)
             if len(read) == 9:  # no mask fits
                 with pytest.warns(UserWarning, match="no attention mask is known"):
@@ -923,6 +1088,44 @@ def test_a_file_that_is_not_whole_is_refused_by_name(change: str, tmp_path: Path
         tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, str(tmp_path / ADAPTERS_FILE))
     with pytest.raises(InputError, match=rf"does not fit the model .*{name} differs"):
+        restored_experts(base, tmp_path)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change fields of the file about the experts; None takes one away."""
+    about = json.loads((folder / ADAPTERS_CONFIG).read_bytes()) | changes
+    left = {name: value for name, value in about.items() if value is not None}
+    (folder / ADAPTERS_CONFIG).write_text(json.dumps(left), encoding="utf-8")
+
+
+def test_the_file_says_where_experts_are_and_what_wrote_it(tmp_path: Path) -> None:
+    base, model, inputs = trained_pair()
+    wanted = answer(model, inputs)
+    model.save_pretrained(str(tmp_path))
+    about = json.loads((tmp_path / ADAPTERS_CONFIG).read_bytes())
+    assert about["layers"] == list(model.layers) and about["layers"][0].startswith("bert.encoder")
+    assert about["calibrated"] is True and about["version"] == noiseproof.__version__
+    new = ("layers", "calibrated", "base_digest", "version")
+    edit(tmp_path, **dict.fromkeys(new))  # a file from before
+    assert torch.equal(answer(restored_experts(base, tmp_path), inputs), wanted)
+
+
+def test_a_setting_of_another_version_is_told_with_the_version(tmp_path: Path) -> None:
+    base, model, _ = trained_pair()
+    model.save_pretrained(str(tmp_path))
+    edit(tmp_path, heat=2.0, version="9.1")
+    with pytest.raises(InputError, match=r"has the setting 'heat', .* written by noiseproof 9\.1"):
+        restored_experts(base, tmp_path)
+
+
+def test_experts_beside_other_weights_are_warned_of(tmp_path: Path) -> None:
+    """The shapes fit, and the answers mean nothing; in half precision it is the same model."""
+    base, model, _ = trained_pair()
+    model.save_pretrained(str(tmp_path))
+    restored_experts(copy.deepcopy(base).bfloat16().float(), tmp_path)
+    with torch.no_grad():
+        base.get_parameter("bert.encoder.layer.1.output.dense.weight")[0, 0] += 1
+    with pytest.warns(UserWarning, match="has other weights than the model that the experts in"):
         restored_experts(base, tmp_path)
 
 

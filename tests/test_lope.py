@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +17,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import noiseproof
 from language import language_model
 from noiseproof.checkpoint import Interrupted
+from noiseproof.cli import main
+from noiseproof.cli.words import _of_record
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.experts.mixing import MODES
@@ -29,8 +35,9 @@ from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, digest, group_of
 from noiseproof.preparation import OOD, Prepared
+from noiseproof.record import spec_id
 from noiseproof.report.experts import verdict
-from noiseproof.saving import ADAPTERS_FILE
+from noiseproof.saving import ADAPTERS_CONFIG, ADAPTERS_FILE
 from rows import response_rows
 from tiny import FILLER, TOPICS, Tiny, last_json, python, table, train_settings
 
@@ -309,6 +316,127 @@ def test_a_language_model_has_no_head_to_draw_anew() -> None:
         LoPE(head_policy="reinit").for_tokens()
 
 
+def test_responses_do_without_the_expert_half_of_the_time_unless_told() -> None:
+    """Published rows all have it, and so have runs from before there was a choice."""
+    assert LoPE().for_tokens().poison_dropout == 0.5
+    assert LoPE(poison_dropout=0.2).for_tokens().poison_dropout == 0.2
+    assert not LoPE(adapt_forward="mask").for_tokens().poison_dropout
+    for name in ("paper", "sft", "hydralora"):
+        method = LoPE.preset(name).for_tokens()
+        assert method.responses and not method.poison_dropout
+        assert method.for_tokens() == method
+
+
+def test_records_of_responses_from_before_are_read_as_what_they_were() -> None:
+    """No row went without the expert, and the identifiers stay; classes are as they were too."""
+    new = LoPE().for_tokens().to_dict()
+    assert new.pop("poison_dropout") == 0.5
+    read = LoPE.from_dict(new).for_tokens()
+    assert not read.poison_dropout and read.to_dict() == new
+    assert LoPE(poison_dropout=0.0).for_tokens().to_dict() == new
+    for words in (new, LoPE().to_dict()):
+        method = _of_record({"method": words})["method"]
+        assert method["poison_dropout"] is None and method["more_modes"] is False
+    again = LoPE.from_dict(LoPE().to_dict())
+    assert again == LoPE() and not again.poison_dropout
+    assert "poison_dropout" not in LoPE().to_dict()
+    assert LoPE.preset("paper").to_dict()["poison_dropout"] == 0.0
+
+
+def test_published_records_keep_their_identifiers() -> None:
+    records = Path(__file__).parents[1] / "docs/results/records"
+    specs = [
+        json.loads(path.read_bytes())["spec"] for path in records.glob("*/cells/*/record.json")
+    ]
+    mine = [spec for spec in specs if spec["method"]["name"] == "LoPE"]
+    assert len(mine) > 50
+    for spec in mine:
+        method = LoPE.from_dict(spec["method"])
+        method = method.for_tokens() if method.responses else method
+        assert spec_id(spec | {"method": method.to_dict()}) == spec_id(spec)
+
+
+def test_what_the_task_says_cannot_be_said_from_outside(tiny_run: Tiny) -> None:
+    """Classes would be taken for responses, and no label would be flipped."""
+    with pytest.raises(InputError, match=r"LoPE.responses=True does not fit a Bert.*leave it out"):
+        tiny_run.fit(LoPE(**NOISY, responses=True), epochs=2)
+
+
+def test_responses_need_operations_to_be_corrupted() -> None:
+    with pytest.raises(InputError, match=r"target_noise_rate=0\.3 corrupts responses by noise_ops"):
+        LoPE(noise_ops=(), target_noise_rate=0.3).for_tokens()
+    assert LoPE.preset("hydralora-neftune").for_tokens().target_noise_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "silent"),
+    [
+        ({"noise_ops": (), "emb_noise_mode": "off"}, True),
+        ({"noise_ops": ()}, False),
+        ({"noise_rate": 0.0, "target_noise_rate": 0.3, "emb_noise_mode": "off"}, False),
+        ({"noise_rate": 0.0, "target_noise_rate": 0.0, "emb_noise_mode": "off"}, True),
+    ],
+    ids=str,
+)
+def test_a_stage_poison_without_noise_is_warned_of_with_responses_too(
+    settings: dict[str, Any], silent: bool
+) -> None:
+    """Where no label is a class, a rate of labels is no noise."""
+    method = LoPE(**settings).for_tokens()
+    assert (not method._adds_noise) == silent
+    transform = method.stages(2)[0].transform
+    assert silent == (transform is None and not method._shakes)
+
+
+def test_a_response_has_a_draw_of_its_own_where_it_has_a_rate() -> None:
+    """Without one it suffers with its prompt; with one, whether its prompt does or not."""
+    texts = ("one two three four", "five six seven eight")
+
+    def hits(**settings: Any) -> np.ndarray:
+        transform = LoPE(noise_rate=0.4, **settings).for_tokens().stages(2)[0].transform
+        assert transform is not None
+        rows = [transform(texts, row, 0, 0) for row in range(2000)]
+        return np.array([[one != two for one, two in zip(row, texts, strict=True)] for row in rows])
+
+    together = hits()
+    assert (together[:, 0] != together[:, 1]).mean() < 0.03  # a shuffle may give one text again
+    apart = hits(target_noise_rate=0.2)
+    np.testing.assert_array_equal(apart[:, 0], together.any(axis=1))  # prompts do not notice
+    for part, rate in ((apart[:, 1], 0.2), (apart.all(axis=1), 0.08)):
+        assert abs(part.sum() - rate * 2000) < 4 * (2000 * rate * (1 - rate)) ** 0.5
+    assert not hits(target_noise_rate=0.0)[:, 1].any()
+
+
+def test_the_history_shows_the_router_and_the_noise_while_they_train(tiny_run: Tiny) -> None:
+    """A router that gives the expert everything, or nothing, is seen before the end."""
+    outcome = tiny_run.fit(LoPE(**TWO, lora_dropout=0.0, dropout=0.0), epochs=4)
+    history = outcome.history
+    poison, adapt = history[:2], history[2:]
+    for row in history:
+        assert 0 < row["poison_weight"] < 1
+    assert poison[0]["poison_weight"] != adapt[-1]["poison_weight"]
+    found = outcome.run.findings["noise"]
+    for name in ("loss_corrupted", "loss_others", "embedding_noise"):
+        assert poison[1][name] == pytest.approx(found[name], rel=1e-5)
+        assert not any(name in row and np.isfinite(row[name]) for row in adapt)
+    experts(outcome).switch.poison = seen = []
+    rows = np.arange(25)
+    inputs = tiny_run.encoded.inputs(rows)
+    with experts(outcome).watching(25) as watch, torch.no_grad():
+        watch.begin(rows.tolist())
+        experts(outcome)(**inputs)
+    wanted = [row["poison_weight"] for row in watch.table()]
+    assert torch.stack(seen).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_nothing_hangs_on_the_embeddings_when_training_is_over(
+    tiny_run: Tiny, run_of: Callable[..., Path]
+) -> None:
+    for model in (experts(tiny_run.fit(LoPE(**NOISY), epochs=2)),
+                  noiseproof.load(run_of("plain")).model):  # fmt: skip
+        assert not model.model.get_input_embeddings()._forward_hooks
+
+
 def test_the_balance_term_is_the_variation_of_the_loads(tiny_run: Tiny) -> None:
     """Squared coefficient of variation of normal experts' loads, averaged over layers."""
     plain, more = LoPE(**NOISY), LoPE(**NOISY, balance_weight=0.5)
@@ -569,6 +697,14 @@ def test_an_encoder_and_its_decoder_are_both_shaken_and_not_alike(
     assert result.predictor.predict(["the old boat"])
 
 
+def test_a_projection_that_gives_keys_too_is_named_in_the_findings() -> None:
+    rows, model = response_rows(9), language_model("gpt2")
+    found = noiseproof.fit(
+        rows, task="causal-lm", model=model, method=LoPE(**NOISY), train=train_settings(epochs=2)
+    ).record.findings
+    assert found["experts"]["fused"] == ["c_attn"]
+
+
 def test_a_share_of_the_rows_can_be_shaken(tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shaken: list[Tensor] = []
     original = LoPE._shaker
@@ -621,7 +757,7 @@ def test_the_findings_describe_the_router_layer_by_layer(tiny_run: Tiny) -> None
         assert len(row["theta_first"]) == len(row["load"]) == 3  # BERT answers from [CLS]
     for name, value in found["mean"].items():
         assert value == pytest.approx(np.mean([row[name] for row in found["layers"]]))
-    assert found["even_share"] == 0.25 and found["rows"] == 25
+    assert found["even_share"] == 0.25 and found["rows"] == 25 and "fused" not in found
     assert found["poison_weight"] == pytest.approx(
         np.mean([row["poison_weight"] for row in found["layers"]])
     )
@@ -661,7 +797,10 @@ def test_a_router_that_knows_noise_is_found_out_too(tiny_run: Tiny) -> None:
     LoPE(**NOISY).finalize_model(outcome.run)
     found = outcome.run.findings["experts"]
     assert found["noise_auroc"] > 0.8 and found["raised_share"] > 0.7
-    assert found["weight_on_corrupted"] > 0
+    assert found["weight_difference"] > 0
+    difference = found["weight_corrupted"] - found["weight_clean"]
+    assert found["weight_difference"] == pytest.approx(difference)
+    assert found["weight_clean"] == pytest.approx(found["poison_weight"], abs=0.01)
     assert "Corrupted texts rely more on it" in verdict(found)
 
 
@@ -671,7 +810,7 @@ def test_a_row_is_compared_with_its_own_corrupted_copy(
     """With noise that changes nothing, every pair must be equal to the last bit."""
     monkeypatch.setattr(lope.TextNoise, "apply", lambda noise, texts, random: texts)
     found = tiny_run.fit(LoPE(noise_rate=0.3), epochs=2).run.findings["experts"]
-    assert (found["weight_on_corrupted"], found["raised_share"]) == (0, 0)
+    assert (found["weight_difference"], found["raised_share"]) == (0, 0)
     assert found["rows"] == 25 and found["noise_auroc"] == 0.5
 
 
@@ -689,7 +828,7 @@ def test_the_size_of_an_update_is_that_of_the_calibrated_layer(tiny_run: Tiny) -
     model.set_inference_mode("none")
     rows = np.arange(25)
     with model.watching(25) as watch, torch.no_grad():
-        watch.places = rows.tolist()
+        watch.begin(rows.tolist())
         model(**tiny_run.encoded.inputs(rows))
     found = outcome.run.findings["experts"]["layers"]
     for row, wanted in zip(found, watch.table(), strict=True):
@@ -834,10 +973,12 @@ def test_compensation_is_measured_in_all_its_forms_where_asked(run_of: Callable[
     """One training; the deployed form is the last that is set."""
     out = run_of("forms", method=LoPE(**NOISY, more_modes=True, compensate_sign=-1))
     modes = json.loads((out / "record.json").read_bytes())["modes"]
-    forms = ["sum to one", "mass kept", "sign -1", "sign 0", "0 of 3", "1 of 3", "2 of 3"]
+    forms = ["sum to one", "mass kept", "sign -1", "sign 0", "calibrated", "online",
+             "0 of 3", "1 of 3", "2 of 3"]  # fmt: skip
     assert list(modes) == ["none", "mask", "renorm", *(f"compensate, {one}" for one in forms),
                            "compensate"]  # fmt: skip
-    assert modes["compensate, sign -1"] == modes["compensate"]
+    assert modes["compensate, sign -1"] == modes["compensate"] == modes["compensate, calibrated"]
+    assert modes["compensate, online"] != modes["compensate"]
     loaded = noiseproof.load(out)
     assert loaded.model.settings.sign == -1
     texts = table(12, seed=1)["text"].tolist()
@@ -847,8 +988,23 @@ def test_compensation_is_measured_in_all_its_forms_where_asked(run_of: Callable[
         answers.append(loaded.predict_proba(texts, settings=train_settings()))
     np.testing.assert_array_equal(answers[0], answers[3])
     assert len({str(answer) for answer in answers}) == 3
-    with pytest.raises(InputError, match="compensate has no setting 'betta'; it has sign, most"):
+    with pytest.raises(InputError, match="no setting 'betta'; it has online, sign, most"):
         loaded.model.set_inference_mode("compensate", betta=1)
+
+
+def test_what_is_typed_as_a_number_is_one(folder: Path, tiny_model: Path) -> None:
+    """A text in its place would be refused, on the command line and from the record of a run."""
+    data = (folder / "train.csv", "--test", folder / "test.csv", "--model", tiny_model)
+    quick = ("--train.epochs", 2, "--train.device", "cpu", "--train.precision", "fp32")
+    one, two = folder / "typed", folder / "read"
+    words = ("fit", *data, "--method", "LoPE", "--method.beta", "2.0", *quick, "--out", one)
+    for line in (words, ("fit", "--config", one / "record.json", "--out", two)):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert main([str(word) for word in line]) == 0
+    records = [json.loads((out / "record.json").read_bytes()) for out in (one, two)]
+    assert [record["spec"]["method"]["beta"] for record in records] == [2.0, 2.0]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert noiseproof.load(two).model.settings.beta == 2.0
 
 
 def test_a_smaller_file_without_the_poison_answers_the_same(run_of: Callable[..., Path]) -> None:
@@ -875,7 +1031,42 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
 ) -> None:
     """The noise of rows and embeddings is drawn again, and what is frozen is frozen again."""
     out = folder / "-".join(map(str, step))
-    given = job(folder, tiny_model) | {"out": str(out)}
+    fit_in_two_parts(job(folder, tiny_model) | {"out": str(out)}, step, monkeypatch)
+    assert_same_run(out, run_of("plain"))
+
+
+@pytest.mark.parametrize("kind", ["half precision", "responses"])
+def test_half_precision_and_responses_are_gone_on_with_in_the_second_stage(
+    kind: str, folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the rows with responses go without the expert: the same ones again."""
+    given = job(folder, tiny_model)
+    if kind == "responses":
+        given = {
+            "data": response_rows(),
+            "test": response_rows(9, seed=5),
+            "task": "causal-lm",
+            "model": language_model("llama"),
+            "method": LoPE(**NOISY),
+            "train": train_settings(),
+        }
+    else:
+        monkeypatch.setattr("noiseproof.engine.choose_precision", lambda *asked: "bf16")
+        given["train"] = train_settings(precision="bf16")
+    one, two = folder / f"{kind} whole", folder / f"{kind} in two"
+    noiseproof.fit(**given, out=str(one))
+    fit_in_two_parts(given | {"out": str(two)}, (ADAPT, 1, 1), monkeypatch)
+    assert_same_run(two, one)
+    record = json.loads((one / "record.json").read_bytes())
+    assert len({json.dumps(values) for values in record["modes"].values()}) > 1
+    tensors = load_file(str(one / "model" / ADAPTERS_FILE))
+    assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if "_B" in name)
+
+
+def fit_in_two_parts(
+    given: dict[str, Any], step: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fit, be interrupted in a step of a stage and epoch, and go on."""
     original = LoPE.compute_loss
 
     def compute_loss(method: LoPE, model: nn.Module, batch: Batch, run: Run) -> Tensor:
@@ -888,11 +1079,15 @@ def test_a_run_that_is_interrupted_in_any_stage_comes_to_the_same_result(
         with pytest.raises(Interrupted):
             noiseproof.fit(**given)
     noiseproof.fit(**given, resume=True)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Two runs left the same behind, bit for bit."""
     for name in ("model/" + ADAPTERS_FILE, "history.csv"):
-        assert (out / name).read_bytes() == (run_of("plain") / name).read_bytes()
-    one, two = (pd.read_parquet(path / "samples.parquet") for path in (out, run_of("plain")))
-    pd.testing.assert_frame_equal(one, two, check_exact=True)
-    records = [json.loads((p / "record.json").read_bytes()) for p in (out, run_of("plain"))]
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    tables = [pd.read_parquet(path / "samples.parquet") for path in (one, two)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    records = [json.loads((path / "record.json").read_bytes()) for path in (one, two)]
     for key in ("metrics", "modes", "findings"):
         assert records[0][key] == records[1][key]
 
@@ -909,6 +1104,39 @@ def test_the_best_epoch_is_one_of_the_second_stage(tiny_run: Tiny) -> None:
         **{"epochs": 4, "select": "best", "evaluate": "epoch"},
     )
     assert outcome.best_epoch == 2 and outcome.history[2]["stage"] == ADAPT
+
+
+def test_a_model_whose_pooler_is_new_comes_back_with_it(folder: Path, tiny_model: Path) -> None:
+    """The checkpoint lacks it, so it trains with the head and is saved with the experts."""
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    bare = folder / "bare"
+    BertForMaskedLM.from_pretrained(str(tiny_model)).save_pretrained(str(bare))
+    AutoTokenizer.from_pretrained(str(tiny_model)).save_pretrained(str(bare))
+    out = folder / "pooled"
+    result = noiseproof.fit(**job(folder, bare, method=LoPE(**NOISY)), out=str(out))
+    texts = table(12, seed=1)["text"].tolist()
+    one, two = (
+        loaded.predict_proba(texts, settings=train_settings())
+        for loaded in (result.predictor, noiseproof.load(out))
+    )
+    np.testing.assert_array_equal(one, two)
+    assert any("pooler" in name for name in load_file(str(out / "model" / ADAPTERS_FILE)))
+
+
+def test_a_base_that_is_gone_is_told_with_the_file_that_names_it(
+    folder: Path, tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, folder / "moving")
+    out = folder / "moved"
+    noiseproof.fit(**job(folder, folder / "moving", train=train_settings(epochs=2)), out=str(out))
+    (folder / "moving").rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=r"is gone.*model/adapters\.json as base_model_name"):
+        noiseproof.load(out)
+    about = json.loads((out / "model" / ADAPTERS_CONFIG).read_bytes())
+    about["base_model_name_or_path"] = str(folder / "elsewhere")
+    (out / "model" / ADAPTERS_CONFIG).write_text(json.dumps(about), encoding="utf-8")
+    noiseproof.load(out)
 
 
 def test_what_it_trains_cannot_be_merged(folder: Path, tiny_model: Path) -> None:
@@ -1016,7 +1244,7 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"adapt_forward": "all"}, "LoPE.adapt_forward must be one of none, mask, renorm"),
         ({"inference_mode": "all"}, "LoPE.inference_mode must be one of none, mask, renorm"),
         ({"theta_mode": "token"}, "LoPE.theta_mode must be one of calibrate, online"),
-        ({"compensate_order": "size"}, "LoPE.compensate_order must be one of theta, index"),
+        ({"compensate_order": "size"}, "LoPE.compensate_order must be one of theta, index, got"),
         ({"rank": 0}, "LoPE.rank must be at least 1, got 0"),
         ({"num_experts": 0}, "LoPE.num_experts must be at least 1"),
         ({"theta_examples": 0}, "LoPE.theta_examples must be at least 1"),
@@ -1033,10 +1261,15 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
         ({"emb_noise_prob": 1.5}, "LoPE.emb_noise_prob"),
         ({"noise_seed": -1}, "LoPE.noise_seed must lie in"),
         ({"poison_epochs": 0}, "LoPE.poison_epochs must be at least 1"),
+        (
+            {"poison_epochs": 2, "epoch_budget": "per_stage"},
+            "LoPE.poison_epochs=2 shares out .* with epoch_budget=per_stage each stage has all",
+        ),
         ({"compensate_k": 4}, r"LoPE.compensate_k must lie in \[0, 3\], got 4"),
         ({"compensate_sign": 2}, "LoPE.compensate_sign must be -1, 0 or 1"),
-        ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number; got 'one'"),
-        ({"beta": 0.0}, "LoPE.beta"),
+        ({"beta": "one"}, "LoPE.beta must be sum_to_one, keep_mass or a number above 0, got 'one'"),
+        ({"beta": 0.0}, "LoPE.beta must be sum_to_one, keep_mass or a number above 0, got 0.0"),
+        ({"beta": float("nan")}, "LoPE.beta must be sum_to_one"),
         ({"train_poison": ()}, "LoPE.train_poison must name some of A, B, BD, gate, head"),
         ({"train_adapt": ("C",)}, "LoPE.train_adapt must name some of A, B, BD, gate, head"),
         ({"noise_stages": ("train",)}, "LoPE.noise_stages must name some of poison, adapt"),
@@ -1059,6 +1292,7 @@ def test_presets_are_what_the_papers_describe() -> None:
     assert (paper.noise_rate, paper.emb_noise_alpha) == (0.05, 0.05)
     assert paper.emb_noise_mode == "absolute"
     assert (paper.learning_rate, paper.epoch_budget) == (2e-4, "per_stage")
+    assert (paper.beta, presets["sft"]) == ("sum_to_one", paper)
     assert paper.train_poison == ("A", "BD", "head") and paper.inference_mode == "compensate"
     for name in ("hydralora", "hydralora-noise", "hydralora-neftune"):
         assert [stage.name for stage in presets[name].stages(1)] == [ADAPT]

@@ -143,6 +143,20 @@ def test_the_verdict_is_computed_from_the_numbers(found: dict[str, Any], said: s
     assert ("from all texts alike" in text) == ("not know" in text)
 
 
+def test_the_weights_on_clean_and_corrupted_texts_are_told_where_they_are_known() -> None:
+    told = {"weight_clean": 0.35, "weight_corrupted": 0.375, "raised_share": 0.62}
+    said = "has 35.0 % as they are and 37.5 % in a corrupted copy; 62.0 % of the copies rely more"
+    assert said in verdict(EXPERTS | told)
+    before = verdict(EXPERTS | {"weight_on_corrupted": 0.025, "raised_share": 0.62})
+    assert "corrupted copy" not in before and "does not know noise" in before
+
+
+def test_layers_that_give_keys_too_are_named(tmp_path: Path) -> None:
+    found = {"experts": EXPERTS | {"fused": ["c_attn"]}}
+    part = section(written(tmp_path, findings=found), "Poisoning expert")
+    assert "Experts are beside c_attn as a whole, which gives keys as well." in part
+
+
 def test_damaged_findings_say_nothing(tmp_path: Path) -> None:
     broken = EXPERTS | {"noise_auroc": None, "layers": []}
     assert "Poisoning expert" not in written(tmp_path, findings={"experts": broken})

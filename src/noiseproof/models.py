@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ def _load_classifier(
             )
         except Exception as error:  # transformers raises many types for what is the user's mistake
             raise InputError(cannot_load(name, error)) from error
-    model.noiseproof_new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
+    mark_new(model, loading)
     return model, processor
 
 
@@ -243,6 +243,16 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, child in inner.named_children()
         if name != encoder and any(True for _ in child.parameters())
     ]
+
+
+def mark_new(model: Any, loading: Mapping[str, Any]) -> None:
+    """Keep which modules the checkpoint did not hold, for `new_modules`.
+
+    Args:
+        model: What ``from_pretrained`` gave.
+        loading: What it told with ``output_loading_info``.
+    """
+    model.noiseproof_new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
 
 
 def new_modules(model: nn.Module) -> list[str]:

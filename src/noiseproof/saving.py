@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.errors import InputError
-from noiseproof.models import cannot_load, plain_model, quiet, resolve_model
+from noiseproof.models import cannot_load, mark_new, plain_model, quiet, resolve_model
 
 HEAD_FILE = "head.safetensors"  # in model/: a head that transformers and peft have no class for
 ADAPTERS_CONFIG = "adapters.json"  # in model/: settings and encoder of an adapter of our own
@@ -125,7 +125,7 @@ def load_saved_model(
         raise InputError(f"{folder} holds no model (config.json is missing); expected RUN/model")
     classifier = getattr(transformers, auto)
     load_processor = load_processor or transformers.AutoTokenizer.from_pretrained
-    base, place = str(folder), folder
+    base, place, about = str(folder), folder, None
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(str(folder))
@@ -136,9 +136,15 @@ def load_saved_model(
                 place = Path(base)
                 if encoder is not None and not place.is_dir():
                     base = resolve_model(encoder)
-                model: nn.Module = classifier.from_pretrained(
-                    base, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+                model: nn.Module
+                model, loading = classifier.from_pretrained(
+                    base,
+                    config=config,
+                    ignore_mismatched_sizes=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
+                mark_new(model, loading)
                 if about.name != ADAPTERS_CONFIG:
                     from peft import PeftModel
 
@@ -146,12 +152,12 @@ def load_saved_model(
             else:
                 model = classifier.from_pretrained(str(folder), dtype=torch.float32)
     except Exception as error:  # transformers and peft raise many types here
-        if place.is_absolute() and not place.exists():
+        if about is not None and place.is_absolute() and not place.exists():
             found = "" if encoder is None else f", and {encoder!r} cannot be loaded instead"
             raise InputError(
                 f"cannot load model '{place}': the adapter in {folder} was trained on this "
                 f"encoder, which is gone{found}; put it back, or write its folder or hub name into "
-                f"{folder / 'adapter_config.json'} as base_model_name_or_path"
+                f"{about} as base_model_name_or_path"
             ) from error
         raise InputError(cannot_load(base, error)) from error
     return model.eval(), processor

@@ -21,13 +21,16 @@ class Reading:
 
     Attributes:
         mask: Real tokens (B, T) of the stack that runs; None where nobody said.
+        rows: B; None where nobody said.
         decoder_mask: Those of a decoder, which runs behind an encoder.
         source: What the encoder gave the decoder (B, S, d).
         source_mask: Its real tokens (B, S).
     """
 
-    def __init__(self, mask: Tensor | None, decoder_mask: Tensor | None = None) -> None:
-        self.mask, self.decoder_mask = mask, decoder_mask
+    def __init__(
+        self, mask: Tensor | None, decoder_mask: Tensor | None = None, rows: int | None = None
+    ) -> None:
+        self.mask, self.decoder_mask, self.rows = mask, decoder_mask, rows
         self.source: Tensor | None = None
         self.source_mask: Tensor | None = None
 
@@ -48,6 +51,19 @@ class Reading:
                 return mask.reshape(shape)
         return None
 
+    def foreign(self, read: Tensor) -> bool:
+        """Whether a module reads something else than tokens of the rows.  (b, t, d) -> bool.
+
+        DeBERTa projects its table of relative positions so. It has another number of rows, or, in a
+        batch of one, more of them than the row has tokens.
+        """
+        if read.ndim < 3 or self.rows is None:
+            return False
+        if len(read) != self.rows:
+            return True
+        longer = self.mask is not None and read.shape[1] > self.mask.shape[1]
+        return longer and self.real(read) is None
+
 
 class Switch:
     """What all layers of a model share; plain, no parameter and no buffer.
@@ -62,6 +78,8 @@ class Switch:
         watch: Gets what each layer sees, in a call for the sake of that.
         loads: Gets each layer's mean load of the normal experts (NE,), with gradient; None gets
             nothing.
+        poison: Gets each layer's mean weight of the poisoning experts (), without; None gets
+            nothing.
         warned: Whether it was said that masks are missing.
     """
 
@@ -73,7 +91,12 @@ class Switch:
         self.reading: Reading | None = None
         self.watch: Watch | None = None
         self.loads: list[Tensor] | None = None
+        self.poison: list[Tensor] | None = None
         self.warned = False
+
+    def foreign(self, read: Tensor) -> bool:
+        """Whether a module reads something else than tokens of the rows, see `Reading.foreign`."""
+        return self.reading is not None and self.reading.foreign(read)
 
     def real(self, read: Tensor) -> Tensor:
         """Real tokens of what a module reads, bool.  (B, T, d) -> (B, T).
@@ -201,11 +224,14 @@ class ExpertLinear(nn.Module):
         weights = expert_weights(logits, self.settings, mode, theta)  # (.., N)
         if self.training and self.switch.absent is not None:
             without = expert_weights(logits, self.settings, self.switch.absent_mode)
-            weights = torch.where(self._absent(weights), without, weights)
-        if self.switch.watch is not None:
+            weights = torch.where(self._absent(input, weights), without, weights)
+        tokens = not self.switch.foreign(input)
+        if self.switch.watch is not None and tokens:
             self.switch.watch.note(self, input, output, hidden, logits)
-        if self.switch.loads is not None:
+        if self.switch.loads is not None and tokens:
             self.switch.loads.append(self._load(logits[self.switch.real(input)]))
+        if self.switch.poison is not None and tokens:
+            self.switch.poison.append(self._poison(logits.detach(), self.switch.real(input)))
         used = self.settings.count if mode == "none" else self.settings.normal
         if rate and self.settings.dropout_mode == "per_expert":
             more = [self._down(given, rate) for _ in range(used - 1)]
@@ -253,14 +279,18 @@ class ExpertLinear(nn.Module):
         found: Tensor = DroppedProduct.apply(given, down, rate)  # type: ignore[no-untyped-call]
         return found
 
-    def _absent(self, weights: Tensor) -> Tensor:
+    def _absent(self, read: Tensor, weights: Tensor) -> Tensor:
         """Which tokens belong to rows that go without poisoning experts.  (.., N) -> (.., 1).
+
+        What belongs to no row goes without where all rows do.
 
         Raises:
             InputError: The module reads tokens that belong to no row.
         """
         absent, places = self.switch.absent, weights.shape[:-1]
         assert absent is not None
+        if self.switch.foreign(read):
+            return absent.all()
         tokens, left = divmod(places.numel(), len(absent))
         if left:
             raise InputError(
@@ -273,6 +303,11 @@ class ExpertLinear(nn.Module):
     def _load(self, logits: Tensor) -> Tensor:
         """Mean share of each normal expert among them.  (M, N) -> (NE,)."""
         return torch.softmax(logits[:, : self.settings.normal], dim=-1).mean(dim=0)
+
+    def _poison(self, logits: Tensor, real: Tensor) -> Tensor:
+        """Mean weight of the poisoning experts over real tokens.  (.., N), (..) -> ()."""
+        weight = torch.softmax(logits, dim=-1)[..., self.settings.normal :].sum(dim=-1)
+        return (weight * real).sum() / real.sum().clamp_min(1)
 
     def _logits(self, read: Tensor) -> Tensor:
         """What the router says, always in fp32."""

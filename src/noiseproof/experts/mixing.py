@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from noiseproof.errors import InputError, check_type
+
 MODES = ("none", "mask", "renorm", "compensate")
+COMPENSATION: dict[str, Any] = {
+    "online": bool,
+    "sign": int,
+    "most": int | None,
+    "order": str,
+    "beta": float | str,
+}
+"""Settings of `Experts` that say how compensate works, with their types; training needs none."""
 SHORTEST = 1e-12  # an output of a smaller norm has no direction
 
 
@@ -28,7 +39,8 @@ class Experts:
         gate_input: What the router reads: x, or Ax.
         gate_init: kaiming, or normal (deviation 0.02).
         online: compensate: similarities of the token at hand instead of the calibrated ones.
-        sign: compensate: sign of the similarities; 0 is renorm.
+        sign: compensate: sign of the similarities; 0 leaves them out, which is renorm with
+            beta=sum_to_one and mask with keep_mass.
         most: compensate: how many experts are compensated; None is all.
         order: compensate: which ones, theta (most similar first) or index.
         beta: compensate: sum_to_one, keep_mass, or a factor.
@@ -47,12 +59,43 @@ class Experts:
     sign: int = 1
     most: int | None = None
     order: str = "theta"
-    beta: str | float = "sum_to_one"
+    beta: float | str = "sum_to_one"
 
     @property
     def count(self) -> int:
         """All experts, N."""
         return self.normal + self.poison
+
+
+def check_compensation(
+    given: Mapping[str, Any], normal: int, names: Mapping[str, str] | None = None
+) -> None:
+    """Refuse settings of `COMPENSATION` that mean nothing.
+
+    Args:
+        given: Some of them, by name.
+        normal: Number of normal experts.
+        names: What messages call them; None takes their own names.
+
+    Raises:
+        InputError: One is of another type, or out of its range.
+    """
+    for name, value in given.items():
+        named = (names or {}).get(name, name)
+        check_type(named, value, COMPENSATION[name])
+        number = isinstance(value, float | int)
+        ok, wanted = {
+            "online": (True, ""),
+            "sign": (value in (-1, 0, 1), "be -1, 0 or 1"),
+            "most": (value is None or (number and 0 <= value <= normal), f"lie in [0, {normal}]"),
+            "order": (value in ("theta", "index"), "be one of theta, index"),
+            "beta": (
+                0 < value <= 1e6 if number else value in ("sum_to_one", "keep_mass"),
+                "be sum_to_one, keep_mass or a number above 0",
+            ),
+        }[name]
+        if not ok:
+            raise InputError(f"{named} must {wanted}, got {value!r}")
 
 
 def expert_weights(

@@ -51,9 +51,9 @@ class Watch:
     """What layers see of some rows: sums over the real tokens of every row and layer.
 
     Attributes:
-        places: Where the rows of the call at hand stand among all, 0 to R - 1; set by the caller.
-        sums: (R, layers, K), -inf where nothing was seen: `SUMS`, load (NE,), similarity (NE,), and
-            similarity of the row's first token (NE,).
+        places: Where the rows of the call at hand stand among all, 0 to R - 1.
+        sums: (R, layers, K), -inf where nothing was seen: `SUMS`, load (NE,), similarity (NE,),
+            similarity of the row's first token (NE,), and number of calls.
     """
 
     def __init__(self, layers: Mapping[str, ExpertLinear], rows: int) -> None:
@@ -62,13 +62,20 @@ class Watch:
         self._settings = next(iter(layers.values())).settings
         self._device = torch.device("cpu")
         self.places: list[int] = []
-        width = len(SUMS) + 3 * self._settings.normal
+        width = len(SUMS) + 3 * self._settings.normal + 1
         self.sums = torch.full((rows, len(layers), width), -torch.inf, dtype=torch.float64)
+
+    def begin(self, places: list[int]) -> None:
+        """A call of the model with these rows comes next; what was seen of them counts no more."""
+        self.places = places
+        self.sums[places] = -torch.inf
 
     def note(
         self, layer: ExpertLinear, read: Tensor, output: Tensor, hidden: Tensor, logits: Tensor
     ) -> None:
         """Add one call of one layer: what it read (B, T, d_in); for the rest see `seen_by`.
+
+        A layer may be called several times for the same rows, as one that ALBERT uses again.
 
         Tokens that belong to no row, such as those that a mixture of experts of the model's own
         sends to one of them, are shared out evenly.
@@ -83,9 +90,13 @@ class Watch:
             first = (values[..., 0] > 0).int().argmax(dim=1)  # padding may come before it
             theta = values[..., -self._settings.normal :]
             theta = theta.take_along_dim(first[:, None, None], dim=1)[:, 0]
-            sums = torch.cat([values.sum(dim=1), theta], dim=1).cpu().double()
+            total = values.sum(dim=1)
+            calls = (total[:, :1] > 0).float()
+            sums = torch.cat([total, theta, calls], dim=1).cpu().double()
         self._device = hidden.device
-        self.sums[self.places, self._numbers[id(layer)]] = sums
+        number = self._numbers[id(layer)]
+        before = self.sums[self.places, number]
+        self.sums[self.places, number] = torch.where(before.isneginf(), 0.0, before) + sums
 
     def gather(self) -> None:
         """Take in what the other processes saw; rows that several saw are the same in all."""
@@ -144,8 +155,8 @@ class Watch:
     def _means(self) -> Tensor:
         """Means over all real tokens, by layer (layers, K); the number of tokens as it is."""
         sums = torch.where(self.sums.isneginf(), 0.0, self.sums)  # (R, layers, K)
-        count = sums.shape[-1] - self._settings.normal
+        count = sums.shape[-1] - self._settings.normal - 1
         tokens = sums[..., 0].sum(dim=0)[:, None]
         means = sums[..., 1:count].sum(dim=0) / tokens.clamp_min(1)
-        rows = (sums[..., 0] > 0).sum(dim=0)[:, None]
-        return torch.cat([tokens, means, sums[..., count:].sum(dim=0) / rows.clamp_min(1)], dim=1)
+        total = sums[..., count:].sum(dim=0)
+        return torch.cat([tokens, means, total[:, :-1] / total[:, -1:].clamp_min(1)], dim=1)

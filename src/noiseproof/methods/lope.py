@@ -1,8 +1,9 @@
 """LoPE: asymmetric LoRA with a poisoning expert.
 
-Paper: Wang, Guo, Pu, Chen, Pu, Ou, Qin & Tian, "Robust Fine-tuning of Large Language Models with a
-Poisoning Expert" (NeurIPS 2025, arXiv:2505.23868). No code by its authors is known, and the printed
-equations of its two stages and of the compensation were not available to us: they follow its prose.
+Paper: Wang, Guo, Pu, Chen, Pu, Ou, Qin & Tian, "Noise-Robustness Through Noise: A Framework
+combining Asymmetric LoRA with Poisoning MoE" (NeurIPS 2025, arXiv:2505.23868). No code by its
+authors is known, and the printed equations of its two stages and of the compensation were not
+available to us: they follow its prose.
 The layer is HydraLoRA's (Tian et al., NeurIPS 2024, arXiv:2404.19245).
 Idea: noise in the data is learned somewhere. Give it a place of its own: an expert that is trained
 first on data made noisier on purpose, kept frozen while the others learn, and left out at the end.
@@ -24,10 +25,11 @@ poisoning expert left out, unless half of the rows went without it in training.
 Settings: rank = 4, three normal experts and one, noise_rate = 0.05 (paper); alpha = 32,
 lora_dropout = 0.05, the router reads x (code of HydraLoRA); noise by row with 10 % of the
 characters, beta, the moment at which theta is taken (ours); learning_rate 2e-3 (ours, as for LoRA;
-paper 2e-4 for 7 billion parameters). Presets: default, paper, sft, the layer alone (hydralora), its
-controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper belong, of the run:
-one epoch, --train.batch_size 8 --train.schedule cosine --train.warmup_share 0.03
---train.weight_decay 0.
+paper 2e-4 for 7 billion parameters). Presets: default, paper (also called sft, after its task: an
+epoch for each stage, rate 2e-4, absolute noise, weights that sum to one), the layer alone
+(hydralora), its controls (hydralora-noise, hydralora-neftune, no-noise). To the preset paper
+belong, of the run: one epoch, --train.batch_size 8 --train.schedule cosine
+--train.warmup_share 0.03 --train.weight_decay 0.
 Needs: rows of text; no noise rate, no clean rows. Query and value projections must be known or be
 named (target_modules).
 Cost: with epoch_budget=total that of LoRA with as many epochs, one more pass over at most
@@ -51,8 +53,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.experts.mixing import MODES, Experts, embedding_noise, rms_of_tokens
-from noiseproof.experts.model import ExpertModel
+from noiseproof.experts.mixing import (
+    MODES,
+    Experts,
+    check_compensation,
+    embedding_noise,
+    rms_of_tokens,
+)
+from noiseproof.experts.model import FUSED, ExpertModel
 from noiseproof.experts.watching import Watch
 from noiseproof.frozen import feature_position
 from noiseproof.method import (
@@ -66,7 +74,7 @@ from noiseproof.method import (
     require_range,
 )
 from noiseproof.metrics import detection
-from noiseproof.models import set_dropout, start_head, trial_inputs
+from noiseproof.models import is_language_model, set_dropout, start_head, trial_inputs
 from noiseproof.noise import Symmetric
 from noiseproof.textnoise import CHARSETS, OPERATIONS, UNITS, TextNoise, row_random
 from noiseproof.tuning import usual_rate
@@ -122,15 +130,17 @@ class LoPE(Method):
             it is), mask, renorm or compensate.
         poison_dropout: adapt_forward=none: share of rows that go without the poisoning expert in a
             step of the stage adapt, with weights as at inference; the others learn to do without.
-            None is 0.5 for responses and 0 for classes.
+            None is 0.5 for responses and 0 for classes; a record without it had 0.
         inference_mode: How it counts at inference: none, mask, renorm or compensate.
         theta_mode: calibrate (one similarity a layer), or online (of every token).
         theta_examples: Training rows that calibrate.
-        compensate_sign: Sign of the similarities; 0 makes compensate renorm.
+        compensate_sign: Sign of the similarities; 0 leaves them out: compensate is then mask with
+            beta=keep_mass, and renorm with sum_to_one.
         compensate_k: Experts that are compensated; None is all.
         compensate_order: Which: theta (most similar first) or index.
         beta: sum_to_one, keep_mass, or a factor.
-        more_modes: Measure compensation with other signs, sums and numbers of experts too.
+        more_modes: Measure compensation with other signs, sums and numbers of experts too, and
+            with similarities that are calibrated or of every token.
         save_poison: Keep the poisoning experts in model/; without them the mode none is gone.
         responses: Whether the last text of a row is its response; set by the task causal-lm.
     """
@@ -173,7 +183,7 @@ class LoPE(Method):
     compensate_sign: int = 1
     compensate_k: int | None = None
     compensate_order: str = "theta"
-    beta: str | float = "keep_mass"
+    beta: float | str = "keep_mass"
     more_modes: bool = False
     save_poison: bool = True
     responses: bool = False
@@ -198,7 +208,6 @@ class LoPE(Method):
             ("adapt_forward", MODES),
             ("inference_mode", MODES),
             ("theta_mode", ("calibrate", "online")),
-            ("compensate_order", ("theta", "index")),
         ):
             value = getattr(self, name)
             require(
@@ -261,27 +270,25 @@ class LoPE(Method):
             f"LoPE.poison_epochs must be at least 1, got {self.poison_epochs}",
         )
         require(
+            self.poison_epochs == 1 or self.epoch_budget == "total",
+            f"LoPE.poison_epochs={self.poison_epochs} shares out train.epochs, and with "
+            "epoch_budget=per_stage each stage has all of them; leave one of the two out",
+        )
+        require(
             self.head_policy not in ("restore", "reinit") or "head" in self.train_adapt,
             f"LoPE.head_policy={self.head_policy} needs a head that trains again: put head into "
             f"train_adapt, got {self.train_adapt}",
         )
-        most = self.compensate_k
-        require(
-            most is None or 0 <= most <= self.num_experts,
-            f"LoPE.compensate_k must lie in [0, {self.num_experts}], got {most}",
+        check_compensation(
+            self._compensation,
+            self.num_experts,
+            {
+                "sign": "LoPE.compensate_sign",
+                "most": "LoPE.compensate_k",
+                "order": "LoPE.compensate_order",
+                "beta": "LoPE.beta",
+            },
         )
-        require(
-            self.compensate_sign in (-1, 0, 1),
-            f"LoPE.compensate_sign must be -1, 0 or 1, got {self.compensate_sign}",
-        )
-        if isinstance(self.beta, str):
-            names = ("sum_to_one", "keep_mass")
-            require(
-                self.beta in names,
-                f"LoPE.beta must be {', '.join(names)} or a number; got {self.beta!r}",
-            )
-        else:
-            require_range("LoPE", "beta", self.beta, 0, 1e6, open_low=True)
         seed = self.noise_seed
         require(
             seed is None or 0 <= seed < 2**32, f"LoPE.noise_seed must lie in [0, 2^32), got {seed}"
@@ -308,7 +315,7 @@ class LoPE(Method):
         return {
             "default": cls(),
             "paper": cls(**published),
-            "sft": cls(emb_noise_mode="absolute", beta="sum_to_one", poison_dropout=0.0),
+            "sft": cls(**published),
             "hydralora": cls(**hydra),
             "hydralora-noise": cls(**noisy),
             "hydralora-neftune": cls(
@@ -330,13 +337,25 @@ class LoPE(Method):
             "LoPE.head_policy=reinit draws a head anew, and with task causal-lm there is no new "
             "one; leave it out",
         )
+        require(
+            bool(self.noise_ops) or not self.target_noise_rate,
+            f"LoPE.target_noise_rate={self.target_noise_rate} corrupts responses by noise_ops, and "
+            f"there are none; name some of {', '.join(OPERATIONS)}, or leave it out",
+        )
         left_out = self.poison_dropout
-        if left_out is None and self.num_poison_experts and self.adapt_forward == "none":
+        takes_part = self.num_poison_experts > 0 and self.adapt_forward == "none"
+        if left_out is None and takes_part and not self.responses:
             left_out = TOKEN_DROPOUT
-        return dataclasses.replace(self, responses=True, poison_dropout=left_out)
+        # With responses None is 0, so that records from before the setting say what was done.
+        return dataclasses.replace(self, responses=True, poison_dropout=left_out or None)
 
     def prepare_model(self, model: nn.Module) -> ExpertModel:
         """Put experts beside the target modules; they start as if they were not there."""
+        require(
+            self.responses == is_language_model(model),
+            f"LoPE.responses={self.responses} does not fit a {type(model).__name__}: the task says "
+            "whether rows have responses; leave it out",
+        )
         require(
             self.responses or not self.num_poison_experts or "head" in self.train_poison,
             "LoPE.train_poison without head would train the poisoning expert against a new head "
@@ -356,11 +375,7 @@ class LoPE(Method):
                 poison=self.num_poison_experts,
                 gate_input=self.gate_input,
                 gate_init=self.gate_init,
-                online=self.theta_mode == "online",
-                sign=self.compensate_sign,
-                most=self.compensate_k,
-                order=self.compensate_order,
-                beta=self.beta,
+                **self._compensation,
             ),
         )
         adapted.save_poison = self.save_poison
@@ -449,11 +464,16 @@ class LoPE(Method):
         if noisy and "noisy_label" in batch.columns:
             batch = dataclasses.replace(batch, labels=batch.columns["noisy_label"])
         experts.switch.loads = [] if self.balance_weight else None
+        experts.switch.poison = [] if self.num_poison_experts else None
         experts.switch.absent = self._absent(run, batch)
         losses = losses_of(model, batch)
         experts.noise = experts.switch.absent = None
+        if experts.switch.poison:
+            run.average(len(losses), poison_weight=float(torch.stack(experts.switch.poison).mean()))
+        experts.switch.poison = None
         if noisy:
             run.write("noisy_loss", batch, losses)
+            self._log_noise(run, batch, losses)
         loss = losses.mean()
         if self.balance_weight:
             loads = torch.stack(experts.switch.loads or [])  # (layers, NE)
@@ -461,6 +481,17 @@ class LoPE(Method):
             loss = loss + self.balance_weight * spread.mean()
             experts.switch.loads = None
         return loss
+
+    def _log_noise(self, run: Run, batch: Batch, losses: Tensor) -> None:
+        """Put the losses (B,) of corrupted and other rows into the history, and the shaking."""
+        hit = run.columns["corrupted"][batch.rows]
+        for name, rows in (("loss_corrupted", hit), ("loss_others", ~hit)):
+            if bool(rows.any()):
+                own = losses.detach()[rows.to(losses.device)]
+                run.average(len(own), **{name: float(own.mean())})
+        if self._shakes:
+            shaken = run.columns["embedding_noise"][batch.rows]
+            run.average(len(shaken), embedding_noise=float(shaken.mean()))
 
     def _absent(self, run: Run, batch: Batch) -> Tensor | None:
         """Rows (B,) of a batch that go without the poisoning expert, by row and epoch."""
@@ -476,6 +507,7 @@ class LoPE(Method):
         """Measure the similarities, look at the router, and answer as ``inference_mode`` says."""
         model = experts_of(run)
         check_seal(model)
+        model.remove_noise()
         if "noisy_loss" in run.columns:
             run.findings["noise"] = noise_seen(run.columns)
         if not self.num_poison_experts:  # it answers as it did in training
@@ -494,7 +526,7 @@ class LoPE(Method):
         """All inference modes, the deployed one last."""
         if not self.num_poison_experts or not isinstance(model, ExpertModel):
             return {}
-        own = {"sign": self.compensate_sign, "most": self.compensate_k, "beta": self.beta}
+        own = self._compensation
         found = {name: partial(model.set_inference_mode, name, **own) for name in MODES}
         if self.more_modes:
             others: dict[str, dict[str, Any]] = {
@@ -502,6 +534,8 @@ class LoPE(Method):
                 "mass kept": {"beta": "keep_mass"},
                 "sign -1": {"sign": -1},
                 "sign 0": {"sign": 0},
+                "calibrated": {"online": False},
+                "online": {"online": True},
             }
             for most in range(self.num_experts):
                 others[f"{most} of {self.num_experts}"] = {"most": most}
@@ -526,6 +560,17 @@ class LoPE(Method):
         )
 
     @property
+    def _compensation(self) -> dict[str, Any]:
+        """The settings of `COMPENSATION`."""
+        return {
+            "online": self.theta_mode == "online",
+            "sign": self.compensate_sign,
+            "most": self.compensate_k,
+            "order": self.compensate_order,
+            "beta": self.beta,
+        }
+
+    @property
     def _target_rate(self) -> float:
         return self.noise_rate if self.target_noise_rate is None else self.target_noise_rate
 
@@ -535,8 +580,8 @@ class LoPE(Method):
 
     @property
     def _adds_noise(self) -> bool:
-        texts = self.noise_rate > 0 and bool(self.noise_ops)
-        return texts or self._target_rate > 0 or self._shakes
+        targets = self._target_rate > 0 and (not self.responses or bool(self.noise_ops))
+        return targets or (self.noise_rate > 0 and bool(self.noise_ops)) or self._shakes
 
     @property
     def _without(self) -> str:
@@ -607,7 +652,7 @@ class LoPE(Method):
 
             def before(some: Tensor) -> None:
                 numbers = some.tolist()
-                watch.places = numbers if transform else [place[row] for row in numbers]
+                watch.begin(numbers if transform else [place[row] for row in numbers])
 
             run.predict(before, torch.from_numpy(rows.copy()), transform)
         watch.gather()
@@ -643,12 +688,17 @@ class LoPE(Method):
             "poison_weight": mean["poison_weight"],
             "even_share": self.num_poison_experts / (self.num_experts + self.num_poison_experts),
         }
+        fused = [name for name in FUSED if any(n.endswith(f".{name}") for n in model.layers)]
+        if fused:
+            found["fused"] = fused
         clean, noisy = seen.row_scores(), corrupted.row_scores()
         scores = np.concatenate([clean, noisy])
         wrong = np.repeat([False, True], len(rows))
         found |= {
             "rows": len(rows),
-            "weight_on_corrupted": float((noisy - clean).mean()),
+            "weight_clean": float(clean.mean()),
+            "weight_corrupted": float(noisy.mean()),
+            "weight_difference": float((noisy - clean).mean()),
             "raised_share": float((noisy > clean).mean()),
             "noise_auroc": detection(scores, wrong)["auroc"],
         }

@@ -96,6 +96,10 @@ def router_blocks(run: Run) -> list[Block]:
     told = losses_told(run)
     if told:
         blocks.append(Text(told))
+    fused = found.get("fused")
+    if isinstance(fused, list):
+        names = " and ".join(map(str, fused))
+        blocks.append(Text(f"Experts are beside {names} as a whole, which gives keys as well."))
     layers = [row for row in found.get("layers", ()) if isinstance(row, Mapping)]
     if layers:
         mean = found.get("mean")
@@ -166,6 +170,14 @@ def verdict(found: Mapping[str, Any]) -> str:
         f"{percent(auroc)} (chance: {percent(0.5 - chance)} to {percent(0.5 + chance)}, "
         f"{quantity(rows)} rows)."
     )
+    clean, corrupted, raised = (
+        as_number(found.get(name)) for name in ("weight_clean", "weight_corrupted", "raised_share")
+    )
+    if clean is not None and corrupted is not None and raised is not None:
+        told += (
+            f" On these rows it has {percent(clean)} % as they are and {percent(corrupted)} % in a "
+            f"corrupted copy; {percent(raised)} % of the copies rely more on it."
+        )
     spreads = [as_number(row.get("poison_weight_std")) for row in found.get("layers", ())]
     spread = fmean(known) if (known := [one for one in spreads if one is not None]) else None
     flat = spread is not None and max(abs(weight - even), spread) < SAME * even

@@ -189,6 +189,9 @@ def _router(found: Found) -> Section:
             groups.setdefault(f"{run.row}\t{run.names['noise']}", []).append(own)
     shown = (("Weight", "poison_weight", "Mean weight of the poisoning experts."),
              ("Even share", "even_share", "Their share if all experts counted alike."),
+             ("Clean", "weight_clean", "Mean weight on some rows as they are."),
+             ("Corrupted", "weight_corrupted", "The same on corrupted copies of these rows."),
+             ("Raised", "raised_share", "Copies with a higher weight than their row."),
              ("AUROC", "noise_auroc", "That weight as a mark of corrupted texts; 50 is chance."),
              )  # fmt: skip
     rows, auroc = [], []
