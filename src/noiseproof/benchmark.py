@@ -211,11 +211,7 @@ def _record(folder: Path) -> RunRecord | None:
 def _score(record: RunRecord | None, metric: str) -> float | None:
     if record is None or record.status != "done":
         return None
-    if metric not in record.metrics:
-        raise InputError(
-            f"tune.metric {metric!r} is not measured; there are {', '.join(record.metrics)}"
-        )
-    value = record.metrics[metric]
+    value = record.metrics.get(metric)
     return None if value is None else float(value)
 
 
