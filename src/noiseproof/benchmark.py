@@ -446,14 +446,21 @@ def _ray_runner(address: str) -> _Runner:
         import ray
     except ImportError as error:
         raise InputError("--ray needs Ray: pip install 'noiseproof[ray]'") from error
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=None if address == "local" else address,
             ignore_reinit_error=True,
             log_to_driver=False,
         )
-    except ConnectionError as error:
-        raise InputError(f"--ray {address}: {error}; start one with 'ray start --head'") from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"--ray {address}: {told}; expected auto, local or the HOST:PORT of a cluster, such as "
+            "'ray start --head' starts"
+        ) from error
+    if threading.current_thread() is threading.main_thread():  # Ray's own handler would just exit
+        signal.signal(signal.SIGTERM, before)
     return _Ray(ray)
 
 
