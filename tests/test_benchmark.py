@@ -381,7 +381,7 @@ def test_a_grid_that_is_killed_five_times_comes_to_the_same_result(
 def test_an_interrupted_grid_leaves_no_process_and_goes_on(
     values: dict[str, Any], tmp_path: Path, signum: int
 ) -> None:
-    """Cells write a checkpoint and end; program and exit code say what happened and how to go on."""
+    """Cells write a checkpoint and end; the program says how to go on, its exit code what came."""
     file = grid_file(values | {"train": values["train"] | {"epochs": 60}}, tmp_path / "grid.toml")
     out = tmp_path / "grid"
     cells = interrupt(bench(file, out), out, signum)
