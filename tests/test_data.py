@@ -167,6 +167,13 @@ BAD_FILES: list[tuple[str, str, str | bytes, dict[str, Any], str]] = [
         {},
         r"t\.csv looks separated by ';', expected ','; save it with commas as \.csv",
     ),
+    (
+        "name twice",
+        "t.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n',
+        {},
+        r"^line 2 of .*t\.jsonl has several values named 'label'; rename or remove all but one$",
+    ),
     ("tabs", "t.csv", "text\tlabel\na, b\tx\n", {}, r"looks separated by '\\t', expected ','"),
     (
         "commas in tsv",
