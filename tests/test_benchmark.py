@@ -131,6 +131,52 @@ def test_a_renamed_method_keeps_its_runs(
     assert len(list(out.glob("cells/*/record.json"))) == 2
 
 
+def test_a_part_that_runs_alone_leaves_the_others_in_the_report(
+    whole: Path, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Finished cells of the other parts went from later reports."""
+    out = tmp_path / "grid"
+    shutil.copytree(whole, out)
+    parts = [{"name": "one", "methods": ["plain"]}, {"name": "two", "methods": ["CleaR"]}]
+    (state,) = run_grid(parse_grid(values | {"part": parts}, ["two"]), out)
+    assert (state.state, state.cell.labels["part"]) == ("done", "two")
+    summary = json.loads((out / "grid.json").read_text(encoding="utf-8"))
+    assert [one["labels"]["part"] for one in summary["cells"]] == ["one", "two"]
+    assert {one["folder"] for one in summary["cells"]} == {f"cells/{name}" for name in records(out)}
+
+
+def test_cells_of_another_part_have_the_settings_that_their_search_found(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are other runs than the file says; before the search nobody knows which."""
+
+    def pretend(self: _Local, state: CellState, told: Callable[[str], None]) -> Future[None]:
+        record = RunRecord(state.cell.spec(), status="done", labels=state.cell.labels,
+                           search=state.cell.search)  # fmt: skip
+        rate = record.spec["method"]["learning_rate"]
+        record.metrics = {"validation_accuracy": rate}  # the highest wins
+        state.folder.mkdir(parents=True)
+        record.write(state.folder)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    monkeypatch.setattr(_Local, "start", pretend)
+    space = {"learning_rate": [1e-3, 2e-3]}
+    changed = values | {
+        "part": [{"name": "one", "methods": ["plain"]}, {"name": "two", "methods": ["CleaR"]}],
+        "tune": {"trials": 2, "space": {"plain": space, "CleaR": space}},
+    }
+    names = []
+    for part in ("one", "two"):
+        run_grid(parse_grid(changed, [part]), tmp_path)
+        summary = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))
+        names.append([one["folder"] for one in summary["cells"]])
+    assert [len(found) for found in names] == [1, 2]
+    assert names[1][:1] == names[0]
+    assert {f"cells/{name}" for name in records(tmp_path)} == set(names[1])
+
+
 def test_other_settings_are_other_cells(whole: Path, values: dict[str, Any]) -> None:
     """A number that was made with other settings must not stand in their place."""
     cell = parse_grid(values | {"train": {"epochs": 2}}).cells[0]

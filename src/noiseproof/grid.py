@@ -143,9 +143,10 @@ class Grid:
         description: A paragraph.
         cost: What the whole grid is estimated to cost.
         baseline: Label of the method that the others are compared with.
-        cells: All cells, seeds outermost; settings that are searched are not in them yet.
+        cells: Cells to run, seeds outermost; settings that are searched are not in them yet.
         searches: By place in ``cells``: the search whose best settings the cell takes.
         file: Where it was read from.
+        whole: The grid of all parts, where only some are to run.
     """
 
     title: str
@@ -155,6 +156,7 @@ class Grid:
     cells: tuple[Cell, ...]
     searches: dict[int, Search]
     file: str = ""
+    whole: Grid | None = None
 
 
 def read_grid(path: str | Path, only: Sequence[str] = ()) -> Grid:
@@ -162,7 +164,7 @@ def read_grid(path: str | Path, only: Sequence[str] = ()) -> Grid:
 
     Args:
         path: A TOML file.
-        only: Names of parts; the others are left out.
+        only: Names of parts; the others are not to run.
 
     Raises:
         InputError: It cannot be read, or names what does not exist.
@@ -216,7 +218,7 @@ def parse_grid(values: Mapping[str, Any], only: Sequence[str] = ()) -> Grid:
     found: dict[str, Cell] = {}
     for name, part in zip(names, parts, strict=True):
         if only and name not in only:
-            continue
+            continue  # `whole` has it
         for cell in _product(values, part, str(part.get("name", ""))):
             other = found.setdefault(cell.id(), cell)
             if other is not cell:  # parts may overlap, but one run cannot have two names
@@ -235,6 +237,7 @@ def parse_grid(values: Mapping[str, Any], only: Sequence[str] = ()) -> Grid:
         baseline=baseline,
         cells=tuple(cells),
         searches=searches,
+        whole=parse_grid(values) if only else None,
     )
 
 
