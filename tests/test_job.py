@@ -28,9 +28,16 @@ from noiseproof.finetune import FitResult
 from noiseproof.frozen import mean_pooled
 from noiseproof.job import LATER, Job, JobSettings
 from noiseproof.loop import Progress
-from noiseproof.methods.baselines import GCE, CrossEntropy, ForwardCorrection, SmallLoss
+from noiseproof.methods.baselines import (
+    GCE,
+    CoTeaching,
+    CrossEntropy,
+    ForwardCorrection,
+    SmallLoss,
+)
 from noiseproof.methods.clear import CleaR
 from noiseproof.methods.lope import LoPE
+from noiseproof.methods.turn import TURN
 from noiseproof.mixture import LossMixture
 from noiseproof.noise import load_transition, parse_noise
 from noiseproof.preparation import Prepared
@@ -785,6 +792,12 @@ def test_a_value_of_another_type_is_told_with_its_name(
         (lambda: TrainSettings(epochs=True), "train.epochs must be a whole number, got True"),
         (lambda: TrainSettings(batch_size=10**9), "train.batch_size must be at most 1000000, got"),
         (lambda: TrainSettings(max_length=10**9), "train.max_length must be at most 1000000, got"),
+        (lambda: CrossEntropy(rank=0), "CrossEntropy.rank must be at least 1, got 0"),
+        (lambda: CrossEntropy(rank=10**9), "CrossEntropy.rank must be at most 10000, got"),
+        (lambda: CoTeaching(ramp_epochs=10**9), "CoTeaching.ramp_epochs must be at most 10000, "),
+        (lambda: TURN(probe_epochs=10**9), "TURN.probe_epochs must be at most 10000, got"),
+        (lambda: TURN(probe_batch_size=10**9), "TURN.probe_batch_size must be at most 1000000, "),
+        (lambda: LossMixture(groups=10**12), "mixture.groups must lie in [2, 10000000], got"),
         (lambda: GCE(q="a"), "GCE.q must be a number, got 'a'"),
         (lambda: CleaR(gamma="a"), "CleaR.gamma must be a number, got 'a'"),
         (lambda: LoPE(rank=None), "LoPE.rank must be a whole number, got None"),
