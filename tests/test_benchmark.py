@@ -131,6 +131,52 @@ def test_a_renamed_method_keeps_its_runs(
     assert len(list(out.glob("cells/*/record.json"))) == 2
 
 
+def test_a_part_that_runs_alone_leaves_the_others_in_the_report(
+    whole: Path, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Finished cells of the other parts went from later reports."""
+    out = tmp_path / "grid"
+    shutil.copytree(whole, out)
+    parts = [{"name": "one", "methods": ["plain"]}, {"name": "two", "methods": ["CleaR"]}]
+    (state,) = run_grid(parse_grid(values | {"part": parts}, ["two"]), out)
+    assert (state.state, state.cell.labels["part"]) == ("done", "two")
+    summary = json.loads((out / "grid.json").read_text(encoding="utf-8"))
+    assert [one["labels"]["part"] for one in summary["cells"]] == ["one", "two"]
+    assert {one["folder"] for one in summary["cells"]} == {f"cells/{name}" for name in records(out)}
+
+
+def test_cells_of_another_part_have_the_settings_that_their_search_found(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are other runs than the file says; before the search nobody knows which."""
+
+    def pretend(self: _Local, state: CellState, told: Callable[[str], None]) -> Future[None]:
+        record = RunRecord(state.cell.spec(), status="done", labels=state.cell.labels,
+                           search=state.cell.search)  # fmt: skip
+        rate = record.spec["method"]["learning_rate"]
+        record.metrics = {"validation_accuracy": rate}  # the highest wins
+        state.folder.mkdir(parents=True)
+        record.write(state.folder)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    monkeypatch.setattr(_Local, "start", pretend)
+    space = {"learning_rate": [1e-3, 2e-3]}
+    changed = values | {
+        "part": [{"name": "one", "methods": ["plain"]}, {"name": "two", "methods": ["CleaR"]}],
+        "tune": {"trials": 2, "space": {"plain": space, "CleaR": space}},
+    }
+    names = []
+    for part in ("one", "two"):
+        run_grid(parse_grid(changed, [part]), tmp_path)
+        summary = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))
+        names.append([one["folder"] for one in summary["cells"]])
+    assert [len(found) for found in names] == [1, 2]
+    assert names[1][:1] == names[0]
+    assert {f"cells/{name}" for name in records(tmp_path)} == set(names[1])
+
+
 def test_other_settings_are_other_cells(whole: Path, values: dict[str, Any]) -> None:
     """A number that was made with other settings must not stand in their place."""
     cell = parse_grid(values | {"train": {"epochs": 2}}).cells[0]
@@ -315,15 +361,15 @@ def wait_for_an_epoch(process: subprocess.Popen[Any], out: Path, seen: set[Path]
         time.sleep(0.02)
 
 
-def interrupt(words: list[str], out: Path) -> list[int]:
-    """Ctrl-C for a grid of one cell that has come on; the processes of its cells."""
+def interrupt(words: list[str], out: Path, signum: int = signal.SIGINT) -> list[int]:
+    """A signal to a grid of one cell that has come on; the processes of its cells."""
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_for_an_epoch(process, out, set())
         cells = children(process.pid)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         assert process.stderr is not None
         errors = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + signum
     assert "interrupted; the same command continues" in errors
     (record,) = records(out).values()
     assert record.status == "interrupted"
@@ -377,13 +423,14 @@ def test_a_grid_that_is_killed_five_times_comes_to_the_same_result(
     assert_same_results(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_grid_leaves_no_process_and_goes_on(
-    values: dict[str, Any], whole: Path, tmp_path: Path
+    values: dict[str, Any], tmp_path: Path, signum: int
 ) -> None:
-    """Ctrl-C: cells write a checkpoint and end, the program says how to go on."""
+    """Cells write a checkpoint and end; the program says how to go on, its exit code what came."""
     file = grid_file(values | {"train": values["train"] | {"epochs": 60}}, tmp_path / "grid.toml")
     out = tmp_path / "grid"
-    cells = interrupt(bench(file, out), out)
+    cells = interrupt(bench(file, out), out, signum)
     assert cells or not Path("/proc").is_dir()
     assert not [pid for pid in cells if Path(f"/proc/{pid}").exists()]
 
@@ -472,10 +519,17 @@ def test_cells_run_on_a_ray_cluster(values: dict[str, Any], whole: Path, tmp_pat
     assert_same_results(out, whole)
 
 
+def test_an_address_that_is_none_is_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    """A typing mistake ended in a traceback of Ray."""
+    pytest.importorskip("ray", reason="needs the extra 'ray'")
+    with pytest.raises(InputError, match=r"--ray foo: .*; expected auto, local or the HOST:PORT"):
+        run_grid(parse_grid(values), tmp_path / "grid", ray="foo")
+
+
 def test_an_interrupted_grid_on_a_ray_cluster_goes_on(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C here is a cancelled task there, which must write its checkpoint all the same."""
+    """A signal here is a cancelled task there, which must write its checkpoint all the same."""
     pytest.importorskip("ray", reason="needs the extra 'ray'")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")
@@ -483,7 +537,7 @@ def test_an_interrupted_grid_on_a_ray_cluster_goes_on(
     longer = values | {"methods": methods, "train": values["train"] | {"epochs": 60}}
     out = tmp_path / "grid"
     words = bench(grid_file(longer, tmp_path / "grid.toml"), out, "--ray", "local")
-    interrupt(words, out)
+    interrupt(words, out, signal.SIGTERM)
     assert list(out.glob("cells/*/checkpoints/*.safetensors"))
     finished = subprocess.run(words, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -226,6 +226,31 @@ def test_two_text_columns_are_both_read_in_training_and_in_prediction(place: Pla
     other = rows.assign(context="rose soil leaf bloom")
     one, two = (noiseproof.predict(run, frame)["confidence"] for frame in (rows, other))
     assert (one - two).abs().max() > 1e-6
+    predictor = noiseproof.load(run)
+    with pytest.raises(InputError, match=r"trained on the text columns 'text,context'.*, got one$"):
+        predictor.predict(["the boat"])
+    with pytest.raises(InputError, match="expected a list of second texts, got a single text"):
+        predictor.predict_proba(["the boat"], "the harbour")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("Where is my parcel?",), r"expected a list of texts, got a single text; write \[text\]"),
+        (([],), "expected at least one row to label, got an empty list"),
+        ((["a"], ["b"]), "trained on the text columns 'text'; give as many of them, got two"),
+        ((["a", None],), "row 2 of the texts is of type NoneType, expected text; leave it out"),
+        (({"text": ["a"]},), "got dict; noiseproof.predict labels the rows of a table"),
+        ((pd.DataFrame({"text": ["a"]}),), "got DataFrame; noiseproof.predict labels the rows"),
+        ((3,), "expected a list of texts, got int"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(done: Path, given: tuple[Any, ...], said: str) -> None:
+    """Every letter of a text, every column name of a table would get a label of its own."""
+    predictor = noiseproof.load(done)
+    for ask in (predictor.predict, predictor.predict_proba):
+        with pytest.raises(InputError, match=said):
+            ask(*given)
 
 
 def test_noise_is_injected_and_the_labels_of_the_file_become_the_truth(place: Place) -> None:

@@ -230,6 +230,26 @@ def test_open_set_noise_counts_as_wrong_inside_a_run_and_from_a_file(
     assert inside.record.metrics["detection_auroc"] is not None
 
 
+def test_foreign_texts_come_into_a_column_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow copies a column for every cell that changes: hours for a million rows."""
+    rows = pd.DataFrame({"text": [f"ours {n}" for n in range(40)], "label": ["a", "b"] * 20})
+    write_table(rows, tmp_path / "rows.csv")
+    write_table(pd.DataFrame({"text": ["theirs", "others"]}), tmp_path / "pool.csv")
+
+    def refuse(self: Any, key: Any, value: Any) -> None:
+        raise AssertionError("a single cell was changed")
+
+    monkeypatch.setattr(pd.arrays.ArrowExtensionArray, "__setitem__", refuse)
+    pool = str(tmp_path / "pool.csv")
+    noisy, done = corrupt(str(tmp_path / "rows.csv"), "openset:0.5", noise_pool=pool, seed=1)
+    chosen = done.extras["replacement"]
+    texts = [["theirs", "others"][n] if n >= 0 else f"ours {k}" for k, n in enumerate(chosen)]
+    assert noisy["text"].tolist() == texts
+    assert (chosen >= 0).sum() == done.mask.sum() > 10
+
+
 def test_text_noise_changes_texts_and_leaves_labels(tmp_path: Path) -> None:
     """Both columns of a pair; the label stays right, so nothing counts as a wrong label."""
     rows = table(60, seed=1).drop(columns="clean_label")

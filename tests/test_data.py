@@ -167,6 +167,13 @@ BAD_FILES: list[tuple[str, str, str | bytes, dict[str, Any], str]] = [
         {},
         r"t\.csv looks separated by ';', expected ','; save it with commas as \.csv",
     ),
+    (
+        "name twice",
+        "t.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n',
+        {},
+        r"^line 2 of .*t\.jsonl has several values named 'label'; rename or remove all but one$",
+    ),
     ("tabs", "t.csv", "text\tlabel\na, b\tx\n", {}, r"looks separated by '\\t', expected ','"),
     (
         "commas in tsv",
@@ -415,6 +422,7 @@ def test_a_hub_data_set_keeps_its_class_names_in_their_order(
     assert read_table("someone/data")["label"].tolist() == ["a", "z", "-1"]
 
 
+@pytest.mark.filterwarnings("ignore:.* which is taken as a class")
 def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
     frame = pd.DataFrame(COLUMNS)
     expected = read_examples(dict(COLUMNS), **READ)
@@ -455,6 +463,7 @@ texts = st.one_of(special.map(lambda t: t + "."), st.text(letters, min_size=1)).
 label_texts = st.sampled_from(["NA", "nan", "ja, gewiss", '"so"', "Ünique", "0", "01", "-3", "👍"])
 
 
+@pytest.mark.filterwarnings("ignore:.* which is taken as a class")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(st.tuples(texts, texts, label_texts), min_size=2, max_size=8).filter(
@@ -479,6 +488,7 @@ def test_any_unicode_table_survives_writing_and_reading(
         assert same(read_examples(folder / f"t.{suffix}", **arguments), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.* which is taken as a class")
 @pytest.mark.parametrize(
     ("labels", "names", "numbers"),
     [
@@ -565,6 +575,7 @@ def test_texts_are_read_without_labels(tmp_path: Path) -> None:
     assert read_texts({"a": ["x"], "b": ["y"]}, "a, b") == (["x"], ["y"])
 
 
+@pytest.mark.filterwarnings("ignore:.* which is taken as a class")
 def test_examples_select_relabel_and_compare() -> None:
     all_rows = read_examples(dict(COLUMNS), **READ)
     some = all_rows.select([3, 0])
@@ -1003,6 +1014,25 @@ def test_labels_that_look_like_a_mistake_are_warned_of(
 ) -> None:
     with pytest.warns(UserWarning, match=message):
         classes_of(*labels)
+
+
+@pytest.mark.parametrize("name", ["nan", "NaN", "NA", "n/a", "null", "None", "<NA>"])
+@pytest.mark.parametrize("others", ["01", "xy"])
+def test_a_class_that_stands_for_no_label_elsewhere_is_warned_of(
+    tmp_path: Path, name: str, others: str
+) -> None:
+    """What pandas writes for a missing label became a class of its own, without a word."""
+    path, (one, two) = tmp_path / "t.csv", others
+    path.write_text(f"text,label\na,{one}\nb,{two}\nc,{name}\nd,{name}\n")
+    message = (
+        rf"^row 3 \(line 4\) of .*t\.csv has the label '{name}' in column 'label' \(2 such rows\), "
+        "which is taken as a class; if it stands for no label, remove such rows"
+    )
+    message += "$" if name == "null" else f", or let fit leave them out with --drop-label '{name}'$"
+    with pytest.warns(UserWarning, match=message):
+        assert len(read_examples(path, **TEXT_LABEL).label_names) == 3
+    assert read_examples(path, **TEXT_LABEL, drop_label=name).label_names == (one, two)
+    assert len(read_examples(path, **TEXT_LABEL, label_names=[one, two, name])) == 4
 
 
 def test_ordinary_labels_are_taken_without_a_word() -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from language import language_model
 from noiseproof import cli, load
 from noiseproof.methods import METHODS
+from noiseproof.report import report
 from rows import feature_rows, image_model, image_rows, response_rows
 from test_layers import FLOORS
 from tiny import environment, table
@@ -197,6 +198,43 @@ def test_generated_pages_are_up_to_date(
     build: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build.main(["--check"]) == 0, f"{capsys.readouterr().out}(make docs)"
+
+
+RESULTS = {  # page -> folder of its records, where that has another name
+    "trec6-whole": "foundation",
+    "trec6-whole-fp32": "foundation-fp32",
+    "trec6-2000": "trec",
+    "turn-text": "turn",
+    "turn-network": "images",
+    "lope-classification": "lope",
+}
+STUDIES = {"noisy-pretraining", "noisy-pretraining-cifar10"}  # whose records are too many to keep
+REPORTED = [
+    page
+    for page in sorted((ROOT / "docs/results").glob("*.md"))
+    if page.read_text(encoding="utf-8").startswith("<!-- Written by noiseproof report ")
+    and page.stem not in STUDIES
+]
+
+
+@pytest.mark.parametrize("page", REPORTED, ids=lambda page: page.stem)
+def test_a_page_of_results_is_what_its_records_say(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that no record holds any more, or one typed by hand, is no result."""
+    monkeypatch.chdir(ROOT)
+    records = Path("docs/results/records", RESULTS.get(page.stem, page.stem))
+    title = None
+    if not (records / "grid.json").exists():  # of a script; what a grid calls itself is given
+        title = page.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+    made = report(records, tmp_path / page.name, title=title)
+    assert made.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+
+def test_all_kept_records_have_a_page() -> None:
+    """Records that no page reports are work that nobody sees."""
+    kept = {folder.name for folder in (ROOT / "docs/results/records").iterdir()}
+    assert {RESULTS.get(page.stem, page.stem) for page in REPORTED} == kept
 
 
 def test_every_grid_of_this_project_is_in_the_documentation() -> None:

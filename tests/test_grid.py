@@ -176,6 +176,22 @@ def test_every_method_can_stand_in_a_grid(name: str) -> None:
         ({"tune": {"space": {}}}, "give [tune.space.plain]"),
         ({"tune": TUNE | {"trials": 0}}, "tune.trials must be 1 or more, got 0"),
         ({"tune": TUNE | {"rounds": 3}}, "unknown setting of [tune] 'rounds'"),
+        ({"methods": {"GCE": "GCE"}}, "methods.GCE must be a table of settings, got 'GCE'; write "),
+        ({"data": {"trec": "train.csv"}}, "data.trec must be a table of settings, got 'train.csv'"),
+        ({"part": ["few"]}, "part must be [[part]] tables, got 'few' among them"),
+        ({"part": [{"train": 3}]}, "part.train must be a table of settings, got 3"),
+        ({"seeds": ["a"]}, "each value of seeds must be a whole number, got 'a'"),
+        ({"seeds": [1.5]}, "each value of seeds must be a whole number, got 1.5"),
+        ({"noise": [["none"]]}, "each value of noise must be text, got list"),
+        ({"baseline": ["plain"]}, "baseline must be text, got list"),
+        ({"tune": TUNE | {"trials": "8"}}, "tune.trials must be a whole number, got '8'"),
+        ({"tune": TUNE | {"seed": "first"}}, "tune.seed must be a whole number, got 'first'"),
+        ({"tune": TUNE | {"seed": -1}}, "tune.seed must lie in [0, 2^32), got -1"),
+        ({"tune": TUNE | {"share": "a tenth"}}, "tune.share must be a number, got 'a tenth'"),
+        ({"tune": TUNE | {"share": 1.0}}, "tune.share must lie between 0 and 1, got 1.0"),
+        ({"tune": TUNE | {"space": 3}}, "tune.space must be a table of settings, got 3"),
+        ({"tune": TUNE | {"metric": "memorization"}}, "tune.metric must be validation_accuracy, "),
+        ({"tune": TUNE | {"metric": "test_accuracy"}}, "held out; got 'test_accuracy'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(changes: dict[str, Any], said: str) -> None:
@@ -263,6 +279,42 @@ def test_trials_see_neither_test_rows_nor_clean_labels() -> None:
             assert (job.train.seed, job.train.select) == (1000, "last")
 
 
+def test_trials_do_without_what_looks_at_test_rows_or_true_labels() -> None:
+    """A grid of a study could not be searched: its settings ask for the test rows again."""
+    job = {"test_noise": "text:0.3", "measure_distortion": True, "probe_gradients": 8}
+    job |= {"only_clean_rows": True}
+    grid = parse_grid(values(tune=TUNE, noise=["symmetric:0.4"], job=job))
+    for search in grid.searches.values():
+        for cell in search.trials:
+            made, _ = cell.made()
+            assert (made.test_noise, made.measure_distortion) == (None, False)
+            assert (made.probe_gradients, made.only_clean_rows) == (0, False)
+
+
+@pytest.mark.parametrize("share", ["0.25", 0.25])
+def test_no_search_on_rows_that_are_split_off_for_the_test(share: str | float) -> None:
+    """The trials would train on later test rows; every seed splits off others."""
+    data = {"trec": {"data": "train.csv", "test": share}}
+    assert len(parse_grid(values(data=data)).cells) == 8
+    with pytest.raises(InputError, match=r"cannot go with test = '?0.25'? of trec: .* give a file"):
+        parse_grid(values(data=data, tune=TUNE))
+
+
+def test_a_search_of_language_models_goes_by_the_tokens_of_held_out_rows() -> None:
+    """They have no accuracy of classes; the mistake came out after all trials had run."""
+    space = {"plain": {"learning_rate": [1e-3, 2e-3]}}
+    changes = {
+        "job": {"task": "causal-lm", "model": "small", "sample": 100},
+        "methods": {"plain": VALUES["methods"]["plain"]},
+        "noise": ["none"],
+        "models": ["small"],
+    }
+    grid = parse_grid(values(tune={"trials": 2, "space": space}, **changes))
+    assert {one.metric for one in grid.searches.values()} == {"validation_token_accuracy"}
+    with pytest.raises(InputError, match="metric must be validation_token_accuracy, of the"):
+        parse_grid(values(tune={"space": space, "metric": "validation_loss"}, **changes))
+
+
 def test_the_seeds_of_a_cell_share_its_search() -> None:
     """Searching per seed would cost as much again and report another method for every seed."""
     grid = parse_grid(values(tune=TUNE))
@@ -302,6 +354,7 @@ def test_draws_are_reproducible_and_inside_their_range() -> None:
     "space",
     [
         {"rate": {"low": 1, "high": 1}},
+        {"rate": {"low": 1, "high": math.inf}},
         {"rate": {"low": 0, "high": 1, "log": True}},
         {"rate": {"low": 1}},
         {"rate": {"low": 1, "high": 2, "base": 2}},

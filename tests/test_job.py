@@ -28,9 +28,16 @@ from noiseproof.finetune import FitResult
 from noiseproof.frozen import mean_pooled
 from noiseproof.job import LATER, Job, JobSettings
 from noiseproof.loop import Progress
-from noiseproof.methods.baselines import GCE, CrossEntropy, ForwardCorrection, SmallLoss
+from noiseproof.methods.baselines import (
+    GCE,
+    CoTeaching,
+    CrossEntropy,
+    ForwardCorrection,
+    SmallLoss,
+)
 from noiseproof.methods.clear import CleaR
 from noiseproof.methods.lope import LoPE
+from noiseproof.methods.turn import TURN
 from noiseproof.mixture import LossMixture
 from noiseproof.noise import load_transition, parse_noise
 from noiseproof.preparation import Prepared
@@ -569,14 +576,14 @@ def test_what_is_there_is_not_overwritten_unasked(fit: Fit, tmp_path: Path) -> N
     out = tmp_path / "run"
     out.mkdir()
     first = fit(out=out)  # an empty folder is free
-    (out / "report.html").write_text("old report")
-    (out / "notes.txt").write_text("mine")
+    for name in ("report.html", "notes.txt"):
+        (out / name).write_text("mine")
     with pytest.raises(InputError, match=r"exists; choose another --out, --resume it, or give"):
         fit(out=out)
     second = fit(out=out, overwrite=True, train={"seed": 9})
     assert RunRecord.read(out).id == second.record.id != first.record.id
-    assert (out / "notes.txt").read_text() == "mine"
-    assert not (out / "report.html").exists()
+    for name in ("report.html", "notes.txt"):  # no run writes a page of that name
+        assert (out / name).read_text() == "mine"
 
 
 def test_refused_rows_leave_no_empty_folder(fit: Fit, tmp_path: Path) -> None:
@@ -785,6 +792,12 @@ def test_a_value_of_another_type_is_told_with_its_name(
         (lambda: TrainSettings(epochs=True), "train.epochs must be a whole number, got True"),
         (lambda: TrainSettings(batch_size=10**9), "train.batch_size must be at most 1000000, got"),
         (lambda: TrainSettings(max_length=10**9), "train.max_length must be at most 1000000, got"),
+        (lambda: CrossEntropy(rank=0), "CrossEntropy.rank must be at least 1, got 0"),
+        (lambda: CrossEntropy(rank=10**9), "CrossEntropy.rank must be at most 10000, got"),
+        (lambda: CoTeaching(ramp_epochs=10**9), "CoTeaching.ramp_epochs must be at most 10000, "),
+        (lambda: TURN(probe_epochs=10**9), "TURN.probe_epochs must be at most 10000, got"),
+        (lambda: TURN(probe_batch_size=10**9), "TURN.probe_batch_size must be at most 1000000, "),
+        (lambda: LossMixture(groups=10**12), "mixture.groups must lie in [2, 10000000], got"),
         (lambda: GCE(q="a"), "GCE.q must be a number, got 'a'"),
         (lambda: CleaR(gamma="a"), "CleaR.gamma must be a number, got 'a'"),
         (lambda: LoPE(rank=None), "LoPE.rank must be a whole number, got None"),

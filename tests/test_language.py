@@ -35,6 +35,8 @@ def test_learned_prompts_stand_right_before_every_row(tune: str) -> None:
     predictor = fit("llama", tune, max_new_tokens=5).predictor
     prompts = ["the old boat and some more", "soil", "we saw the new oven today"]
     assert predictor.predict(prompts) == [predictor.predict([one])[0] for one in prompts]
+    with pytest.raises(noiseproof.InputError, match="expected a list of texts, got a single text"):
+        predictor.predict(prompts[0])  # it answered every letter
 
 
 @pytest.mark.parametrize("tune", ["adapter", "bitfit"])

@@ -495,14 +495,14 @@ def test_per_class_fits_need_class_numbers(labels: Tensor | None) -> None:
         ("scope", "class", "be 'global' or 'per_class'"),
         ("transform", "sqrt", "be 'none', 'minmax' or 'log'"),
         ("guard", "on", "be 'fallback' or 'off'"),
-        ("max_iter", 0, "be >= 1"),
+        ("max_iter", 0, r"lie in \[1, 1000000\]"),
         ("tol", 0.0, "be > 0"),
         ("tol", math.nan, "be > 0"),
         ("reg_covar", -1e-6, "be > 0"),
         ("min_samples", 1, "be >= 2"),
         ("min_gap", -0.1, "be >= 0"),
         ("min_weight", 0.5, r"lie in \[0, 0.5\)"),
-        ("groups", 1, "be >= 2"),
+        ("groups", 1, r"lie in \[2, 10000000\]"),
     ],
 )
 def test_a_setting_out_of_range_is_named(setting: str, value: object, rule: str) -> None:

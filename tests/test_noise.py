@@ -631,7 +631,22 @@ def test_unreadable_text_gets_one_clear_line(text, message):
             lambda: PairFlip(0.4, pairs=((1, 1),)),
             "pairs of PairFlip must join two different classes, got 1>1",
         ),
-        (lambda: Annotators(0.3, workers=0), "workers of Annotators must be at least 1, got 0"),
+        (
+            lambda: Annotators(0.3, workers=0),
+            "workers of Annotators must lie in [1, 100000], got 0",
+        ),
+        (
+            lambda: Annotators(0.3, workers=10**9),
+            "workers of Annotators must lie in [1, 100000], got 1000000000",
+        ),
+        (
+            lambda: Annotators(0.3, workers=5000, votes=2000),
+            "votes of Annotators must lie in [1, 1000], got 2000",
+        ),
+        (
+            lambda: PairFlip(0.4, step=10**7),
+            "step of PairFlip must lie in [-1000000, 1000000], got 10000000",
+        ),
         (lambda: Annotators(0.3, spread=1), "spread of Annotators must be below 1, got 1.0"),
         (lambda: Annotators(0.3, votes=11), "votes of Annotators must lie in [1, 10], got 11"),
         (

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from noiseproof.errors import InputError, path_of
 from noiseproof.finetune import run_job
-from noiseproof.grid import Cell, Grid, with_best
+from noiseproof.grid import Cell, Grid, Search, with_best
 from noiseproof.loop import Progress
 from noiseproof.peers import run_peer
 from noiseproof.record import RunRecord, make_writable, write_atomic
@@ -143,12 +143,9 @@ def run_grid(
                            runner.workers)  # fmt: skip
             _run_cells(board, runner, show)
             for place, search in grid.searches.items():
-                ended = [_record(folder / "trials" / cell.folder()) for cell in search.trials]
-                scores = [_score(record, search.metric) for record in ended]
-                seconds = sum(record.timings.get("total_s", 0.0) for record in ended if record)
-                cells[place] = with_best(cells[place], search, scores, seconds)
+                cells[place] = _settled(folder, cells[place], search)
         board = _board(grid, "cells", folder / "cells", cells, runner.workers)
-        _write_summary(folder, grid, board)
+        _write_summary(folder, grid, cells)
         _run_cells(board, runner, show)
     finally:
         runner.close()
@@ -208,19 +205,42 @@ def _record(folder: Path) -> RunRecord | None:
         return None
 
 
+def _settled(folder: Path, cell: Cell, search: Search) -> Cell:
+    """A cell with the settings that its trials found."""
+    ended = [_record(folder / "trials" / trial.folder()) for trial in search.trials]
+    scores = [_score(record, search.metric) for record in ended]
+    seconds = sum(record.timings.get("total_s", 0.0) for record in ended if record)
+    return with_best(cell, search, scores, seconds)
+
+
 def _score(record: RunRecord | None, metric: str) -> float | None:
     if record is None or record.status != "done":
         return None
-    if metric not in record.metrics:
-        raise InputError(
-            f"tune.metric {metric!r} is not measured; there are {', '.join(record.metrics)}"
-        )
-    value = record.metrics[metric]
+    value = record.metrics.get(metric)
     return None if value is None else float(value)
 
 
-def _write_summary(folder: Path, grid: Grid, board: Board) -> None:
+def _all_cells(folder: Path, grid: Grid, chosen: Sequence[Cell]) -> list[Cell]:
+    """The cells of the file: those that run, and those of other parts that have their settings."""
+    if grid.whole is None:
+        return list(chosen)
+    mine = {cell.id(): settled for cell, settled in zip(grid.cells, chosen, strict=True)}
+    found = []
+    for place, cell in enumerate(grid.whole.cells):
+        search = grid.whole.searches.get(place)
+        if cell.id() in mine:
+            found.append(mine[cell.id()])
+        elif search is None:
+            found.append(cell)
+        elif all(_record(folder / "trials" / one.folder()) for one in search.trials):
+            with suppress(InputError):  # all its trials failed
+                found.append(_settled(folder, cell, search))
+    return found
+
+
+def _write_summary(folder: Path, grid: Grid, chosen: Sequence[Cell]) -> None:
     """Write ``grid.json``, which tells reports the cells of this grid and nothing of the past."""
+    cells = folder / "cells"
     values = {
         "title": grid.title,
         "description": grid.description,
@@ -228,8 +248,8 @@ def _write_summary(folder: Path, grid: Grid, board: Board) -> None:
         "baseline": grid.baseline,
         "file": grid.file,
         "cells": [
-            {"folder": f"cells/{one.folder.name}", "id": one.cell.id(), "labels": one.cell.labels}
-            for one in board.states
+            {"folder": f"cells/{_place(cells, one).name}", "id": one.id(), "labels": one.labels}
+            for one in _all_cells(folder, grid, chosen)
         ],
     }
     write_atomic(folder / "grid.json", json.dumps(values, indent=1) + "\n")
@@ -450,14 +470,21 @@ def _ray_runner(address: str) -> _Runner:
         import ray
     except ImportError as error:
         raise InputError("--ray needs Ray: pip install 'noiseproof[ray]'") from error
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=None if address == "local" else address,
             ignore_reinit_error=True,
             log_to_driver=False,
         )
-    except ConnectionError as error:
-        raise InputError(f"--ray {address}: {error}; start one with 'ray start --head'") from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"--ray {address}: {told}; expected auto, local or the HOST:PORT of a cluster, such as "
+            "'ray start --head' starts"
+        ) from error
+    if threading.current_thread() is threading.main_thread():  # Ray's own handler would just exit
+        signal.signal(signal.SIGTERM, before)
     return _Ray(ray)
 
 

@@ -216,6 +216,21 @@ def _features(
     return frozen_features(encoder, task.encode(inputs), TrainSettings())
 
 
+def _with_cells(column: Any, rows: np.ndarray, cells: Sequence[Any]) -> Any:
+    """The column with other cells in these rows, in the type that it had."""
+    import pandas as pd
+
+    if isinstance(column.dtype, np.dtype):
+        changed = column.copy()
+        for row, cell in zip(rows.tolist(), cells, strict=True):
+            changed.iat[row] = cell
+        return changed
+    values = column.tolist()  # Arrow would copy the whole column for every cell
+    for row, cell in zip(rows.tolist(), cells, strict=True):
+        values[row] = cell
+    return pd.Series(values, index=column.index, dtype=column.dtype)
+
+
 def _replaced(table: Table, pool: Table, reader: Reader, corruption: Corruption) -> Table:
     """Put cells of the pool in the place of the marked rows."""
     replacement = corruption.extras["replacement"]
@@ -235,7 +250,5 @@ def _replaced(table: Table, pool: Table, reader: Reader, corruption: Corruption)
                 changed[rows] = stacked
             arrays[column] = changed
             continue
-        place = frame.columns.get_loc(column)
-        for row, cell in zip(rows.tolist(), cells, strict=True):
-            frame.iat[row, place] = cell
+        frame[column] = _with_cells(frame[column], rows, cells)
     return dataclasses.replace(table, frame=frame, arrays=arrays, texts={})

@@ -17,6 +17,7 @@ A cell is one value of each axis. The same file gives the same cells in the same
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 import warnings
@@ -27,18 +28,30 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from noiseproof.engine import TrainSettings
-from noiseproof.errors import InputError, path_of, unknown_name
-from noiseproof.job import Job
+from noiseproof.errors import InputError, check_type, path_of, unknown_name
+from noiseproof.job import OPT_IN, Job
 from noiseproof.method import Method, require
 from noiseproof.methods import METHODS
 from noiseproof.peers import PEERS, Peer, find_peer
 from noiseproof.record import spec_id
 from noiseproof.tables import is_missing
+from noiseproof.tasks import find_task
 
 AXES = ("data", "models", "noise", "methods", "peft", "validation", "seeds")
 WORDS = ("title", "description", "cost", "baseline")
 TABLES = ("job", "train", "data", "methods", "part", "tune")
 TUNE = ("trials", "share", "seed", "metric", "space", "train")
+BUDGET = {"seed": 1000, "trials": 8, "share": 0.1}
+HIDDEN = {
+    "test",
+    "test_ood",
+    "test_noise",
+    "clean_label",
+    "validation",
+    "validation_labels",
+    *OPT_IN,
+}
+"""Fields of a job that trials do without."""
 AS_METHOD = "as the method says"  # the peft axis left alone
 
 
@@ -110,7 +123,7 @@ class Search:
 
     Attributes:
         trials: Cells to run; each is measured on rows held out of its training rows.
-        metric: History number that the last epoch of a trial is judged by.
+        metric: Number of the held-out rows in the record of a trial, the higher the better.
         space: As the grid gives it.
         share: Of the training rows that is held out, with their noisy labels.
     """
@@ -130,9 +143,10 @@ class Grid:
         description: A paragraph.
         cost: What the whole grid is estimated to cost.
         baseline: Label of the method that the others are compared with.
-        cells: All cells, seeds outermost; settings that are searched are not in them yet.
+        cells: Cells to run, seeds outermost; settings that are searched are not in them yet.
         searches: By place in ``cells``: the search whose best settings the cell takes.
         file: Where it was read from.
+        whole: The grid of all parts, where only some are to run.
     """
 
     title: str
@@ -142,6 +156,7 @@ class Grid:
     cells: tuple[Cell, ...]
     searches: dict[int, Search]
     file: str = ""
+    whole: Grid | None = None
 
 
 def read_grid(path: str | Path, only: Sequence[str] = ()) -> Grid:
@@ -149,7 +164,7 @@ def read_grid(path: str | Path, only: Sequence[str] = ()) -> Grid:
 
     Args:
         path: A TOML file.
-        only: Names of parts; the others are left out.
+        only: Names of parts; the others are not to run.
 
     Raises:
         InputError: It cannot be read, or names what does not exist.
@@ -186,10 +201,15 @@ def parse_grid(values: Mapping[str, Any], only: Sequence[str] = ()) -> Grid:
         )
     for name in ("data", "methods"):
         require(bool(values.get(name)), f"give at least one [{name}.NAME] table")
+        _tables(values[name], name)
     baseline = values.get("baseline")
     if baseline is not None:
+        check_type("baseline", baseline, str)
         _known("baseline", [baseline], values["methods"])
     parts = values.get("part", [{}])
+    for part in parts:
+        require(isinstance(part, dict), f"part must be [[part]] tables, got {part!r} among them")
+        _tables({name: part[name] for name in ("job", "train") if name in part}, "part")
     names = [str(part.get("name", number + 1)) for number, part in enumerate(parts)]
     for name in only:
         _known("part", [name], names)
@@ -198,7 +218,7 @@ def parse_grid(values: Mapping[str, Any], only: Sequence[str] = ()) -> Grid:
     found: dict[str, Cell] = {}
     for name, part in zip(names, parts, strict=True):
         if only and name not in only:
-            continue
+            continue  # `whole` has it
         for cell in _product(values, part, str(part.get("name", ""))):
             other = found.setdefault(cell.id(), cell)
             if other is not cell:  # parts may overlap, but one run cannot have two names
@@ -217,6 +237,7 @@ def parse_grid(values: Mapping[str, Any], only: Sequence[str] = ()) -> Grid:
         baseline=baseline,
         cells=tuple(cells),
         searches=searches,
+        whole=parse_grid(values) if only else None,
     )
 
 
@@ -241,6 +262,8 @@ def _product(values: Mapping[str, Any], part: Mapping[str, Any], name: str) -> I
             isinstance(axes[axis], list) and len(axes[axis]) > 0,
             f"{axis} must be a list of one or more values, got {axes[axis]!r}",
         )
+        for value in axes[axis]:
+            check_type(f"each value of {axis}", value, int if axis == "seeds" else str)
     for axis in ("data", "methods"):
         _known(axis, axes[axis], values[axis])
     for seed in axes["seeds"]:
@@ -255,6 +278,16 @@ def _product(values: Mapping[str, Any], part: Mapping[str, Any], name: str) -> I
                                     ("data", "model", "noise", "validation", "method", "peft",
                                      "seed"), map(str, chosen), strict=True))  # fmt: skip
                                 yield _cell(values, part, name, labels)
+
+
+def _tables(given: Mapping[str, Any], owner: str) -> None:
+    """Refuse a plain value where a table of settings belongs."""
+    for name, value in given.items():
+        require(
+            isinstance(value, dict),
+            f"{owner}.{name} must be a table of settings, got {value!r}; write [{owner}.{name}] "
+            "and the settings under it",
+        )
 
 
 def _cell(
@@ -386,18 +419,9 @@ def _search(tune: Mapping[str, Any] | None, cell: Cell) -> Search | None:
     """The trials whose best settings a cell takes; they know neither test rows nor clean labels."""
     if tune is None:
         return None
-    _known("setting of [tune]", tune, TUNE)
-    label = cell.labels["method"]
-    space = tune.get("space", {}).get(label)
-    trials, share = tune.get("trials", 8), tune.get("share", 0.1)
-    require(
-        isinstance(space, dict) and len(space) > 0,
-        f"[tune] searches every method with the same number of trials: give [tune.space.{label}]",
-    )
-    require(isinstance(trials, int) and trials >= 1, f"tune.trials must be 1 or more, got {trials}")
-    seed = int(tune.get("seed", 1000))
-    hidden = ("test", "test_ood", "clean_label", "validation", "validation_labels")
-    job = {name: value for name, value in cell.job.items() if name not in hidden}
+    label, seed, trials, share = cell.labels["method"], *_budget(tune, cell)
+    space, metric = tune["space"][label], _metric(tune, cell)
+    job = {name: value for name, value in cell.job.items() if name not in HIDDEN}
     train = {**job["train"], **tune.get("train", {}), "seed": seed, "select": "last"}
     job |= {"validation": str(share), "validation_labels": "noisy", "train": train}
     chosen = draw(space, trials, seed)
@@ -416,7 +440,44 @@ def _search(tune: Mapping[str, Any] | None, cell: Cell) -> Search | None:
         )
         for number, settings in enumerate(chosen)
     )  # fmt: skip
-    return Search(drawn, str(tune.get("metric", "validation_accuracy")), dict(space), float(share))
+    return Search(drawn, metric, dict(space), float(share))
+
+
+def _budget(tune: Mapping[str, Any], cell: Cell) -> tuple[int, int, float]:
+    """Seed, number of trials and share held out, checked."""
+    _known("setting of [tune]", tune, TUNE)
+    _tables({name: tune[name] for name in ("space", "train") if name in tune}, "tune")
+    label = cell.labels["method"]
+    space = tune.get("space", {}).get(label)
+    require(
+        isinstance(space, dict) and len(space) > 0,
+        f"[tune] searches every method with the same number of trials: give [tune.space.{label}]",
+    )
+    seed, trials, share = (tune.get(name, value) for name, value in BUDGET.items())
+    for name, value in BUDGET.items():
+        check_type(f"tune.{name}", tune.get(name, value), type(value))
+    require(0 <= seed < 2**32, f"tune.seed must lie in [0, 2^32), got {seed}")
+    require(trials >= 1, f"tune.trials must be 1 or more, got {trials}")
+    require(0 < share < 1, f"tune.share must lie between 0 and 1, got {share}")
+    return seed, trials, share
+
+
+def _metric(tune: Mapping[str, Any], cell: Cell) -> str:
+    """What trials are judged by; refuses what would be measured on rows that they train on."""
+    asked, _ = cell.made()
+    require(
+        asked.test_share is None,  # the seeds share the search, and each splits off other rows
+        f"[tune] cannot go with test = {asked.test!r} of {cell.labels['data']}: trials would train "
+        "on rows that the cells split off for the test; give a file of test rows",
+    )
+    kept = find_task(asked.task).measures.kept
+    known = [name for name in kept if not name.endswith("_loss")]
+    metric: str = tune.get("metric", known[0])
+    require(
+        metric in known,
+        f"tune.metric must be {' or '.join(known)}, of the rows held out; got {metric!r}",
+    )
+    return metric
 
 
 def draw(space: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, Any]]:
@@ -441,7 +502,8 @@ def draw(space: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, Any
         require(isinstance(given, Mapping), f"tune.space {name}: expected a list or low and high")
         _known(f"setting of the range {name!r}", given, ("low", "high", "log"))
         low, high = given.get("low"), given.get("high")
-        right = isinstance(low, int | float) and isinstance(high, int | float) and low < high
+        numbers = isinstance(low, int | float) and isinstance(high, int | float)
+        right = numbers and -math.inf < low < high < math.inf
         require(
             bool(right) and (low > 0 or not given.get("log")),
             f"tune.space {name}: expected low < high (both positive with log), got {dict(given)}",

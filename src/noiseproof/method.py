@@ -35,6 +35,9 @@ BeforeBatch = Callable[[Tensor], None]
 
 M = TypeVar("M", bound="Method")
 
+MOST_RANK, MOST_EPOCHS, MOST_BATCH = 10_000, 10_000, 1_000_000
+"""Beyond which a setting is a mistake."""
+
 
 class Predict(Protocol):
     """Score the training rows with the current model, in row order, without gradient."""
@@ -421,6 +424,12 @@ def require_range(
     if not (above and below and math.isfinite(value)):
         left, right = "(["[not open_low], ")]"[not open_high]
         raise InputError(f"{owner}.{name} must lie in {left}{low:g}, {high:g}{right}, got {value}")
+
+
+def require_count(owner: str, name: str, value: int, most: int, least: int = 1) -> None:
+    """Raise `InputError` unless a number of things is possible, and small enough to be meant."""
+    require(value >= least, f"{owner}.{name} must be at least {least}, got {value}")
+    require(value <= most, f"{owner}.{name} must be at most {most}, got {value}")
 
 
 def require_warmup(method: Method, warmup_epochs: int, epochs: int, least: int = 0) -> None:

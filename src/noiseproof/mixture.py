@@ -74,13 +74,13 @@ class LossMixture:
                 self.transform in ("none", "minmax", "log"),
             ),
             ("guard", "be 'fallback' or 'off'", self.guard in ("fallback", "off")),
-            ("max_iter", "be >= 1", self.max_iter >= 1),
+            ("max_iter", "lie in [1, 1000000]", 1 <= self.max_iter <= 1_000_000),
             ("tol", "be > 0", self.tol > 0),
             ("reg_covar", "be > 0", self.reg_covar > 0),
             ("min_samples", "be >= 2", self.min_samples >= 2),
             ("min_gap", "be >= 0", self.min_gap >= 0),
             ("min_weight", "lie in [0, 0.5)", 0 <= self.min_weight < 0.5),
-            ("groups", "be >= 2", self.groups >= 2),
+            ("groups", "lie in [2, 10000000]", 2 <= self.groups <= 10_000_000),
         )
         for name, rule, holds in checks:
             if not holds:

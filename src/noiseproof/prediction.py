@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +67,11 @@ class Predictor:
             rows: N texts, a matrix of features (N, D), or N images.
             pairs: N second texts, where the model was trained on pairs.
             settings: Device and precision.
+
+        Raises:
+            InputError: No list of such rows as the model was trained on, or an empty one.
         """
-        return self.probabilities(self.task.inputs_of(rows, pairs), settings)
+        return self.probabilities(self._inputs(rows, pairs), settings)
 
     def probabilities(self, inputs: Inputs, settings: TrainSettings | None = None) -> np.ndarray:
         """Class probabilities (N, C) of inputs that were read from a table.
@@ -93,9 +96,28 @@ class Predictor:
         return self.task.answers(self.model, inputs, self.outputs, self.label_names)
 
     def predict(self, rows: Any, pairs: Any = None) -> list[str]:
-        """The most probable class name of each row; the response to each prompt."""
-        answers = self.answers(self.task.inputs_of(rows, pairs))
+        """The most probable class name of each row; the response to each prompt.
+
+        Args:
+            rows: See `predict_proba`.
+            pairs: See `predict_proba`.
+
+        Raises:
+            InputError: No list of such rows as the model was trained on, or an empty one.
+        """
+        answers = self.answers(self._inputs(rows, pairs))
         return list(answers[self.task.answer_columns[0]])
+
+    def _inputs(self, rows: Any, pairs: Any) -> Inputs:
+        """Inputs of rows that are given as Python objects, checked as those of a table are."""
+        if self.task.column == "text":
+            rows = _texts(rows, "texts", chat=self.task.text_labels)
+            pairs = None if pairs is None else _texts(pairs, "second texts")
+        inputs = self.task.inputs_of(rows, pairs)
+        if not len(inputs):
+            raise InputError("expected at least one row to label, got an empty list")
+        self.task.accept(inputs, None, self.column)
+        return inputs
 
 
 def load(run: str | Path, *, model: Any = None) -> Predictor:
@@ -206,6 +228,25 @@ def predict(
         columns[name] = np.full(len(table), empty, dtype=object if empty is None else float)
         columns[name][rows] = values
     return table.frame.assign(**columns)
+
+
+def _texts(given: Any, what: str, chat: bool = False) -> list[Any]:
+    """A list of texts (N,), or of chats; what only iterates like one would be labelled in parts."""
+    if isinstance(given, str):
+        raise InputError(f"expected a list of {what}, got a single text; write [text]")
+    if isinstance(given, Mapping) or not isinstance(given, Iterable) or hasattr(given, "columns"):
+        raise InputError(
+            f"expected a list of {what}, got {type(given).__name__}; noiseproof.predict labels "
+            "the rows of a table"
+        )
+    rows = list(given)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, str) and not chat:
+            raise InputError(
+                f"row {number} of the {what} is of type {type(row).__name__}, expected text; leave "
+                "it out, or write it as text"
+            )
+    return rows
 
 
 def _switch(model: torch.nn.Module, mode: str) -> None:

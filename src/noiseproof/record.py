@@ -53,7 +53,8 @@ class RunRecord:
         curves: How well wrong rows are found: ``roc`` and ``pr``, lists of points; and ``losses``:
             points of loss, share of the right rows, share of the wrong rows.
         labels: Names that a grid gave this cell: grid, data, noise, method, ...
-        search: How the settings were found: trials, split, space, best, seconds.
+        search: How the settings were found: trials, failed, seconds, space, split, metric, score,
+            best.
         versions: Python, packages, platform, git revision.
         schema_version: Of this file.
     """
@@ -217,10 +218,7 @@ def _only_leftovers(folder: Path) -> bool:
     return all(path.name.startswith(".") for path in folder.iterdir())
 
 
-RUN_FILES = (
-    *("record.json", "history.csv", "samples.parquet", "suspects.csv", "transition.json"),
-    "report.html",
-)
+RUN_FILES = ("record.json", "history.csv", "samples.parquet", "suspects.csv", "transition.json")
 
 
 def _require_run(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -72,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, 2)
     except FloatingPointError as error:
         return complain(error, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = "; the same command continues" if words[0] in ("bench", "study") else ""
-        return complain(f"interrupted{again}", 130)
+        signum = error.args[0] if error.args else signal.SIGINT  # see `_interrupt`
+        return complain(f"interrupted{again}", 128 + signum)
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -611,6 +613,11 @@ def _write_like(given: Any, table: Table) -> None:
         write_table(table.frame, given.out, overwrite=given.overwrite)
 
 
+def _interrupt(signum: int, frame: Any) -> None:
+    """Handle a signal as Python handles Ctrl-C, and say which it was."""
+    raise KeyboardInterrupt(signum)
+
+
 def _list_cells(grid: Grid) -> None:
     """Print the cells of a grid and what they will cost."""
     for cell in grid.cells:
@@ -622,12 +629,10 @@ def _run_cells(
     grid: Grid, out: Path, workers: int | None, ray: str | None = None
 ) -> list[CellState]:
     """Run a grid with a display; print what failed."""
-    import signal
-
     from noiseproof.benchmark import run_grid
 
     signals = (signal.SIGINT, signal.SIGTERM)  # SIGINT is ignored in what a script puts behind &
-    before = [signal.signal(one, signal.default_int_handler) for one in signals]
+    before = [signal.signal(one, _interrupt) for one in signals]
     try:
         with GridDisplay() as display:
             states = run_grid(grid, out, workers=workers, ray=ray, show=display)

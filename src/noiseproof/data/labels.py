@@ -24,6 +24,7 @@ Ints = npt.NDArray[np.int64]
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")  # "3", "-1", "3.0"; "007" is a name
 _NUMBER = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?")
 UNSEEN = "was never seen in training"
+EMPTY = {"nan", "na", "n/a", "#n/a", "<na>", "null", "nil", "none"}  # in any case
 FOREIGN = "<foreign>"  # true label where no class is right, as after open-set noise
 
 
@@ -168,7 +169,10 @@ def such_rows(count: int) -> str:
 
 
 def check_trainable(table: Table, column: str, labels: Labels, rows: Ints, guessed: bool) -> None:
-    """Raise unless there are two rows and two classes, and `guessed` ones are no measurements."""
+    """Raise unless there are two rows and two classes, and `guessed` ones are no measurements.
+
+    Warn of a guessed class whose name stands for no label in other programs.
+    """
     if len(rows) < 2:
         raise InputError(f"{table.name} has {len(rows)} row to train on; expected at least 2")
     kinds = labels.among(rows)
@@ -183,6 +187,20 @@ def check_trainable(table: Table, column: str, labels: Labels, rows: Ints, guess
             f"the {len(rows)} labels in column {column!r} of {table.name} are all different "
             "decimal numbers, which looks like regression; expected classes, so bin the values"
         )
+    for code in np.unique(labels.codes[rows]) if guessed else ():
+        name = labels.names[code]
+        if name.casefold() in EMPTY:
+            found = rows[labels.codes[rows] == code]
+            remedy = "remove such rows"
+            if name.casefold() != "null":  # which is nothing at all on the command line
+                remedy += f", or let fit leave them out with --drop-label {name!r}"
+            warnings.warn(
+                f"{table.place(found[0])} has the label {name!r} in column {column!r} "
+                f"({such_rows(len(found))}), which is taken as a class; if it stands for no label, "
+                f"{remedy}",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def check_classes(labels: Ints, names: Sequence[str], column: str) -> None:

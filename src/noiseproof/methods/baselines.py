@@ -25,6 +25,8 @@ from noiseproof.losses import (
     symmetric_cross_entropy,
 )
 from noiseproof.method import (
+    MOST_EPOCHS,
+    MOST_RANK,
     Batch,
     Columns,
     Method,
@@ -33,6 +35,7 @@ from noiseproof.method import (
     logits_of,
     losses_of,
     require,
+    require_count,
     require_range,
     require_warmup,
 )
@@ -72,7 +75,7 @@ class Tuned(Method):
 
     def __post_init__(self) -> None:
         """Check the shared settings and then those of the method."""
-        require(self.rank >= 1, f"{self.name}.rank must be at least 1, got {self.rank}")
+        require_count(self.name, "rank", self.rank, MOST_RANK)
         if self.alpha is not None:
             require_range(self.name, "alpha", self.alpha, 0, 1e6, open_low=True)
         if self.dropout is not None:
@@ -276,7 +279,7 @@ class ForwardCorrection(Tuned):
 
     def check(self) -> None:
         """Warm-up and percentile are in range."""
-        require(self.warmup_epochs >= 1, f"{self.name}.warmup_epochs must be at least 1")
+        require_count(self.name, "warmup_epochs", self.warmup_epochs, MOST_EPOCHS)
         require_range(self.name, "percentile", self.percentile, 0, 100, open_low=True)
 
     def stages(self, epochs: int) -> list[Stage]:
@@ -477,8 +480,8 @@ class CoTeaching(Tuned):
         """The rate is in range, the epochs are whole."""
         if self.noise_rate is not None:
             require_range(self.name, "noise_rate", self.noise_rate, 0, 1, open_high=True)
-        require(self.warmup_epochs >= 1, f"{self.name}.warmup_epochs must be at least 1")
-        require(self.ramp_epochs >= 1, f"{self.name}.ramp_epochs must be at least 1")
+        require_count(self.name, "warmup_epochs", self.warmup_epochs, MOST_EPOCHS)
+        require_count(self.name, "ramp_epochs", self.ramp_epochs, MOST_EPOCHS)
 
     def stages(self, epochs: int) -> list[Stage]:
         """One stage that outlasts the warm-up."""

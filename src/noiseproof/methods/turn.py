@@ -56,12 +56,15 @@ from noiseproof.frozen import encoder_width
 from noiseproof.heads import LinearHead, PooledClassifier, saved_head
 from noiseproof.losses import cross_entropy, generalized_cross_entropy
 from noiseproof.method import (
+    MOST_BATCH,
+    MOST_EPOCHS,
     Batch,
     Columns,
     Run,
     Stage,
     logits_of,
     require,
+    require_count,
     require_range,
 )
 from noiseproof.methods.baselines import Tuned
@@ -183,8 +186,7 @@ class TURN(Tuned):
                 value in choices, f"TURN.{name} must be one of {', '.join(choices)}; got {value!r}"
             )
         for name in ("probe_epochs", "probe_warmup_epochs", "refresh_every"):
-            value = getattr(self, name)
-            require(value >= 0, f"TURN.{name} must be at least 0, got {value}")
+            require_count("TURN", name, getattr(self, name), MOST_EPOCHS, least=0)
         require(
             0 <= self.probe_ce_epochs <= self.probe_epochs,
             f"TURN.probe_ce_epochs must lie in [0, probe_epochs={self.probe_epochs}], "
@@ -199,11 +201,9 @@ class TURN(Tuned):
             self.probe_features != "model" or not self.probe_normalize,
             "TURN.probe_normalize needs a head of TURN's own: use probe_features mean or first",
         )
-        require(self.probe_batch_size >= 1, "TURN.probe_batch_size must be at least 1")
-        require(
-            self.tune_epochs is None or self.tune_epochs >= 0,
-            f"TURN.tune_epochs must be at least 0 or null, got {self.tune_epochs}",
-        )
+        require_count("TURN", "probe_batch_size", self.probe_batch_size, MOST_BATCH)
+        if self.tune_epochs is not None:
+            require_count("TURN", "tune_epochs", self.tune_epochs, MOST_EPOCHS, least=0)
         require(
             self.probe_epochs > 0 or self.tune_epochs != 0,
             "TURN would train nothing: probe_epochs=0 and tune_epochs=0",

@@ -65,7 +65,7 @@ class PairFlip(NoiseModel):
 
     def __post_init__(self) -> None:
         settle(self, "rate", 0, 1)
-        settle(self, "step", whole=True)
+        settle(self, "step", -1_000_000, 1_000_000, whole=True)
         try:
             pairs = tuple((_class(a), _class(b)) for a, b in self.pairs)
         except (TypeError, ValueError):
@@ -266,7 +266,7 @@ class TextCorruption(NoiseModel):
     def __post_init__(self) -> None:
         settle(self, "rate", 0, 1)
         settle(self, "strength", 0, 1)
-        settle(self, "window", 0, whole=True)
+        settle(self, "window", 0, 1_000_000, whole=True)
         for setting in ("unit", "kind", "charset"):
             object.__setattr__(self, setting, str(getattr(self, setting)))
         self._noise()
@@ -344,11 +344,11 @@ class Annotators(NoiseModel):
 
     def __post_init__(self) -> None:
         settle(self, "rate", 0, 1)
-        settle(self, "workers", 1, whole=True)
+        settle(self, "workers", 1, 100_000, whole=True)
         settle(self, "spread", 0, 1)
         if self.spread == 1:
             raise InputError("spread of Annotators must be below 1, got 1.0")
-        settle(self, "votes", 1, self.workers, whole=True)
+        settle(self, "votes", 1, min(self.workers, 1000), whole=True)
 
     def _corrupt(self, labels: Labels, draw: Draw) -> tuple[Labels, Extras]:
         rng, num_classes = draw.rng, draw.num_classes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from noiseproof.encoding import Encoded
-from noiseproof.method import Columns, require
+from noiseproof.method import Columns, require, require_count
 from noiseproof.peers.contract import Fitted, Peer, Work
 from noiseproof.peers.trainer import Trainer, TrainerLoRA
 
@@ -153,8 +153,8 @@ class CleanlabPrune(Peer):
 
 
 def _check_folds(name: str, folds: int, max_iter: int) -> None:
-    require(folds >= 2, f"{name}.folds must be at least 2, got {folds}")
-    require(max_iter >= 1, f"{name}.max_iter must be at least 1, got {max_iter}")
+    require_count(name, "folds", folds, 1000, least=2)
+    require_count(name, "max_iter", max_iter, 1_000_000)
 
 
 def _regression(max_iter: int) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from noiseproof.encoding import Encoded
 from noiseproof.engine import derive_seed, prediction_batches
 from noiseproof.errors import InputError
-from noiseproof.method import Columns, require, require_range
+from noiseproof.method import MOST_RANK, Columns, require_count, require_range
 from noiseproof.models import count_parameters, evaluation_mode
 from noiseproof.peers.contract import Fitted, Peer, Predict, Work
 
@@ -90,7 +90,7 @@ class TrainerLoRA(Peer):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        require(self.rank >= 1, f"{self.name}.rank must be at least 1, got {self.rank}")
+        require_count(self.name, "rank", self.rank, MOST_RANK)
         if self.alpha is not None:
             require_range(self.name, "alpha", self.alpha, 0, 1e6, open_low=True)
         require_range(self.name, "learning_rate", self.learning_rate, 0, 10, open_low=True)

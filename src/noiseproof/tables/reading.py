@@ -10,6 +10,7 @@ import re
 import sys
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -294,13 +295,18 @@ def _from_json_lines(path: Path) -> Table:
 
 def _records(path: Path, file: IO[str], lines: array[int]) -> Iterator[dict[str, Any]]:
     """Read the objects of JSON lines; ``lines`` gets the number of each one's line."""
+    read = json.JSONDecoder(object_pairs_hook=_unique).decode
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         line = line.removesuffix("\n")
         where = f"line {number} of {path}"
         try:
-            record = json.loads(line)
+            record = read(line)
+        except KeyError as error:
+            raise InputError(
+                f"{where} has several values named {error.args[0]!r}; rename or remove all but one"
+            ) from error
         except RecursionError as error:
             raise InputError(f"{where} is nested too deeply for JSON") from error
         except ValueError as error:
@@ -319,6 +325,18 @@ def _records(path: Path, file: IO[str], lines: array[int]) -> Iterator[dict[str,
             )
         lines.append(number)
         yield record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object.
+
+    Raises:
+        KeyError: A name stands twice, of which Python would keep the last.
+    """
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise KeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return record
 
 
 def _from_parquet(path: Path) -> Table:

@@ -299,11 +299,14 @@ class Task(ABC):
     def learn(self, model: nn.Module, inputs: Inputs) -> None:  # noqa: B027
         """Take from the training rows what the network needs to know of them, such as scales."""
 
-    def accept(self, inputs: Inputs, table: Table, trained: str) -> None:  # noqa: B027
+    def accept(self, inputs: Inputs, table: Table | None, trained: str) -> None:  # noqa: B027
         """Refuse new rows that the model cannot label.
 
         Args:
             inputs: The rows.
-            table: Where they came from.
+            table: Where they came from; None for rows that were given as Python objects.
             trained: Name of the columns that it was trained on.
+
+        Raises:
+            InputError: They have another form than those it was trained on.
         """

@@ -476,10 +476,10 @@ class FeatureClassification(Task):
             part.mean.copy_(torch.from_numpy(mean))
             part.scale.copy_(torch.from_numpy(np.where(varies, deviation, 1.0)))
 
-    def accept(self, inputs: Inputs, table: Table, trained: str) -> None:
+    def accept(self, inputs: Inputs, table: Table | None, trained: str) -> None:
         """Refuse rows with another number of features."""
         assert isinstance(inputs, Vectors)
-        self._check_width(inputs.width, f"{table.name} has")
+        self._check_width(inputs.width, "the rows have" if table is None else f"{table.name} has")
 
     def encode(self, inputs: Any) -> EncodedVectors:
         """Nothing to do until batches are made."""

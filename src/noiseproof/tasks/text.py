@@ -135,10 +135,11 @@ class TextClassification(Task):
         """Texts, and second texts where the rows are pairs."""
         return Texts(rows, second)
 
-    def accept(self, inputs: Inputs, table: Table, trained: str) -> None:
+    def accept(self, inputs: Inputs, table: Table | None, trained: str) -> None:
         """Refuse pairs where single texts were trained on, and the other way round."""
         assert isinstance(inputs, Texts)
-        if (inputs.pairs is None) != ("," not in trained or trained in table.frame.columns):
+        single = "," not in trained or (table is not None and trained in table.frame.columns)
+        if (inputs.pairs is None) != single:
             given = "one" if inputs.pairs is None else "two"
             raise InputError(
                 f"the model was trained on the text columns {trained!r}; give as many of them, "
