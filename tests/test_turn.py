@@ -422,23 +422,70 @@ def stage_end(run: Tiny, method: TURN, **settings: Any) -> tuple[Outcome, dict[s
     return run.fit(method, extra={"measure": measure}, **settings), found
 
 
-@pytest.mark.parametrize("tune", ["full", "lora", "head"])
-def test_the_probe_leaves_the_encoder_byte_for_byte(tune: str, tiny_run: Tiny) -> None:
+OF_PEFT = ("lora", "fourierft", "prompt_tuning", "prefix_tuning")
+OWN = ("adapter", "bitfit", "prompt", "prefix")
+
+
+@pytest.mark.parametrize("tune", ["full", "head", *OF_PEFT, *OWN])
+def test_the_probe_leaves_the_encoder_byte_for_byte(
+    tune: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An encoder that moves, or dropout in its features, is no probe of pre-trained features.
 
-    Adapters begin as identity: the probe of a model with LoRA is that of the model without.
+    Nor is one that prompts disturb, which start at random: whatever the last step is to train, the
+    probe is that of the model without it, and so are the scores of the first selection.
     """
+    scores: list[Tensor] = []
+    select = TURN._select
+
+    def watched(self: TURN, run: Run) -> Any:
+        if run.epoch == 0:
+            scores.append(run.predict())
+        return select(self, run)
+
+    monkeypatch.setattr(TURN, "_select", watched)
     _, plain = stage_end(tiny_run, TURN(**QUICK), epochs=1)
-    _, after = stage_end(tiny_run, TURN(tune=tune, **QUICK), epochs=1)
+    outcome, after = stage_end(tiny_run, TURN(tune=tune, **QUICK), epochs=1)
     before = weights(tiny_run.model)
-    short = {name.replace("base_model.model.", "").replace(".base_layer", ""): value
-             for name, value in after.items()}  # fmt: skip
+    start = "model." if tune in OWN else ""
+    short = {name.removeprefix(start).replace("base_model.model.", "").replace(".base_layer", ""):
+             value for name, value in after.items()}  # fmt: skip
+    short |= {name.removeprefix("base_model."): value for name, value in short.items()}
     for name, value in before.items():
         if name.startswith("bert."):
             assert torch.equal(short[name], value), name
-    head = "classifier.modules_to_save.default" if tune == "lora" else "classifier"
+    head = "classifier.modules_to_save.default" if tune in OF_PEFT else "classifier"
     assert torch.equal(short[f"{head}.weight"], plain["classifier.weight"])
     assert not torch.equal(plain["classifier.weight"], before["classifier.weight"])
+    assert torch.equal(scores[0], scores[1])
+    if tune in (*OF_PEFT, *OWN):
+        last = weights(outcome.model)
+        name = next(name for name in after if name in last and adds(name))
+        assert not torch.equal(last[name], after[name])  # the last step trains it
+
+
+def adds(name: str) -> bool:
+    """Whether a parameter belongs to an adapter and moves in its first step."""
+    marks = ("lora_B", "fourierft_spectrum", "prompt_encoder", "parts.")
+    return any(mark in name for mark in marks) and "up" not in name.split(".")[-2:-1]
+
+
+@pytest.mark.parametrize("tune", ["prompt", "prompt_tuning"])
+def test_a_probe_without_a_last_step_has_no_adapters(tune: str, tiny_run: Tiny) -> None:
+    """Those that start at random would disturb it, and nothing would have trained them."""
+    plain = tiny_run.fit(TURN(**QUICK, tune_epochs=0))
+    found = tiny_run.fit(TURN(**QUICK, tune_epochs=0, tune=tune))
+    assert same_weights(found.model, plain.model)
+
+
+def test_the_best_epoch_is_none_of_a_probe_that_random_prompts_would_disturb() -> None:
+    def selectable(tune: str, epochs: int | None = None) -> bool:
+        return TURN(tune=tune, tune_epochs=epochs).stages(2)[0].selectable
+
+    assert [selectable(tune) for tune in ("full", "lora", "prompt", "fourierft")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert selectable("prompt", 0)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -514,6 +561,7 @@ def test_the_probe_has_its_own_settings_and_the_last_step_those_of_the_run() -> 
             "schedule": "cosine",
             "warmup_share": 0.05,
         },
+        bare=True,
     )
     assert tune == Stage("tune", 5, learning_rate=usual_rate("lora"))
     assert [stage.name for stage in TURN(probe_epochs=0).stages(5)] == ["tune"]

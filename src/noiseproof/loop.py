@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.adapters import set_adapters
 from noiseproof.checkpoint import (
     Interrupted,
     StopSignals,
@@ -262,6 +263,8 @@ class _Loop:
         set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
         views = self.encoded.views(stage.views)
+        if stage.bare:
+            set_adapters(run.model, on=False)
         self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings, views)
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
@@ -275,9 +278,11 @@ class _Loop:
                 run.epoch = epoch
                 self._run_epoch(stage, rate, saved)
                 saved = {}
-        if self.engine.cached:  # what follows starts from these weights and needs no new pass
+        if self.engine.cached or stage.bare:  # what follows starts from here, without a new pass
             self._predicted = self._predict()
         self.engine.end_stage()
+        if stage.bare:
+            set_adapters(run.model, on=True)
         self.state.epoch = 0
 
     def _run_epoch(self, stage: Stage, rate: float, saved: dict[str, Tensor]) -> None:

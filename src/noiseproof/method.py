@@ -112,6 +112,8 @@ class Stage:
         selectable: Whether ``train.select=best`` may take weights of this stage.
         views: Views of every row in a step, 1 or 2; None takes those that the rows hold. With two
             nothing is cached: the encoder sees both.
+        bare: Leave the adapters out: encoder and head answer alone, up to the prediction that the
+            next stage starts from.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Stage:
     redraw: bool = False
     selectable: bool = True
     views: int | None = 1
+    bare: bool = False
 
 
 @dataclass

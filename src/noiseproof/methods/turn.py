@@ -15,7 +15,9 @@ Deviations: the paper's form is the preset strict, which raises on a class that 
 default, the guarded form, continues: mixtures that mean nothing leave the rows of their class as
 they were, no class falls below ``min_class_fraction``, and classes are not balanced where that
 would cost most rows.
-The published method tunes the whole model and knows images only; adapters and text are ours.
+The published method tunes the whole model and knows images only; adapters and text are ours. Probe
+and first selection see the encoder without its adapters, some of which start at random, such as
+prompts; with these train.select=best takes no epoch of the probe.
 ``probe_features=mean`` (ours) puts a linear head on the mean of the last hidden states, for
 encoders whose pooler no task has trained, such as sentence encoders. With mean or first
 ``probe_normalize`` scales what the head reads to length 1; other heads read features as they are.
@@ -43,7 +45,7 @@ and noiseproof.load puts them together, as transformers has no class for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -83,6 +85,7 @@ from noiseproof.selection import (
     finite_losses,
     held_out_agreement,
 )
+from noiseproof.tuning import NEUTRAL_TUNING
 
 SALT_DRAW = 21
 CHECKED_ROWS = 20_000  # for the check of the features; the cost grows with rows times width squared
@@ -130,7 +133,7 @@ class TURN(Tuned):
             highest posteriors).
         refresh_every: Epochs between two selections; 0 selects once.
         tune_epochs: Epochs of the last step; None takes ``train.epochs``, 0 leaves the probe as the
-            result.
+            result, without adapters.
         tune_loss: Loss of the last step: ce or gce.
         tune_from: Head at its start: probe, or fresh; the first selection uses the probe's.
     """
@@ -254,6 +257,8 @@ class TURN(Tuned):
             model = PooledClassifier(model, head, self.probe_features)
         if self.probe_init != "keep":
             start_head(model, 0.0 if self.probe_init == "zero" else 0.01)
+        if self.tune_epochs == 0 and self.tune != "head":  # adapters would not be trained
+            return Tuned.prepare_model(replace(self, tune="full"), model)
         return super().prepare_model(model)
 
     def restore_model(self, model: nn.Module) -> nn.Module:
@@ -274,6 +279,8 @@ class TURN(Tuned):
             "probe",
             self.probe_epochs,
             trains="head",
+            bare=True,
+            selectable=self.tune_epochs == 0 or self.tune in NEUTRAL_TUNING,
             settings={
                 "batch_size": self.probe_batch_size,
                 "learning_rate": self.probe_learning_rate,
