@@ -859,6 +859,8 @@ def test_a_pooler_that_the_checkpoint_does_not_hold_is_warned_of(
                    for text in run.warned) == told  # fmt: skip
     run = run_of(torch.zeros(25, 3), tiny_run.labels, stage="probe")
     run.model = load_text_classifier(str(tiny_run.folder), LABELS)[0]
+    told_by_features = torch.nn.functional.one_hot(tiny_run.labels)[:, :, None].float()
+    run.features = lambda: told_by_features  # type: ignore[misc]
     TURN().on_epoch_start(run)
     assert not run.warned
     CrossEntropy(tune="head").prepare_model(run.model)
@@ -894,6 +896,7 @@ def test_features_that_do_not_tell_the_classes_are_warned_of_before_training(
         run.features = lambda features=features: features[:, :, None]  # type: ignore[misc]
         assert TURN().on_epoch_start(run) == {}
         assert (run.logged["held_out_agreement"] < LEAST_AGREEMENT) == doubted
+        assert run.logged["held_out_agreement"] <= run.logged["held_out_fit"] <= 1
         assert bool(run.warned) == doubted
         for method in (TURN(precondition="off"), TURN.preset("lp_ft"), TURN.preset("robust_probe")):
             quiet = run_of(torch.zeros(4000, 4), labels, stage="probe", epoch=0)
@@ -903,6 +906,32 @@ def test_features_that_do_not_tell_the_classes_are_warned_of_before_training(
     assert "hardly tell the labels apart" in run.warned[0] and "CleaR" in run.warned[0]
     with pytest.raises(InputError, match=r"weak basis.*precondition=warn goes on"):
         TURN(precondition="stop").on_epoch_start(run)
+
+
+def test_a_check_that_is_impossible_is_told(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence would read as a check that was passed; and a probe without a cache takes long."""
+    labels = torch.arange(7) % 4
+    run = run_of(torch.zeros(7, 4), labels, stage="probe", epoch=0)
+    run.features = lambda: torch.randn(7, 3, 1)  # type: ignore[misc]
+    TURN(precondition="stop").on_epoch_start(run)
+    assert len(run.warned) == 1 and "two rows a class, and there are 7 rows of 4" in run.warned[0]
+
+    monkeypatch.setattr("noiseproof.engine.feature_position", lambda model, inputs: None)
+    for method, words in (
+        (TURN(**QUICK | {"precondition": "warn"}), ["anew in each epoch", "cannot check whether"]),
+        (TURN(**QUICK | {"precondition": "warn"}, cleanse=False), ["anew in each epoch"]),
+        (TURN(**QUICK), []),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outcome = tiny_run.fit(method, epochs=1)
+        told = [str(item.message) for item in caught]
+        found = [word for word in ("anew in each epoch", "cannot check whether")
+                 if any(word in text for text in told)]  # fmt: skip
+        assert found == words
+        assert all(word in outcome.history[0].get("warning", "") for word in words)
 
 
 def test_what_to_use_instead_is_what_the_task_can_run() -> None:

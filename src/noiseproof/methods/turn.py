@@ -83,7 +83,8 @@ from noiseproof.selection import (
     class_quota,
     draw_per_class,
     finite_losses,
-    held_out_agreement,
+    held_out_scores,
+    kappa,
 )
 from noiseproof.tuning import NEUTRAL_TUNING
 
@@ -91,6 +92,12 @@ SALT_DRAW = 21
 CHECKED_ROWS = 20_000  # for the check of the features; the cost grows with rows times width squared
 LEAST_AGREEMENT = 0.05  # kappa of held-out predictions and labels ...
 MOST_OVERLAP = 0.06  # ... and expected share of rows on the wrong side of the mixture; measured
+NOT_CHECKED = "TURN cannot check whether the frozen features separate the classes"
+NOT_CACHED = (
+    "no one hidden state of the encoder, nor their mean, nor its pooled output is all that the "
+    "head reads, so features cannot be kept: TURN's probe encodes every row anew in each epoch; "
+    "use probe_features=mean, or fewer probe_epochs"
+)
 INSTEAD = "CleaR and ELR do not rely on a probe; lp_ft selects no rows; or use another encoder"
 INSTEAD_ON_FEATURES = (
     "GCE and ELR select no rows, nor does lp_ft; or use features of another encoder"
@@ -117,7 +124,8 @@ class TURN(Tuned):
             the last hidden states over the real tokens), or first (the first of them).
         probe_normalize: Scale what the head reads to length 1, in both stages; with
             probe_features mean or first.
-        precondition: When the features do not separate the classes: warn, stop, or off.
+        precondition: When the features do not separate the classes: warn, stop, or off. Where
+            that cannot be checked, warn and stop both warn.
         cleanse: False keeps every row, which is plain probing, then fine-tuning (LP-FT).
         score_loss: Loss that the mixture splits: ce or gce.
         threshold: Least posterior of a row that may be kept.
@@ -302,8 +310,11 @@ class TURN(Tuned):
         if run.stage == "probe":
             if first and self.precondition != "off":
                 self._check_new(run)
+                features = run.features()  # (N, D, 1 or 2)
+                if features is None and _encodes(run.model):
+                    run.warn(NOT_CACHED)
                 if selects:
-                    self._check_features(run)
+                    self._check_features(run, features)
             return {}
         columns = self._select(run) if self.cleanse else {}
         if run.epoch == 0 and self.tune_from == "fresh":
@@ -459,14 +470,28 @@ class TURN(Tuned):
                 "would read a random projection of its features; use probe_features=mean"
             )
 
-    def _check_features(self, run: Run) -> None:
-        """Before training: do the frozen features tell the labels of rows not trained on?"""
-        features = run.features()  # (N, D, 1 or 2)
-        if features is None or len(features) < 2 * run.num_classes:
+    def _check_features(self, run: Run, features: Tensor | None) -> None:
+        """Before training: do the frozen features tell the labels of rows not trained on?
+
+        Args:
+            run: The run.
+            features: What the head reads (N, D, 1 or 2); None where it is not at hand.
+        """
+        if features is None:
+            run.warn(f"{NOT_CHECKED}: they are not at hand as one table")
+            return
+        if len(features) < 2 * run.num_classes:
+            run.warn(
+                f"{NOT_CHECKED}: that takes two rows a class, and there are {len(features)} rows "
+                f"of {run.num_classes} classes; add rows, or compare with CrossEntropy, which needs no probe"
+            )
             return
         rows = torch.randperm(len(features), generator=run.generator)[:CHECKED_ROWS]
-        agreement = held_out_agreement(features[rows].flatten(1), run.labels[rows], run.num_classes)
-        run.log(held_out_agreement=agreement)
+        labels = run.labels[rows]
+        scores = held_out_scores(features[rows].flatten(1), labels, run.num_classes)
+        agreement = kappa(scores.argmax(1), labels)
+        fit = float((scores.argmax(1) == labels).double().mean())
+        run.log(held_out_agreement=agreement, held_out_fit=fit)
         if agreement < LEAST_AGREEMENT:
             self._doubt(
                 run,
