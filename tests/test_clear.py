@@ -31,6 +31,7 @@ from noiseproof.methods.clear_gates import (
     gate_table,
     open_gates,
     route,
+    row_keys,
 )
 from noiseproof.mixture import LossMixture
 from noiseproof.models import count_parameters, encoder_layers, is_head, plain_model
@@ -755,6 +756,25 @@ def test_mean_gates_average_the_logits_of_their_samples(tiny_run: Tiny) -> None:
     sample = routed(tiny_run, eval_gate="sample", gamma=0.5)
     sample.load_state_dict(model.state_dict())
     torch.testing.assert_close(sample(**inputs).logits, gated(model, inputs, gates[0]))
+
+
+@pytest.mark.parametrize("peft", ["lora", "loha", "adapter"])
+def test_a_gated_model_is_called_as_any_model_is(peft: str, tiny_run: Tiny) -> None:
+    """With arguments that bear no name, and without a mask: then every token is a real one."""
+    model = routed(tiny_run, peft=peft, eval_gate="sample", gamma=0.5, adapter_init="linear")
+    ids = torch.randint(5, 30, (6, 5))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+        for given, named in (((), {"input_ids": ids}), ((ids,), {}), ((ids, mask), {}),
+                             ((ids,), {"attention_mask": mask})):  # fmt: skip
+            assert torch.equal(model(*given, **named).logits, wanted)
+        with pytest.raises(TypeError, match="input_ids"):
+            model(ids, input_ids=ids)
+    keys = row_keys({"input_ids": ids})
+    assert keys == row_keys({"input_ids": ids, "attention_mask": mask})
+    padded = F.pad(mask, (0, 2))
+    assert keys == row_keys({"input_ids": F.pad(ids, (0, 2)), "attention_mask": padded})
 
 
 def test_sampled_gates_at_test_open_at_rate_gamma() -> None:
