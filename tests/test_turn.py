@@ -570,6 +570,8 @@ def test_the_probe_has_its_own_settings_and_the_last_step_those_of_the_run() -> 
         ("tune", 4),
     ]
     assert [stage.name for stage in TURN.preset("robust_probe").stages(5)] == ["probe"]
+    lengths = [TURN.preset(name).stages(9)[1].epochs for name in ("strict", "default", "lp_ft")]
+    assert lengths == [4, 9, 9]  # the paper's form has its 4
     assert TURN(probe_epochs=1).stages(2)[0].settings["warmup_share"] == 0.5
 
 

@@ -14,7 +14,8 @@ exceeds ``threshold``, and draw as many of each class as the smallest class has;
 Deviations: the paper's form is the preset strict, which raises on a class that keeps no row. The
 default, the guarded form, continues: mixtures that mean nothing leave the rows of their class as
 they were, no class falls below ``min_class_fraction``, and classes are not balanced where that
-would cost most rows.
+would cost most rows. Step 3 takes ``train.epochs``, 6 unless they are given, where the paper has 4,
+as has strict; ``tune_epochs`` goes before ``train.epochs``, even if both are given.
 The published method tunes the whole model and knows images only; adapters and text are ours. Probe
 and first selection see the encoder without its adapters, some of which start at random, such as
 prompts; with these train.select=best takes no epoch of the probe.
@@ -241,7 +242,9 @@ class TURN(Tuned):
         )
         return {
             "default": cls(),
-            "strict": cls(mixture=unguarded, min_class_fraction=0.0, balance="min"),
+            "strict": cls(
+                mixture=unguarded, min_class_fraction=0.0, balance="min", tune_epochs=4
+            ),
             "lineage": cls(mixture=divided),
             "lp_ft": cls(cleanse=False),
             "robust_probe": cls(tune_epochs=0),
