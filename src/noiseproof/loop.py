@@ -55,6 +55,7 @@ from noiseproof.models import (
     count_parameters,
     fast_dropout,
     is_head,
+    is_head_or_pooler,
     set_trainable,
     training_mode,
 )
@@ -101,6 +102,7 @@ class Outcome:
             whole, over all legs of a resumed run.
         precision: fp32, bf16 or fp16.
         trainable: Trained parameters over all stages.
+        trainable_head: Those of them in the task head or the encoder's pooler.
         best_epoch: Number of the history row whose weights were taken, with select=best.
     """
 
@@ -110,6 +112,7 @@ class Outcome:
     seconds: dict[str, float]
     precision: str
     trainable: int
+    trainable_head: int = 0
     best_epoch: int | None = None
 
 
@@ -433,7 +436,8 @@ class _Loop:
             self.state.history,
             self.state.seconds,
             self.engine.precision,
-            count_parameters(p for name, p in model.named_parameters() if name in self.trained),
+            self._count(model, lambda name: True),
+            self._count(model, is_head_or_pooler(model)),
             self.state.best_row,
         )
 
@@ -536,6 +540,12 @@ class _Loop:
         if trains is None:
             return self.prepared.__contains__
         return lambda name: name in self.prepared and trains(name)
+
+    def _count(self, model: nn.Module, chosen: Callable[[str], bool]) -> int:
+        """Trained parameters with such names."""
+        return count_parameters(
+            part for name, part in model.named_parameters() if name in self.trained and chosen(name)
+        )
 
     def _merge(self) -> None:
         self.engine.merge_writes(self.run, self.method.writes, self.own_rows)

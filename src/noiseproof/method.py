@@ -286,6 +286,13 @@ class Method:
         """Return the scalar loss of one batch, a mean over its rows."""
         return losses_of(model, batch).mean()
 
+    def row_gates(self, run: Run) -> Tensor | None:
+        """Gates (N, U) of all training rows in the epoch that has ended, for whoever measures.
+
+        U are the layers or modules that are gated; None where nothing is.
+        """
+        return None
+
     def finalize_model(self, run: Run) -> nn.Module:
         """Return the model to deploy."""
         return run.model
