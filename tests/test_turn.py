@@ -119,6 +119,27 @@ def test_each_class_keeps_as_many_rows_as_its_balance_says(
     assert sizes == {"min": 20, "median": 30, "max": 50}
 
 
+def test_rows_that_look_right_are_told_before_classes_are_balanced(
+    tiny_model: Path, tiny_table: pd.DataFrame
+) -> None:
+    """Of rows that a balance has drawn nobody could tell how good the cut is."""
+    run, right = two_hills((30, 20, 50), (10, 12, 14))
+    columns = TURN(balance="min").on_epoch_start(run)
+    assert torch.equal(columns["marked"], right)
+    assert int(columns["keep"].sum()) == 60 < int(right.sum())
+    assert run.logged["marked_share"] == pytest.approx(100 / 136)
+    wrong = copy.deepcopy(tiny_table)
+    wrong["truth"] = wrong["label"]
+    wrong.loc[::4, "label"] = LABELS[0]
+    settings: dict[str, Any] = {"model": str(tiny_model), "clean_label": "truth"}
+    train = train_settings(epochs=1)
+    result = noiseproof.fit(wrong, method=TURN(**QUICK), train=train, **settings)
+    marked = result.samples[result.samples["marked"]]
+    found = float((marked["label"] == marked["clean_label"]).mean())
+    assert result.history[-1]["marked_precision"] == pytest.approx(found)
+    assert {"marked_recall", "marked_share", "selection_precision"} <= set(result.history[-1])
+
+
 def test_a_class_is_weighed_by_the_inverse_of_what_it_keeps() -> None:
     """|S| = 5, 3, 8: weights 1.0667, 1.7778, 0.6667, whose sum over the kept rows is 16."""
     run, _ = two_hills((5, 3, 8), (7, 7, 7))

@@ -305,7 +305,10 @@ class TURN(Tuned):
         return [stage for stage in (probe, tune) if stage.epochs]
 
     def on_epoch_start(self, run: Run) -> Columns:
-        """Columns ``loss``, ``clean_prob``, ``selected`` (N,), and ``keep``, which equals it."""
+        """Columns ``loss``, ``clean_prob``, ``marked``, ``selected`` (N,), ``keep``, equal to it.
+
+        Those marked may be kept, as they were before classes were balanced.
+        """
         selects = self.cleanse and self.tune_epochs != 0
         first = run.epoch == 0 and (run.stage == "probe" or not self.probe_epochs)
         if first and selects:
@@ -388,7 +391,8 @@ class TURN(Tuned):
         run.findings.setdefault("selection", {"first": table})["last"] = table
         if not bool(usable.all()):
             run.log(rows_not_finite=int((~usable).sum()))
-        columns = {"loss": loss, "clean_prob": clean, "selected": keep, "keep": keep}
+        columns = {"loss": loss, "clean_prob": clean, "marked": marked}
+        columns |= {"selected": keep, "keep": keep}
         if self.balance == "weight":
             present = counts > 0
             weight = counts[present].double().mean() / counts.clamp_min(1)  # (C,)
@@ -441,6 +445,7 @@ class TURN(Tuned):
             selected_min=int(present.min()),
             selected_median=float(present.double().median()),
             selected_max=int(present.max()),
+            marked_share=float(counts.sum() / len(keep)),
             kept_share=float(keep.double().mean()),
             class_kept_min=float(shares.min()),
             class_kept_median=float(shares.median()),
