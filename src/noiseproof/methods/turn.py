@@ -205,7 +205,8 @@ class TURN(Tuned):
         require(
             self.probe_features == "model" or self.tune in ("full", "head"),
             f"TURN.probe_features={self.probe_features} goes with tune=full or head, got "
-            f"tune={self.tune}; leave probe_features out",
+            f"tune={self.tune}: its head is no part of a transformers model, so files of adapters "
+            "cannot hold it; leave probe_features out",
         )
         require(
             self.probe_features != "model" or not self.probe_normalize,
