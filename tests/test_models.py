@@ -27,8 +27,8 @@ from noiseproof.loop import train
 from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
 from noiseproof.models import (
-    count_parameters,
     DEFAULT_ENCODER,
+    count_parameters,
     encoder_layers,
     encoder_of,
     evaluation_mode,
@@ -688,9 +688,7 @@ def test_the_model_folder_needs_no_noiseproof(
 
 
 @pytest.mark.parametrize("tune", ["full", "head", "lora", "adapter", "bitfit"])
-def test_the_share_of_head_and_pooler_among_what_trains_is_known(
-    tune: str, tiny_run: Tiny
-) -> None:
+def test_the_share_of_head_and_pooler_among_what_trains_is_known(tune: str, tiny_run: Tiny) -> None:
     """The wrong labels that no adapter learns are learned there: their size must be told."""
     model = copy.deepcopy(tiny_run.model)
     pooler = count_parameters(model.bert.pooler.parameters())

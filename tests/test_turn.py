@@ -811,7 +811,9 @@ def test_a_head_of_ones_own_comes_back_with_its_encoder(
 
 
 def test_a_head_of_ones_own_needs_tokens_and_no_adapters() -> None:
-    with pytest.raises(InputError, match=r"probe_features=mean goes with tune=full or head.*cannot hold it"):
+    with pytest.raises(
+        InputError, match=r"probe_features=mean goes with tune=full or head.*cannot hold it"
+    ):
         TURN(probe_features="mean", tune="lora")
     with pytest.raises(InputError, match="probe_features=mean needs an encoder"):
         noiseproof.fit(

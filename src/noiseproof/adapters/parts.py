@@ -296,6 +296,7 @@ def set_adapters(model: nn.Module, on: bool) -> None:
 
     ``disable_adapter`` of peft would put the head, too, back to what was loaded.
     """
+    module: Any
     for module in model.modules():
         if isinstance(module, Part):
             module.gates.off = not on
@@ -305,7 +306,7 @@ def set_adapters(model: nn.Module, on: bool) -> None:
         if on:
             model.__dict__.pop("forward", None)
         else:
-            model.forward = model.base_model.forward  # type: ignore[assignment,union-attr]
+            model.forward = model.base_model.forward  # type: ignore[union-attr]
     model.__dict__["noiseproof_off"] = not on
 
 

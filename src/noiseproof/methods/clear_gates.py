@@ -112,7 +112,7 @@ class Routing(Gates):
 
 
 def row_keys(inputs: dict[str, Tensor]) -> list[int]:
-    """A number per row that depends on its content, not on its padding; without a mask all is real."""
+    """A number per row from its content, not its padding; without a mask all is content."""
     ids = inputs.get("input_ids")
     if ids is None:
         rows = next(iter(inputs.values())).detach().cpu().float().numpy()
@@ -331,7 +331,8 @@ class RoutedForward:
     def _named(self, given: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of which some came without a name; a forward that names none hands them on."""
         signature = inspect.signature(self.forward)
-        if all(part.kind is part.VAR_POSITIONAL for part in list(signature.parameters.values())[:1]):
+        first = next(iter(signature.parameters.values()))
+        if first.kind is first.VAR_POSITIONAL:
             signature = inspect.signature(plain_model(self.model).forward)
         signature.bind_partial(*given, **inputs)  # none comes twice
         return {**signature.bind_partial(*given).arguments, **inputs}

@@ -243,9 +243,7 @@ class TURN(Tuned):
         )
         return {
             "default": cls(),
-            "strict": cls(
-                mixture=unguarded, min_class_fraction=0.0, balance="min", tune_epochs=4
-            ),
+            "strict": cls(mixture=unguarded, min_class_fraction=0.0, balance="min", tune_epochs=4),
             "lineage": cls(mixture=divided),
             "lp_ft": cls(cleanse=False),
             "robust_probe": cls(tune_epochs=0),
@@ -492,7 +490,7 @@ class TURN(Tuned):
         if len(features) < 2 * run.num_classes:
             run.warn(
                 f"{NOT_CHECKED}: that takes two rows a class, and there are {len(features)} rows "
-                f"of {run.num_classes} classes; add rows, or compare with CrossEntropy, which needs no probe"
+                f"of {run.num_classes} classes; add rows, or compare with CrossEntropy"
             )
             return
         rows = torch.randperm(len(features), generator=run.generator)[:CHECKED_ROWS]

@@ -314,7 +314,7 @@ def _separation(records: Records) -> Section:
     drawn = [chart for name in shown if (chart := loss_chart(name, runs.get(name, [])))]
     note = f"{records.closer}, after training, first seed. Apart is good: a cut tells them."
     blocks: list[Block] = [Figures(drawn, note)] if drawn else []
-    return Section("Which rows look wrong", blocks + _table(records, SEPARATION))
+    return Section("Which rows look wrong", [*blocks, *_table(records, SEPARATION)])
 
 
 def _gates(records: Records) -> Section:

@@ -23,7 +23,7 @@ def wrong_noises(records: Records, kind: str) -> list[str]:
 
 
 def loss_charts(records: Records, kind: str) -> tuple[list[str], str]:
-    """Losses of right and wrong labels after training, a chart per approach, and which rate it is."""
+    """Losses of right and wrong labels after training, a chart per approach, and at which rate."""
     noises = wrong_noises(records, kind)
     if not noises:
         return [], ""
