@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import noiseproof
-from families import CLASSES, ENCODERS, classifier
+from families import ALL, CLASSES, classifier
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
 from noiseproof.method import Batch, Run, Stage
@@ -29,8 +29,11 @@ from noiseproof.methods.clear_gates import (
     SALT_EVAL,
     Routing,
     gate_table,
+    gated_parameters,
     open_gates,
     route,
+    row_keys,
+    row_wise_targets,
 )
 from noiseproof.mixture import LossMixture
 from noiseproof.models import count_parameters, encoder_layers, is_head, plain_model
@@ -162,7 +165,7 @@ def routed_step(
 # --- the bypass ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, "llama", "vit"])
+@pytest.mark.parametrize("name", ALL)
 def test_closed_gates_are_the_frozen_encoder_bit_for_bit(name: str) -> None:
     """Else rows judged wrong would still write into, or read from, the adapters."""
     model, inputs = classifier(name)
@@ -181,14 +184,17 @@ def test_closed_gates_close_under_every_attention_back_end(attention: str) -> No
     assert torch.equal(gated(adapted, inputs, torch.zeros(4, LAYERS)), wanted)
 
 
-def test_open_gates_are_the_ordinary_peft_forward(tiny_run: Tiny) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_open_gates_are_the_ordinary_peft_forward(name: str) -> None:
     """Else the saved adapter would not be the model that was trained."""
-    model = routed(tiny_run, rank=4)
-    plain = tune_model(copy.deepcopy(tiny_run.model), "lora", rank=4).eval()
+    inner, inputs = classifier(name)
+    plain = copy.deepcopy(inner)
+    model = with_updates(CleaR(rank=4).prepare_model(inner)).eval()
+    targets = row_wise_targets(plain)
+    plain = tune_model(plain, "lora", rank=4, target_modules=targets).eval()
     plain.load_state_dict(model.state_dict())
-    inputs = tiny_run.encoded.inputs(np.arange(8))
     wanted = plain(**inputs).logits
-    assert torch.equal(gated(model, inputs, torch.ones(8, LAYERS)), wanted)
+    assert torch.equal(gated(model, inputs, torch.ones(4, LAYERS)), wanted)
     assert torch.equal(gated(model, inputs, None), wanted)
 
 
@@ -757,6 +763,25 @@ def test_mean_gates_average_the_logits_of_their_samples(tiny_run: Tiny) -> None:
     torch.testing.assert_close(sample(**inputs).logits, gated(model, inputs, gates[0]))
 
 
+@pytest.mark.parametrize("peft", ["lora", "loha", "adapter"])
+def test_a_gated_model_is_called_as_any_model_is(peft: str, tiny_run: Tiny) -> None:
+    """With arguments that bear no name, and without a mask: then every token is a real one."""
+    model = routed(tiny_run, peft=peft, eval_gate="sample", gamma=0.5, adapter_init="linear")
+    ids = torch.randint(5, 30, (6, 5))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+        for given, named in (((), {"input_ids": ids}), ((ids,), {}), ((ids, mask), {}),
+                             ((ids,), {"attention_mask": mask})):  # fmt: skip
+            assert torch.equal(model(*given, **named).logits, wanted)
+        with pytest.raises(TypeError, match="input_ids"):
+            model(ids, input_ids=ids)
+    keys = row_keys({"input_ids": ids})
+    assert keys == row_keys({"input_ids": ids, "attention_mask": mask})
+    padded = F.pad(mask, (0, 2))
+    assert keys == row_keys({"input_ids": F.pad(ids, (0, 2)), "attention_mask": padded})
+
+
 def test_sampled_gates_at_test_open_at_rate_gamma() -> None:
     """Keys that collide, or a rate that is not gamma, would skew every accuracy."""
     routing = Routing(4, gamma=0.7, eval_gate="sample")
@@ -1307,14 +1332,50 @@ def test_only_adapters_and_head_train_and_the_rest_stays(tiny_run: Tiny) -> None
     assert any(not torch.equal(frozen[n], before["classifier." + n.split(".")[-1]]) for n in moved)
 
 
-def test_gates_work_in_bf16_as_well(tiny_run: Tiny) -> None:
+@pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "prompt", "prefix"])
+def test_gates_work_in_bf16_as_well(peft: str, tiny_run: Tiny) -> None:
     """Mixed precision wraps the forward; the wrapper must not lose the gates."""
     try:
-        outcome = tiny_run.fit(CleaR(warmup_epochs=1, scoring_passes=1), epochs=2, precision="bf16")
+        outcome = tiny_run.fit(CleaR(peft=peft, warmup_epochs=1), epochs=2, precision="bf16")
     except InputError as error:
         pytest.skip(str(error))
     assert "forward" not in vars(outcome.model)
     assert np.isfinite([row["loss"] for row in outcome.history]).all()
+
+
+@pytest.mark.parametrize("peft", ["lora", "adapter", "bitfit", "prompt", "prefix"])
+def test_the_optimizer_holds_adapter_and_head_and_no_more(
+    peft: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate or a frozen tensor among its parameters would decay, or take memory."""
+    held: list[set[int]] = []
+    start = Engine.start_stage
+
+    def watched(self: Engine, *given: Any, **named: Any) -> Any:
+        optimizer = start(self, *given, **named)
+        held.append({id(part) for group in optimizer.param_groups for part in group["params"]})
+        return optimizer
+
+    monkeypatch.setattr(Engine, "start_stage", watched)
+    method = CleaR(peft=peft, warmup_epochs=1, train_outer_biases=False, eval_gate="expected")
+    model = tiny_run.fit(method, epochs=2).model  # gates stay in place
+    head = is_head(model)
+    wanted = {id(part) for part in gated_parameters(model)}
+    wanted |= {id(part) for name, part in model.named_parameters()
+               if head(name) and "original_module" not in name}  # fmt: skip
+    assert held == [wanted]
+
+
+def test_a_row_without_finite_logits_has_a_uniform_target(tiny_run: Tiny) -> None:
+    """Its own logits would make the consistency term, and with it every weight, NaN."""
+    logits = torch.randn(25, CLASSES)
+    logits[7, 1] = math.nan
+    run = run_of(bare(LAYERS), 25, epoch=3)
+    run.predict = lambda before_batch=None: logits.clone()  # type: ignore[assignment]
+    columns = CleaR(gamma=1.0).on_epoch_start(run)
+    assert not bool(columns["target_logits"][7].any())
+    assert torch.equal(columns["target_logits"][:7], logits[:7])
+    assert all(bool(torch.isfinite(column).all()) for column in columns.values())
 
 
 def test_settings_are_frozen() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from families import classifier
 from noiseproof import fit
-from noiseproof.adapters import idle_parameters
+from noiseproof.adapters import idle_parameters, set_adapters
 from noiseproof.distortion import look_at
 from noiseproof.engine import Engine
 from noiseproof.features import Allocate, fingerprint, kept
@@ -166,6 +166,9 @@ def adapted(model: nn.Module, tune: str, seed: int) -> nn.Module:
         return TURN(tune=tune).prepare_model(copy.deepcopy(model))
 
 
+ALL: dict[str, Any] = {"cleanse": False, "precondition": "off"}
+
+
 def digest(model: nn.Module) -> str:
     return fingerprint(model, idle_parameters(model))
 
@@ -182,7 +185,7 @@ def test_adapters_that_have_not_trained_share_their_features(
         last.view(-1)[0] += 1e-6
     assert digest(one) != digest(two)
     for seed in (0, 1):
-        tiny_run.fit(TURN(tune=tune, probe_epochs=1, tune_epochs=0), epochs=1, init_seed=seed)
+        tiny_run.fit(TURN(tune=tune, probe_epochs=1, **ALL), epochs=1, init_seed=seed)
     assert len(list(cache.iterdir())) == 1
 
 
@@ -194,9 +197,25 @@ def test_adapters_that_change_the_features_have_their_own(
     one, two = (adapted(tiny_run.model, tune, seed) for seed in (0, 1))
     assert digest(one) != digest(two)
     assert digest(one) == digest(adapted(tiny_run.model, tune, 0))
+
+
+@pytest.mark.parametrize("tune", ["lora", "fourierft", "prompt", "prefix", "prompt_tuning"])
+def test_adapters_that_are_left_out_share_the_features_of_the_bare_encoder(
+    tiny_run: Tiny, cache: Path, tune: str
+) -> None:
+    """A probe sees the encoder alone, of every seed, and no table that adapters have changed."""
     for seed in (0, 1):
-        tiny_run.fit(TURN(tune=tune, probe_epochs=1, tune_epochs=0), epochs=1, init_seed=seed)
-    assert len(list(cache.iterdir())) == 2
+        tiny_run.fit(TURN(tune=tune, probe_epochs=1, **ALL), epochs=1, init_seed=seed)
+    (file,) = cache.iterdir()
+    model = tiny_run.model.eval()
+    wanted = encode_batch(model, tiny_run.encoded.inputs(np.arange(25)), "first").detach()
+    torch.testing.assert_close(torch.from_numpy(np.load(file)), wanted, rtol=1e-4, atol=1e-5)
+    one = adapted(model, tune, 0)
+    acting = digest(one)
+    set_adapters(one, on=False)
+    left_out = digest(one)
+    set_adapters(one, on=True)
+    assert digest(one) == acting != left_out
 
 
 def test_a_damaged_table_is_made_anew(cache: Path) -> None:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from noiseproof.errors import InputError
 from noiseproof.finetune import fit
-from noiseproof.gradients import GradientSample, draw_sample, measure_gradients, share
+from noiseproof.gradients import (
+    GradientSample,
+    draw_sample,
+    measure_gates,
+    measure_gradients,
+    share,
+)
 from noiseproof.job import Job
 from noiseproof.method import Method, Run
 from noiseproof.methods import GCE, METHODS, CleaR, CrossEntropy
@@ -103,6 +109,46 @@ def test_gradients_that_cancel_count_by_row_and_not_in_the_mean() -> None:
     assert found["gradient_head_mean_share"] == 0.0 and found["gradient_head_cosine"] is None
 
 
+def test_gates_are_counted_for_right_and_for_wrong_rows_by_layer() -> None:
+    """The truth stays with the measure: the method tells the gates of all rows and no more."""
+
+    class Gated(Method):
+        def row_gates(self, run: Run) -> Tensor | None:
+            return torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+
+    run, wrong = slope_run(), np.array([False, True, True, False])
+    found = measure_gates(Gated(), run, wrong)
+    assert found == {"gates_open_wrong": 0.5, "gates_open_right": 0.5}
+    assert run.findings["gates"] == {"wrong": [0.5, 0.5], "right": [1.0, 0.0]}
+    assert measure_gates(Method(), slope_run(), wrong) == {}
+    assert measure_gates(Gated(), slope_run(), np.zeros(4, dtype=bool)) == {}
+
+
+def test_the_gates_that_are_counted_are_those_that_trained(tiny_run: Tiny) -> None:
+    """Drawn anew they would be others, and their rate that of no step."""
+    drawn = torch.full((25, 2), -1.0)
+    told: list[Tensor] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Watched(CleaR):
+        def _train_gates(self, batch: Any, run: Run, routed: bool) -> Tensor | None:
+            gates = super()._train_gates(batch, run, routed)
+            if len(batch.rows) < 25 and gates is not None:
+                drawn[batch.rows] = gates
+            return gates
+
+    def measure(predict_on: Any, run: Run) -> dict[str, Any]:
+        gates = method.row_gates(run)
+        assert gates is not None
+        told.append(gates)
+        assert torch.equal(gates, drawn)
+        return {}
+
+    method = Watched(**{**vars(CLEAR), "gamma": 0.5})
+    tiny_run.fit(method, epochs=3, extra={"measure": measure})
+    assert len(told) == 3 and 0 < float(told[-1].mean()) < 1
+
+
 def test_a_row_that_the_method_leaves_out_has_no_gradient() -> None:
     keep = torch.tensor([True, False, True, False])
     found = measure_gradients(Method(), slope_run(keep=keep), inputs, SAMPLE)
@@ -161,9 +207,13 @@ def test_measuring_changes_no_weight_no_column_and_no_number(
     assert same_weights(plain.predictor.model, probed.predictor.model)
     for row, with_more in zip(plain.history, probed.history, strict=True):
         more = set(with_more) - set(row)
-        assert more and all(name.startswith("gradient_") for name in more)
+        assert more and all(name.startswith(("gradient_", "gates_open_")) for name in more)
         assert {name: with_more[name] for name in row} == row
     assert plain.samples.equals(probed.samples)
+    if isinstance(method, CleaR):
+        gates = probed.record.findings["gates"]
+        assert [len(gates[name]) for name in ("right", "wrong")] == [2, 2]  # layers
+        assert "gates" not in plain.record.findings
 
 
 def test_a_probe_has_gradients_on_its_head_alone(tiny_model: Path) -> None:

@@ -28,11 +28,13 @@ from noiseproof.methods.baselines import CrossEntropy
 from noiseproof.methods.clear import CleaR
 from noiseproof.models import (
     DEFAULT_ENCODER,
+    count_parameters,
     encoder_layers,
     encoder_of,
     evaluation_mode,
     head_modules,
     is_head,
+    is_head_or_pooler,
     layer_modules,
     load_text_classifier,
     pooler_name,
@@ -683,3 +685,19 @@ def test_the_model_folder_needs_no_noiseproof(
     for answer, probabilities in zip(answers, wanted, strict=True):
         np.testing.assert_allclose(np.array(answer), probabilities, rtol=1e-4, atol=1e-5)
         assert probabilities.std(axis=0).max() > 1e-3  # it tells texts apart
+
+
+@pytest.mark.parametrize("tune", ["full", "head", "lora", "adapter", "bitfit"])
+def test_the_share_of_head_and_pooler_among_what_trains_is_known(tune: str, tiny_run: Tiny) -> None:
+    """The wrong labels that no adapter learns are learned there: their size must be told."""
+    model = copy.deepcopy(tiny_run.model)
+    pooler = count_parameters(model.bert.pooler.parameters())
+    head = count_parameters(model.classifier.parameters())
+    outcome = tiny_run.fit(CrossEntropy(tune=tune), epochs=1)
+    assert outcome.trainable_head == head + (pooler if tune == "full" else 0)
+    assert outcome.trainable_head <= outcome.trainable
+    outside = is_head_or_pooler(tune_model(model, "lora", rank=2, pooler=True))
+    assert outside("base_model.model.bert.pooler.modules_to_save.default.dense.weight")
+    assert outside("base_model.model.classifier.modules_to_save.default.weight")
+    assert not outside("base_model.model.bert.embeddings.word_embeddings.weight")
+    assert not is_head_or_pooler(nn.Linear(2, 2))("weight")

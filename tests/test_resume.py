@@ -18,7 +18,7 @@ import pytest
 from forks import INTERRUPTED, Forks
 from noiseproof.checkpoint import load_checkpoint
 from noiseproof.method import Method
-from noiseproof.methods import ELR, CleaR, CrossEntropy, LoPE
+from noiseproof.methods import ELR, TURN, CleaR, CrossEntropy, LoPE
 from noiseproof.mixture import LossMixture
 from tiny import table, train_settings
 
@@ -32,6 +32,18 @@ METHODS: dict[str, Method] = {
     ),
     "CleaR with reused logits": CleaR(
         warmup_epochs=1, max_clean_loss=None, scoring="reuse", mixture=SMALL
+    ),
+    "CleaR with bottlenecks": CleaR(
+        peft="adapter", warmup_epochs=1, gamma=0.8, max_clean_loss=None, mixture=SMALL
+    ),
+    "TURN": TURN(  # all rows are kept, so that every epoch has as many steps
+        tune="prompt",
+        probe_epochs=1,
+        probe_batch_size=8,
+        mixture=dataclasses.replace(SMALL, scope="per_class"),
+        min_class_fraction=1.0,
+        balance="weight",
+        precondition="off",
     ),
     "ELR": ELR(tune="lora"),
     "LoPE": LoPE(noise_rate=0.3, theta_examples=20),

@@ -160,6 +160,28 @@ def test_the_page_says_the_verdicts_and_draws_what_they_rest_on(tmp_path: Path) 
     assert "<script src" not in html
 
 
+def test_the_page_shows_what_newer_records_hold(tmp_path: Path) -> None:
+    """Losses of right and wrong rows, gates by layer, the drop from the peak, the head's share."""
+    points = [[0.1, 0.8, 0.1], [2.0, 0.2, 0.9]]
+    model = {"trained_parameters": 200, "trained_head_parameters": 50}
+    gates = {"gates": {"right": [0.8, 0.75], "wrong": [0.2, 0.25]}}
+    for name, method in (("full", FULL), ("lora", lora()), ("CleaR lora", lora(routing="soft"))):
+        labels = {"grid": "g", "part": "under noise", "data": "news", "model": "minilm",
+                  "noise": NOISE, "validation": "none", "method": name, "seed": "0"}  # fmt: skip
+        metrics = {"test_accuracy": 0.7, "test_accuracy_best": 0.82, "memorization": 0.2}
+        write_run(tmp_path / name, method=method, noise=NOISE, labels=labels, metrics=metrics,
+                  curves={"losses": points}, model=model,
+                  findings=gates if name.startswith("CleaR") else {})  # fmt: skip
+    paths = write_pages(STUDY, tmp_path)
+    html, markdown = (path.read_text(encoding="utf-8") for path in paths[:2])
+    for name in ("full", "lora", "CleaR lora"):
+        assert f"{name}: rows by their loss, %" in html
+    assert "| CleaR lora | right | 80.0 | 75.0 |" in markdown
+    assert "| CleaR lora | wrong | 20.0 | 25.0 |" in markdown
+    results = markdown.split("## All results")[1]
+    assert "| Drop | Head's share |" in results and "| 12.0 | 25.0 |" in results
+
+
 def test_missing_controls_are_said_and_not_guessed(tmp_path: Path) -> None:
     text = write_pages(STUDY, write_study(tmp_path, control=False))[1].read_text(encoding="utf-8")
     assert "nothing to compare for lora" in text
@@ -236,6 +258,8 @@ def test_a_study_runs_from_the_command_line_and_goes_on_where_it_stopped(
     assert code == 0, said
     assert "3 of 3 cells done" in said
     text = (tmp_path / "out/study.md").read_text(encoding="utf-8")
+    html = (tmp_path / "out/study.html").read_text(encoding="utf-8")
+    assert "lora: rows by their loss, %" in html and "| Drop | Head's share |" in text
     assert "too few runs for a claim" in text and "| lora, right rows alone |" in text
     before = (tmp_path / "out/study.md").read_bytes()
     code, said = called(*words, "--pages")

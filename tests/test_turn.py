@@ -119,6 +119,27 @@ def test_each_class_keeps_as_many_rows_as_its_balance_says(
     assert sizes == {"min": 20, "median": 30, "max": 50}
 
 
+def test_rows_that_look_right_are_told_before_classes_are_balanced(
+    tiny_model: Path, tiny_table: pd.DataFrame
+) -> None:
+    """Of rows that a balance has drawn nobody could tell how good the cut is."""
+    run, right = two_hills((30, 20, 50), (10, 12, 14))
+    columns = TURN(balance="min").on_epoch_start(run)
+    assert torch.equal(columns["marked"], right)
+    assert int(columns["keep"].sum()) == 60 < int(right.sum())
+    assert run.logged["marked_share"] == pytest.approx(100 / 136)
+    wrong = copy.deepcopy(tiny_table)
+    wrong["truth"] = wrong["label"]
+    wrong.loc[::4, "label"] = LABELS[0]
+    settings: dict[str, Any] = {"model": str(tiny_model), "clean_label": "truth"}
+    train = train_settings(epochs=1)
+    result = noiseproof.fit(wrong, method=TURN(**QUICK), train=train, **settings)
+    marked = result.samples[result.samples["marked"]]
+    found = float((marked["label"] == marked["clean_label"]).mean())
+    assert result.history[-1]["marked_precision"] == pytest.approx(found)
+    assert {"marked_recall", "marked_share", "selection_precision"} <= set(result.history[-1])
+
+
 def test_a_class_is_weighed_by_the_inverse_of_what_it_keeps() -> None:
     """|S| = 5, 3, 8: weights 1.0667, 1.7778, 0.6667, whose sum over the kept rows is 16."""
     run, _ = two_hills((5, 3, 8), (7, 7, 7))
@@ -422,23 +443,70 @@ def stage_end(run: Tiny, method: TURN, **settings: Any) -> tuple[Outcome, dict[s
     return run.fit(method, extra={"measure": measure}, **settings), found
 
 
-@pytest.mark.parametrize("tune", ["full", "lora", "head"])
-def test_the_probe_leaves_the_encoder_byte_for_byte(tune: str, tiny_run: Tiny) -> None:
+OF_PEFT = ("lora", "fourierft", "prompt_tuning", "prefix_tuning")
+OWN = ("adapter", "bitfit", "prompt", "prefix")
+
+
+@pytest.mark.parametrize("tune", ["full", "head", *OF_PEFT, *OWN])
+def test_the_probe_leaves_the_encoder_byte_for_byte(
+    tune: str, tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An encoder that moves, or dropout in its features, is no probe of pre-trained features.
 
-    Adapters begin as identity: the probe of a model with LoRA is that of the model without.
+    Nor is one that prompts disturb, which start at random: whatever the last step is to train, the
+    probe is that of the model without it, and so are the scores of the first selection.
     """
+    scores: list[Tensor] = []
+    select = TURN._select
+
+    def watched(self: TURN, run: Run) -> Any:
+        if run.epoch == 0:
+            scores.append(run.predict())
+        return select(self, run)
+
+    monkeypatch.setattr(TURN, "_select", watched)
     _, plain = stage_end(tiny_run, TURN(**QUICK), epochs=1)
-    _, after = stage_end(tiny_run, TURN(tune=tune, **QUICK), epochs=1)
+    outcome, after = stage_end(tiny_run, TURN(tune=tune, **QUICK), epochs=1)
     before = weights(tiny_run.model)
-    short = {name.replace("base_model.model.", "").replace(".base_layer", ""): value
-             for name, value in after.items()}  # fmt: skip
+    start = "model." if tune in OWN else ""
+    short = {name.removeprefix(start).replace("base_model.model.", "").replace(".base_layer", ""):
+             value for name, value in after.items()}  # fmt: skip
+    short |= {name.removeprefix("base_model."): value for name, value in short.items()}
     for name, value in before.items():
         if name.startswith("bert."):
             assert torch.equal(short[name], value), name
-    head = "classifier.modules_to_save.default" if tune == "lora" else "classifier"
+    head = "classifier.modules_to_save.default" if tune in OF_PEFT else "classifier"
     assert torch.equal(short[f"{head}.weight"], plain["classifier.weight"])
     assert not torch.equal(plain["classifier.weight"], before["classifier.weight"])
+    assert torch.equal(scores[0], scores[1])
+    if tune in (*OF_PEFT, *OWN):
+        last = weights(outcome.model)
+        name = next(name for name in after if name in last and adds(name))
+        assert not torch.equal(last[name], after[name])  # the last step trains it
+
+
+def adds(name: str) -> bool:
+    """Whether a parameter belongs to an adapter and moves in its first step."""
+    marks = ("lora_B", "fourierft_spectrum", "prompt_encoder", "parts.")
+    return any(mark in name for mark in marks) and "up" not in name.split(".")[-2:-1]
+
+
+@pytest.mark.parametrize("tune", ["prompt", "prompt_tuning"])
+def test_a_probe_without_a_last_step_has_no_adapters(tune: str, tiny_run: Tiny) -> None:
+    """Those that start at random would disturb it, and nothing would have trained them."""
+    plain = tiny_run.fit(TURN(**QUICK, tune_epochs=0))
+    found = tiny_run.fit(TURN(**QUICK, tune_epochs=0, tune=tune))
+    assert same_weights(found.model, plain.model)
+
+
+def test_the_best_epoch_is_none_of_a_probe_that_random_prompts_would_disturb() -> None:
+    def selectable(tune: str, epochs: int | None = None) -> bool:
+        return TURN(tune=tune, tune_epochs=epochs).stages(2)[0].selectable
+
+    assert [selectable(tune) for tune in ("full", "lora", "prompt", "fourierft")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert selectable("prompt", 0)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -514,6 +582,7 @@ def test_the_probe_has_its_own_settings_and_the_last_step_those_of_the_run() -> 
             "schedule": "cosine",
             "warmup_share": 0.05,
         },
+        bare=True,
     )
     assert tune == Stage("tune", 5, learning_rate=usual_rate("lora"))
     assert [stage.name for stage in TURN(probe_epochs=0).stages(5)] == ["tune"]
@@ -522,6 +591,8 @@ def test_the_probe_has_its_own_settings_and_the_last_step_those_of_the_run() -> 
         ("tune", 4),
     ]
     assert [stage.name for stage in TURN.preset("robust_probe").stages(5)] == ["probe"]
+    lengths = [TURN.preset(name).stages(9)[1].epochs for name in ("strict", "default", "lp_ft")]
+    assert lengths == [4, 9, 9]  # the paper's form has its 4
     assert TURN(probe_epochs=1).stages(2)[0].settings["warmup_share"] == 0.5
 
 
@@ -740,7 +811,9 @@ def test_a_head_of_ones_own_comes_back_with_its_encoder(
 
 
 def test_a_head_of_ones_own_needs_tokens_and_no_adapters() -> None:
-    with pytest.raises(InputError, match="probe_features=mean goes with tune=full or head"):
+    with pytest.raises(
+        InputError, match=r"probe_features=mean goes with tune=full or head.*cannot hold it"
+    ):
         TURN(probe_features="mean", tune="lora")
     with pytest.raises(InputError, match="probe_features=mean needs an encoder"):
         noiseproof.fit(
@@ -811,6 +884,8 @@ def test_a_pooler_that_the_checkpoint_does_not_hold_is_warned_of(
                    for text in run.warned) == told  # fmt: skip
     run = run_of(torch.zeros(25, 3), tiny_run.labels, stage="probe")
     run.model = load_text_classifier(str(tiny_run.folder), LABELS)[0]
+    told_by_features = torch.nn.functional.one_hot(tiny_run.labels)[:, :, None].float()
+    run.features = lambda: told_by_features  # type: ignore[misc]
     TURN().on_epoch_start(run)
     assert not run.warned
     CrossEntropy(tune="head").prepare_model(run.model)
@@ -846,6 +921,7 @@ def test_features_that_do_not_tell_the_classes_are_warned_of_before_training(
         run.features = lambda features=features: features[:, :, None]  # type: ignore[misc]
         assert TURN().on_epoch_start(run) == {}
         assert (run.logged["held_out_agreement"] < LEAST_AGREEMENT) == doubted
+        assert run.logged["held_out_agreement"] <= run.logged["held_out_fit"] <= 1
         assert bool(run.warned) == doubted
         for method in (TURN(precondition="off"), TURN.preset("lp_ft"), TURN.preset("robust_probe")):
             quiet = run_of(torch.zeros(4000, 4), labels, stage="probe", epoch=0)
@@ -855,6 +931,32 @@ def test_features_that_do_not_tell_the_classes_are_warned_of_before_training(
     assert "hardly tell the labels apart" in run.warned[0] and "CleaR" in run.warned[0]
     with pytest.raises(InputError, match=r"weak basis.*precondition=warn goes on"):
         TURN(precondition="stop").on_epoch_start(run)
+
+
+def test_a_check_that_is_impossible_is_told(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence would read as a check that was passed; and a probe without a cache takes long."""
+    labels = torch.arange(7) % 4
+    run = run_of(torch.zeros(7, 4), labels, stage="probe", epoch=0)
+    run.features = lambda: torch.randn(7, 3, 1)  # type: ignore[misc]
+    TURN(precondition="stop").on_epoch_start(run)
+    assert len(run.warned) == 1 and "two rows a class, and there are 7 rows of 4" in run.warned[0]
+
+    monkeypatch.setattr("noiseproof.engine.feature_position", lambda model, inputs: None)
+    for method, words in (
+        (TURN(**QUICK | {"precondition": "warn"}), ["anew in each epoch", "cannot check whether"]),
+        (TURN(**QUICK | {"precondition": "warn"}, cleanse=False), ["anew in each epoch"]),
+        (TURN(**QUICK), []),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outcome = tiny_run.fit(method, epochs=1)
+        told = [str(item.message) for item in caught]
+        found = [word for word in ("anew in each epoch", "cannot check whether")
+                 if any(word in text for text in told)]  # fmt: skip
+        assert found == words
+        assert all(word in outcome.history[0].get("warning", "") for word in words)
 
 
 def test_what_to_use_instead_is_what_the_task_can_run() -> None:

@@ -47,6 +47,7 @@ CASES: dict[str, Method] = {
     "CleaR by batch": CleaR(**ROUTED, scoring_passes=2, free_gate="batch"),
     "CleaR with reused logits": CleaR(**ROUTED, scoring="reuse"),
     "CleaR with open gates": CleaR(**ROUTED | {"gamma": 1.0}),
+    "CleaR with bottlenecks": CleaR(**ROUTED, peft="adapter"),
     "ELR": ELR(tune="lora", dropout=0.0),
     "ELR on cached features": ELR(tune="head", dropout=0.0),
     "LoPE": LoPE(noise_rate=0.3, theta_examples=20, lora_dropout=0.0, dropout=0.0),

@@ -23,7 +23,7 @@ from noiseproof.distortion import Look, distortion, look_at
 from noiseproof.encoding import Encoded
 from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError, path_of
-from noiseproof.gradients import GradientSample, draw_sample, measure_gradients
+from noiseproof.gradients import GradientSample, draw_sample, measure_gates, measure_gradients
 from noiseproof.job import Job, JobSettings, check_names
 from noiseproof.loop import Outcome, Progress, train
 from noiseproof.method import Method, Run
@@ -288,6 +288,7 @@ class _Measure:
         if self.probed is not None:
             inputs = self.prepared.encoded.inputs
             row |= measure_gradients(self.prepared.job.method, run, inputs, self.probed)
+            row |= measure_gates(self.prepared.job.method, run, self.prepared.wrong)
         return row
 
     def distorted(self, model: nn.Module) -> dict[str, float | None]:
@@ -329,6 +330,7 @@ def _conclude(
         "class": type(prepared.model).__name__,
         "parameters": prepared.parameters,
         "trained_parameters": outcome.trainable,
+        "trained_head_parameters": outcome.trainable_head,
         "precision": outcome.precision,
         "device": str(next(outcome.model.parameters()).device),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

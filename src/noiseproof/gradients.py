@@ -1,4 +1,4 @@
-"""How much of the gradient comes from wrongly labelled rows, on the encoder and on the head.
+"""How much of the gradient comes from wrongly labelled rows, and how often they pass the gates.
 
 Measured beside training, on a fixed sample of rows, with the loss of the method as it stands (its
 columns, its gates, its selection) and without dropout. It needs the truth, which no method sees, so
@@ -98,6 +98,27 @@ def measure_gradients(
             f"gradient_{name}_cosine": _cosine(one.mean, two.mean),
         }
     return measured
+
+
+def measure_gates(method: Method, run: Run, wrong: np.ndarray) -> dict[str, float | None]:
+    """How often the gates were open for wrong and for right rows, over the epoch that has ended.
+
+    Args:
+        method: Tells its gates; the truth stays here.
+        run: Gets the finding ``gates``: ``wrong`` and ``right``, the rates by layer or module.
+        wrong: Which rows are labelled wrongly (N,) bool.
+
+    Returns:
+        ``gates_open_wrong`` and ``gates_open_right``, means over rows and layers; nothing of a
+        method without gates, or where all rows are right or all wrong.
+    """
+    gates = method.row_gates(run)
+    if gates is None or wrong.all() or not wrong.any():
+        return {}
+    drawn = gates.float().cpu().numpy()  # (N, U)
+    rates = {"wrong": drawn[wrong].mean(axis=0), "right": drawn[~wrong].mean(axis=0)}
+    run.findings["gates"] = {name: rate.tolist() for name, rate in rates.items()}
+    return {f"gates_open_{name}": float(rate.mean()) for name, rate in rates.items()}
 
 
 def share(wrong: float, right: float, rate: float) -> float | None:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noiseproof.adapters import set_adapters
 from noiseproof.checkpoint import (
     Interrupted,
     StopSignals,
@@ -54,6 +55,7 @@ from noiseproof.models import (
     count_parameters,
     fast_dropout,
     is_head,
+    is_head_or_pooler,
     set_trainable,
     training_mode,
 )
@@ -100,6 +102,7 @@ class Outcome:
             whole, over all legs of a resumed run.
         precision: fp32, bf16 or fp16.
         trainable: Trained parameters over all stages.
+        trainable_head: Those of them in the task head or the encoder's pooler.
         best_epoch: Number of the history row whose weights were taken, with select=best.
     """
 
@@ -109,6 +112,7 @@ class Outcome:
     seconds: dict[str, float]
     precision: str
     trainable: int
+    trainable_head: int = 0
     best_epoch: int | None = None
 
 
@@ -262,6 +266,8 @@ class _Loop:
         set_trainable(run.model, self._trains(stage))
         rate = _or(settings.learning_rate, _or(stage.learning_rate, DEFAULT_RATE))
         views = self.encoded.views(stage.views)
+        if stage.bare:
+            set_adapters(run.model, on=False)
         self.optimizer = self.engine.start_stage(run.model, self.encoded, rate, settings, views)
         if saved:
             restore_optimizer(_inner(self.optimizer), saved)
@@ -275,9 +281,11 @@ class _Loop:
                 run.epoch = epoch
                 self._run_epoch(stage, rate, saved)
                 saved = {}
-        if self.engine.cached:  # what follows starts from these weights and needs no new pass
+        if self.engine.cached or stage.bare:  # what follows starts from here, without a new pass
             self._predicted = self._predict()
         self.engine.end_stage()
+        if stage.bare:
+            set_adapters(run.model, on=True)
         self.state.epoch = 0
 
     def _run_epoch(self, stage: Stage, rate: float, saved: dict[str, Tensor]) -> None:
@@ -428,7 +436,8 @@ class _Loop:
             self.state.history,
             self.state.seconds,
             self.engine.precision,
-            count_parameters(p for name, p in model.named_parameters() if name in self.trained),
+            self._count(model, lambda name: True),
+            self._count(model, is_head_or_pooler(model)),
             self.state.best_row,
         )
 
@@ -531,6 +540,12 @@ class _Loop:
         if trains is None:
             return self.prepared.__contains__
         return lambda name: name in self.prepared and trains(name)
+
+    def _count(self, model: nn.Module, chosen: Callable[[str], bool]) -> int:
+        """Trained parameters with such names."""
+        return count_parameters(
+            part for name, part in model.named_parameters() if name in self.trained and chosen(name)
+        )
 
     def _merge(self) -> None:
         self.engine.merge_writes(self.run, self.method.writes, self.own_rows)

@@ -115,6 +115,8 @@ class Stage:
         selectable: Whether ``train.select=best`` may take weights of this stage.
         views: Views of every row in a step, 1 or 2; None takes those that the rows hold. With two
             nothing is cached: the encoder sees both.
+        bare: Leave the adapters out: encoder and head answer alone, up to the prediction that the
+            next stage starts from.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Stage:
     redraw: bool = False
     selectable: bool = True
     views: int | None = 1
+    bare: bool = False
 
 
 @dataclass
@@ -285,6 +288,13 @@ class Method:
     def compute_loss(self, model: nn.Module, batch: Batch, run: Run) -> Tensor:
         """Return the scalar loss of one batch, a mean over its rows."""
         return losses_of(model, batch).mean()
+
+    def row_gates(self, run: Run) -> Tensor | None:
+        """Gates (N, U) of all training rows in the epoch that has ended, for whoever measures.
+
+        U are the layers or modules that are gated; None where nothing is.
+        """
+        return None
 
     def finalize_model(self, run: Run) -> nn.Module:
         """Return the model to deploy."""

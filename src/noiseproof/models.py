@@ -332,6 +332,21 @@ def is_head(model: nn.Module) -> Callable[[str], bool]:
     return names.__contains__
 
 
+def is_head_or_pooler(model: nn.Module) -> Callable[[str], bool]:
+    """A predicate over parameter names: in the task head, or in the encoder's pooler?
+
+    Nothing is where the model does not tell its encoder.
+    """
+    try:
+        head, inner = is_head(model), plain_model(model)
+        poolers = [inner.get_submodule(name) for name in pooler_name(model)]
+    except InputError:
+        return frozenset[str]().__contains__
+    inside = {id(parameter) for pooler in poolers for parameter in pooler.parameters()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in inside}
+    return lambda name: head(name) or name in names
+
+
 def kept_parameters(model: nn.Module) -> list[str]:
     """Names of a model's own parameters that train beside any adapter, in order.
 

@@ -41,7 +41,8 @@ def truth_metrics(
         outputs: Of the training rows (N, K), see `Encoded.outputs`.
         columns: Those of the method. Rows are suspected by its ``loss`` (N,), without one by the
             loss of the outputs; ``clean_prob`` (N,) is judged, without one the mixture on the loss;
-            so are the rows of ``keep`` (N,), where there is one.
+            so are the rows of ``keep`` (N,), and those that were ``marked`` (N,) before classes
+            were balanced, where there are any.
     """
     wrong = prepared.wrong
     if wrong is None:
@@ -54,13 +55,18 @@ def truth_metrics(
             warnings.simplefilter("ignore", RuntimeWarning)
             chance = fit_loss_mixture(score, labels, LossMixture()).clean_prob
     found = metrics.detection(score.numpy(), wrong)
-    keep = columns.get("keep")
-    kept = {} if keep is None else metrics.selection(keep.numpy(), wrong)
+    chosen = [("selection", columns.get("keep")), ("marked", columns.get("marked"))]
+    kept = {
+        f"{name}_{what}": value
+        for name, rows in chosen
+        if rows is not None
+        for what, value in metrics.selection(rows.numpy(), wrong).items()
+    }
     return {
         **prepared.task.measures.truth(outputs, prepared.data),
         **{f"detection_{name}": value for name, value in found.items()},
         **_judged(chance.numpy(), wrong),
-        **{f"selection_{name}": value for name, value in kept.items()},
+        **kept,
     }
 
 

@@ -286,20 +286,6 @@ def held_out_scores(
     return scores
 
 
-def held_out_agreement(
-    features: Tensor, labels: Tensor, num_classes: int, folds: int = 5, ridge: float = 1.0
-) -> float:
-    """Measure how well features tell the labels of rows not trained on.  (N, D), (N,) -> kappa.
-
-    Cohen's kappa of labels and predictions by `held_out_scores`.
-
-    >>> labels = torch.arange(40) % 2
-    >>> held_out_agreement(labels[:, None] * 2.0, labels, num_classes=2)
-    1.0
-    """
-    return kappa(held_out_scores(features, labels, num_classes, folds, ridge).argmax(1), labels)
-
-
 def kappa(predicted: Tensor, labels: Tensor) -> float:
     """Cohen's kappa: 1 is agreement, 0 what chance gives.  (N,), (N,) -> scalar.
 

@@ -25,6 +25,8 @@ from noiseproof.models import (
 )
 
 PLAIN_TUNING = ("full", "head")
+NEUTRAL_TUNING = (*PLAIN_TUNING, "adapter", "bitfit", "lora")
+"""Values of ``tune`` with which a model answers as without, until they have trained."""
 PROMPTS = ("prompt", "prefix")  # of our own; they need an encoder
 RATES = {
     "full": 5e-5,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from noiseproof.adapters.asking import calls_in_layers
 from noiseproof.adapters.model import FAMILIES, AdaptedModel, Adapter, restored
-from noiseproof.adapters.parts import Gates, idle_parameters
+from noiseproof.adapters.parts import Gates, idle_parameters, set_adapters
 
 __all__ = [
     "FAMILIES",
@@ -19,4 +19,5 @@ __all__ = [
     "calls_in_layers",
     "idle_parameters",
     "restored",
+    "set_adapters",
 ]

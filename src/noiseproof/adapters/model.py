@@ -89,9 +89,9 @@ class AdaptedModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(self, *given: Any, **inputs: Any) -> Any:
         """Output of the classifier."""
-        return self.model(**inputs)
+        return self.model(*given, **inputs)
 
     def generate(self, **inputs: Any) -> Any:
         """What a language model writes; see transformers."""

@@ -291,12 +291,48 @@ class _Captured(Exception):
         self.key, self.value = key, value
 
 
+def set_adapters(model: nn.Module, on: bool) -> None:
+    """Let the adapters of a model act, or leave them out; what else was trained stays.
+
+    ``disable_adapter`` of peft would put the head, too, back to what was loaded.
+    """
+    module: Any
+    for module in model.modules():
+        if isinstance(module, Part):
+            module.gates.off = not on
+        elif hasattr(module, "base_layer") and hasattr(module, "enable_adapters"):  # of peft
+            module.enable_adapters(on)
+    if hasattr(model, "prompt_encoder"):  # of peft, before an encoder that knows nothing of it
+        if on:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = model.base_model.forward  # type: ignore[union-attr]
+    model.__dict__["noiseproof_off"] = not on
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What adapters add to a model, without their copies of whole modules such as the head."""
+    for module in model.modules():
+        if isinstance(module, Part):
+            yield from module.parameters()
+        elif isinstance(base := getattr(module, "base_layer", None), nn.Module):  # of peft
+            own = set(map(id, base.parameters()))
+            yield from (part for part in module.parameters() if id(part) not in own)
+    prompts = getattr(model, "prompt_encoder", None)  # of peft
+    if isinstance(prompts, nn.Module):
+        yield from prompts.parameters()
+
+
 def idle_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """What an adapter multiplies by 0: A of LoRA where B is 0, and its like in a bottleneck.
 
     Whatever they are, the model answers the same; so adapters start, and what is computed before
-    they have trained can be shared by runs that drew them differently.
+    they have trained can be shared by runs that drew them differently. Where adapters are left out,
+    see `set_adapters`, all of them are idle.
     """
+    if getattr(model, "noiseproof_off", False):
+        yield from adapter_parameters(model)
+        return
     for module in model.modules():
         pairs: list[tuple[nn.Module, nn.Module]] = []
         if isinstance(module, Bottleneck):

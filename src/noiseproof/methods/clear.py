@@ -439,6 +439,12 @@ class CleaR(Method):
             loss = loss + self.lambda_consistency * self._ramp(run) * agreement
         return loss.mean()
 
+    def row_gates(self, run: Run) -> Tensor | None:
+        """Gates (N, U) as the epoch drew them; of draws for whole batches those of its last."""
+        rows = torch.arange(len(run.labels))
+        batch = Batch({}, run.labels, rows, run.columns)
+        return self._train_gates(batch, run, self._routed(run))
+
     def finalize_model(self, run: Run) -> nn.Module:
         """Without gates when they are all open at test; else they stay in place."""
         if routing_of(run).eval_gate != "all_on":

@@ -8,6 +8,7 @@ module inside it.
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -111,12 +112,13 @@ class Routing(Gates):
 
 
 def row_keys(inputs: dict[str, Tensor]) -> list[int]:
-    """A number per row that depends on its content, not on its padding."""
+    """A number per row from its content, not its padding; without a mask all is content."""
     ids = inputs.get("input_ids")
     if ids is None:
         rows = next(iter(inputs.values())).detach().cpu().float().numpy()
         return [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in rows]
-    mask = inputs["attention_mask"].cpu().numpy().astype(bool)
+    given = inputs.get("attention_mask")
+    mask = (torch.ones_like(ids) if given is None else given).cpu().numpy().astype(bool)
     return [
         zlib.crc32(row[real].tobytes())
         for row, real in zip(ids.cpu().numpy().astype(np.int64), mask, strict=True)
@@ -306,9 +308,11 @@ class RoutedForward:
     def __init__(self, forward: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
         self.forward, self.model, self.routing = forward, model, routing
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, *given: Any, **inputs: Any) -> Any:
         """Answer with the gates that were set, or with those of ``eval_gate``."""
         routing, forward = self.routing, self.forward
+        if given:
+            inputs = self._named(given, inputs)
         if routing.pending:
             routing.pending = False
             return forward(**inputs)
@@ -323,3 +327,12 @@ class RoutedForward:
         if passes > 1:
             output.logits = output.logits / passes
         return output
+
+    def _named(self, given: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of which some came without a name; a forward that names none hands them on."""
+        signature = inspect.signature(self.forward)
+        first = next(iter(signature.parameters.values()))
+        if first.kind is first.VAR_POSITIONAL:
+            signature = inspect.signature(plain_model(self.model).forward)
+        signature.bind_partial(*given, **inputs)  # none comes twice
+        return {**signature.bind_partial(*given).arguments, **inputs}

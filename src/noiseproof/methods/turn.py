@@ -14,8 +14,11 @@ exceeds ``threshold``, and draw as many of each class as the smallest class has;
 Deviations: the paper's form is the preset strict, which raises on a class that keeps no row. The
 default, the guarded form, continues: mixtures that mean nothing leave the rows of their class as
 they were, no class falls below ``min_class_fraction``, and classes are not balanced where that
-would cost most rows.
-The published method tunes the whole model and knows images only; adapters and text are ours.
+would cost most rows. Step 3 takes ``train.epochs``, 6 unless they are given, where the paper has 4,
+as has strict; ``tune_epochs`` goes before ``train.epochs``, even if both are given.
+The published method tunes the whole model and knows images only; adapters and text are ours. Probe
+and first selection see the encoder without its adapters, some of which start at random, such as
+prompts; with these train.select=best takes no epoch of the probe.
 ``probe_features=mean`` (ours) puts a linear head on the mean of the last hidden states, for
 encoders whose pooler no task has trained, such as sentence encoders. With mean or first
 ``probe_normalize`` scales what the head reads to length 1; other heads read features as they are.
@@ -43,7 +46,7 @@ and noiseproof.load puts them together, as transformers has no class for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -84,13 +87,21 @@ from noiseproof.selection import (
     class_quota,
     draw_per_class,
     finite_losses,
-    held_out_agreement,
+    held_out_scores,
+    kappa,
 )
+from noiseproof.tuning import NEUTRAL_TUNING
 
 SALT_DRAW = 21
 CHECKED_ROWS = 20_000  # for the check of the features; the cost grows with rows times width squared
 LEAST_AGREEMENT = 0.05  # kappa of held-out predictions and labels ...
 MOST_OVERLAP = 0.06  # ... and expected share of rows on the wrong side of the mixture; measured
+NOT_CHECKED = "TURN cannot check whether the frozen features separate the classes"
+NOT_CACHED = (
+    "no one hidden state of the encoder, nor their mean, nor its pooled output is all that the "
+    "head reads, so features cannot be kept: TURN's probe encodes every row anew in each epoch; "
+    "use probe_features=mean, or fewer probe_epochs"
+)
 INSTEAD = "CleaR and ELR do not rely on a probe; lp_ft selects no rows; or use another encoder"
 INSTEAD_ON_FEATURES = (
     "GCE and ELR select no rows, nor does lp_ft; or use features of another encoder"
@@ -117,7 +128,8 @@ class TURN(Tuned):
             the last hidden states over the real tokens), or first (the first of them).
         probe_normalize: Scale what the head reads to length 1, in both stages; with
             probe_features mean or first.
-        precondition: When the features do not separate the classes: warn, stop, or off.
+        precondition: When the features do not separate the classes: warn, stop, or off. Where
+            that cannot be checked, warn and stop both warn.
         cleanse: False keeps every row, which is plain probing, then fine-tuning (LP-FT).
         score_loss: Loss that the mixture splits: ce or gce.
         threshold: Least posterior of a row that may be kept.
@@ -133,7 +145,7 @@ class TURN(Tuned):
             highest posteriors).
         refresh_every: Epochs between two selections; 0 selects once.
         tune_epochs: Epochs of the last step; None takes ``train.epochs``, 0 leaves the probe as the
-            result.
+            result, without adapters.
         tune_loss: Loss of the last step: ce or gce.
         tune_from: Head at its start: probe, or fresh; the first selection uses the probe's.
     """
@@ -195,7 +207,8 @@ class TURN(Tuned):
         require(
             self.probe_features == "model" or self.tune in ("full", "head"),
             f"TURN.probe_features={self.probe_features} goes with tune=full or head, got "
-            f"tune={self.tune}; leave probe_features out",
+            f"tune={self.tune}: its head is no part of a transformers model, so files of adapters "
+            "cannot hold it; leave probe_features out",
         )
         require(
             self.probe_features != "model" or not self.probe_normalize,
@@ -230,7 +243,7 @@ class TURN(Tuned):
         )
         return {
             "default": cls(),
-            "strict": cls(mixture=unguarded, min_class_fraction=0.0, balance="min"),
+            "strict": cls(mixture=unguarded, min_class_fraction=0.0, balance="min", tune_epochs=4),
             "lineage": cls(mixture=divided),
             "lp_ft": cls(cleanse=False),
             "robust_probe": cls(tune_epochs=0),
@@ -254,6 +267,8 @@ class TURN(Tuned):
             model = PooledClassifier(model, head, self.probe_features)
         if self.probe_init != "keep":
             start_head(model, 0.0 if self.probe_init == "zero" else 0.01)
+        if self.tune_epochs == 0 and self.tune != "head":  # adapters would not be trained
+            return Tuned.prepare_model(replace(self, tune="full"), model)
         return super().prepare_model(model)
 
     def restore_model(self, model: nn.Module) -> nn.Module:
@@ -274,6 +289,8 @@ class TURN(Tuned):
             "probe",
             self.probe_epochs,
             trains="head",
+            bare=True,
+            selectable=self.tune_epochs == 0 or self.tune in NEUTRAL_TUNING,
             settings={
                 "batch_size": self.probe_batch_size,
                 "learning_rate": self.probe_learning_rate,
@@ -287,7 +304,10 @@ class TURN(Tuned):
         return [stage for stage in (probe, tune) if stage.epochs]
 
     def on_epoch_start(self, run: Run) -> Columns:
-        """Columns ``loss``, ``clean_prob``, ``selected`` (N,), and ``keep``, which equals it."""
+        """Columns ``loss``, ``clean_prob``, ``marked``, ``selected`` (N,), ``keep``, equal to it.
+
+        Those marked may be kept, as they were before classes were balanced.
+        """
         selects = self.cleanse and self.tune_epochs != 0
         first = run.epoch == 0 and (run.stage == "probe" or not self.probe_epochs)
         if first and selects:
@@ -295,8 +315,11 @@ class TURN(Tuned):
         if run.stage == "probe":
             if first and self.precondition != "off":
                 self._check_new(run)
+                features = run.features()  # (N, D, 1 or 2)
+                if features is None and _encodes(run.model):
+                    run.warn(NOT_CACHED)
                 if selects:
-                    self._check_features(run)
+                    self._check_features(run, features)
             return {}
         columns = self._select(run) if self.cleanse else {}
         if run.epoch == 0 and self.tune_from == "fresh":
@@ -367,7 +390,8 @@ class TURN(Tuned):
         run.findings.setdefault("selection", {"first": table})["last"] = table
         if not bool(usable.all()):
             run.log(rows_not_finite=int((~usable).sum()))
-        columns = {"loss": loss, "clean_prob": clean, "selected": keep, "keep": keep}
+        columns = {"loss": loss, "clean_prob": clean, "marked": marked}
+        columns |= {"selected": keep, "keep": keep}
         if self.balance == "weight":
             present = counts > 0
             weight = counts[present].double().mean() / counts.clamp_min(1)  # (C,)
@@ -420,6 +444,7 @@ class TURN(Tuned):
             selected_min=int(present.min()),
             selected_median=float(present.double().median()),
             selected_max=int(present.max()),
+            marked_share=float(counts.sum() / len(keep)),
             kept_share=float(keep.double().mean()),
             class_kept_min=float(shares.min()),
             class_kept_median=float(shares.median()),
@@ -452,14 +477,28 @@ class TURN(Tuned):
                 "would read a random projection of its features; use probe_features=mean"
             )
 
-    def _check_features(self, run: Run) -> None:
-        """Before training: do the frozen features tell the labels of rows not trained on?"""
-        features = run.features()  # (N, D, 1 or 2)
-        if features is None or len(features) < 2 * run.num_classes:
+    def _check_features(self, run: Run, features: Tensor | None) -> None:
+        """Before training: do the frozen features tell the labels of rows not trained on?
+
+        Args:
+            run: The run.
+            features: What the head reads (N, D, 1 or 2); None where it is not at hand.
+        """
+        if features is None:
+            run.warn(f"{NOT_CHECKED}: they are not at hand as one table")
+            return
+        if len(features) < 2 * run.num_classes:
+            run.warn(
+                f"{NOT_CHECKED}: that takes two rows a class, and there are {len(features)} rows "
+                f"of {run.num_classes} classes; add rows, or compare with CrossEntropy"
+            )
             return
         rows = torch.randperm(len(features), generator=run.generator)[:CHECKED_ROWS]
-        agreement = held_out_agreement(features[rows].flatten(1), run.labels[rows], run.num_classes)
-        run.log(held_out_agreement=agreement)
+        labels = run.labels[rows]
+        scores = held_out_scores(features[rows].flatten(1), labels, run.num_classes)
+        agreement = kappa(scores.argmax(1), labels)
+        fit = float((scores.argmax(1) == labels).double().mean())
+        run.log(held_out_agreement=agreement, held_out_fit=fit)
         if agreement < LEAST_AGREEMENT:
             self._doubt(
                 run,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from noiseproof import charts
 from noiseproof.report.blocks import MISSING, Cell, bounds, percent
 from noiseproof.report.figures import difference_dots
+from noiseproof.report.runs import Run
 from noiseproof.statistics import Summary, summarize
 from noiseproof.study.estimates import Estimate
 
@@ -21,6 +23,25 @@ def estimate_dots(
     """A chart with a row per name: the mean, with its interval; names without a style have one."""
     drawn = {name: one.summary for name, one in named.items()}
     return difference_dots(drawn, title, {name: styles.get(name, style) for name in named})
+
+
+def loss_chart(name: str, runs: Iterable[Run]) -> str:
+    """Losses of right and wrong labels after training; nothing where no run holds them.
+
+    Bins differ from run to run, so the chart is that of one run, the first that has any.
+    """
+    for run in runs:
+        # a point is (loss, share of right rows, share of wrong rows)
+        points = [point for point in run.record.curves.get("losses") or [] if len(point) == 3]
+        if points:
+            middles = [point[0] for point in points]
+            lines = [
+                charts.Series(label, middles, [100 * point[place] for point in points], style)
+                for place, label, style in ((1, "right labels", 1), (2, "wrong labels", 2))
+            ]
+            return charts.line_chart(lines, title=f"{name}: rows by their loss, %",
+                                     x_label="loss", marks=False, legend=True)  # fmt: skip
+    return ""
 
 
 def mean_cell(values: Iterable[float]) -> Cell:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from noiseproof import charts
 from noiseproof.report import figures
 from noiseproof.report.blocks import (
+    MISSING,
     Block,
     Cell,
     Column,
@@ -20,12 +21,26 @@ from noiseproof.report.blocks import (
 from noiseproof.report.figures import mean_line
 from noiseproof.report.measures import Grid
 from noiseproof.report.provenance import cost, facts, left_out, what_was_run
-from noiseproof.report.runs import Found, Run
+from noiseproof.report.runs import Found, Run, as_number
 from noiseproof.statistics import LEVEL, summarize
 from noiseproof.study.estimates import Estimate, Values, Verdict, estimate
 from noiseproof.study.peft_under_noise.analysis import Claim, Records, Seen, values
 from noiseproof.study.peft_under_noise.families import FULL, PROBE, STYLES
-from noiseproof.study.showing import estimate_cell, estimate_dots, mean_cell
+from noiseproof.study.showing import estimate_cell, estimate_dots, loss_chart, mean_cell
+
+
+def drop(run: Run) -> float | None:
+    """What the test accuracy lost between its best epoch and the last one."""
+    best, last = run.metric("test_accuracy_best"), run.metric("test_accuracy")
+    return None if best is None or last is None else best - last
+
+
+def head_share(run: Run) -> float | None:
+    """Share of head and pooler among the trained parameters; older runs do not tell."""
+    outer, every = (as_number(run.record.model.get(f"trained_{part}parameters"))
+                    for part in ("head_", ""))  # fmt: skip
+    return outer / every if outer is not None and every else None
+
 
 SAID: dict[str, dict[Verdict, str]] = {
     "capacity": {
@@ -54,6 +69,8 @@ RESULTS = (
     ("Test, last epoch", "test_accuracy", "Test accuracy after the last epoch."),
     ("Test, late mean", "test_accuracy_late", "Mean over the last half of the epochs."),
     ("Test, best (oracle)", "test_accuracy_best", "Best epoch by the test set; no result."),
+    ("Drop", drop, "Best test epoch minus the last."),
+    ("Head's share", head_share, "Head and pooler among the parameters that train."),
 )
 SEPARATION = (
     ("AUROC", "detection_auroc", "How well the loss ranks wrong labels first; 50 is chance."),
@@ -68,7 +85,7 @@ GRADIENTS = (
     ("Encoder, means", "gradient_encoder_mean_share", "The same of mean gradients: rows cancel."),
     ("Head, means", "gradient_head_mean_share", "The same on the head."),
 )
-Columns = Sequence[tuple[str, str, str]]
+Columns = Sequence[tuple[str, str | Callable[[Run], float | None], str]]
 
 
 def page(found: Found, title: str) -> Report:
@@ -87,8 +104,9 @@ def page(found: Found, title: str) -> Report:
         _interference(records, interference),
         _epochs(records),
         _random_labels(records),
-        Section("Which rows look wrong", [*_table(records, SEPARATION)]),
+        _separation(records),
         _gradients(records),
+        _gates(records),
         Section("All results", [*_table(records, RESULTS)]),
         Section("Runs", facts(grid, "full fine-tuning")),
         cost(grid),
@@ -287,6 +305,33 @@ def _random_labels(records: Records) -> Section:
     columns = [Column("Family", numeric=False), Column("Memorised, %")]
     note = "All labels were drawn at random: whatever is fitted is learned by heart."
     return Section("Random labels", [Table(columns, rows, note)] if rows else [])
+
+
+def _separation(records: Records) -> Section:
+    """How far losses of right and wrong labels lie apart, drawn and in numbers."""
+    runs = _named(records, records.closer)
+    shown = [FULL, *records.families[:1], *(f"CleaR {name}" for name in records.families[:1])]
+    drawn = [chart for name in shown if (chart := loss_chart(name, runs.get(name, [])))]
+    note = f"{records.closer}, after training, first seed. Apart is good: a cut tells them."
+    blocks: list[Block] = [Figures(drawn, note)] if drawn else []
+    return Section("Which rows look wrong", [*blocks, *_table(records, SEPARATION)])
+
+
+def _gates(records: Records) -> Section:
+    """How often CleaR's gates were open for right and for wrong rows, layer by layer."""
+    rows = []
+    for name, runs in _named(records, records.closer).items():
+        told = [gates for run in runs if (gates := run.record.findings.get("gates"))]
+        for kind in ("right", "wrong") if told else ():
+            layers = zip(*(gates[kind] for gates in told), strict=False)
+            rows.append([Cell(name), Cell(kind), *map(mean_cell, layers)])
+    width = max(map(len, rows), default=0)
+    for row in rows:
+        row += [Cell(MISSING)] * (width - len(row))
+    columns = [Column("Method", numeric=False), Column("Labels", numeric=False)]
+    columns += [Column(f"Layer {layer}") for layer in range(1, width - 1)]
+    note = f"{records.closer}, last epoch: rows whose gate was open, in percent; mean of the seeds."
+    return Section("Which rows pass the gates", [Table(columns, rows, note)] if rows else [])
 
 
 def _gradients(records: Records) -> Section:

@@ -10,6 +10,7 @@ from noiseproof.report.blocks import MISSING, Cell, Column, Table, percent, quan
 from noiseproof.report.figures import epoch_ticks, mean_curve
 from noiseproof.report.runs import Run
 from noiseproof.study.probe_vs_finetune.analysis import APPROACHES, Records, tuned
+from noiseproof.study.showing import loss_chart
 
 USUAL_RATE = 0.4  # losses are shown at the rate that is nearest
 SHOWN = ("LP-GCE", "FT-CE", "TURN")  # approaches whose losses are shown, where they were run
@@ -22,33 +23,13 @@ def wrong_noises(records: Records, kind: str) -> list[str]:
 
 
 def loss_charts(records: Records, kind: str) -> tuple[list[str], str]:
-    """Losses of right and wrong labels after training, a chart per approach, and which rate it is.
-
-    Bins differ from run to run, so each chart is that of one run, the first seed's.
-    """
+    """Losses of right and wrong labels after training, a chart per approach, and at which rate."""
     noises = wrong_noises(records, kind)
     if not noises:
         return [], ""
     noise = min(noises, key=lambda noise: abs(records.rates[noise] - USUAL_RATE))
-    drawn = []
-    for name in SHOWN:
-        points = next((found for run in records.pick(name, noise) if (found := _losses(run))), [])
-        if not points:
-            continue
-        middles = [point[0] for point in points]
-        lines = [
-            charts.Series(label, middles, [100 * point[place] for point in points], style)
-            for place, label, style in ((1, "right labels", 1), (2, "wrong labels", 2))
-        ]
-        drawn.append(charts.line_chart(lines, title=f"{name}: rows by their loss, %",
-                                       x_label="loss", marks=False, legend=True))  # fmt: skip
+    drawn = [loss_chart(name, records.pick(name, noise)) for name in SHOWN]
     return [chart for chart in drawn if chart], percent(records.rates[noise])
-
-
-def _losses(run: Run) -> list[list[float]]:
-    """The points (loss, share of right rows, share of wrong rows) that the record holds."""
-    points = run.record.curves.get("losses") or []
-    return [point for point in points if len(point) == 3]
 
 
 def memorization_charts(records: Records, kind: str) -> list[str]:
