@@ -41,11 +41,14 @@ bench: $(READY)  ## run a benchmark grid; GRID=benchmarks/smoke.toml unless give
 # Texts of the demo and generated ones; docs/results has larger runs.
 SPEED := runs/bench-speed
 DEMO := src/noiseproof/demo/customer_messages
-bench-speed: $(READY)  ## time and memory: pairs with the plain recipe, then scaling; some ten minutes
+PAIRS = $(BIN)/python benchmarks/speed.py --data $(DEMO)_train.csv --test $(DEMO)_test.csv \
+	--label intent --rows 600 --epochs 4 --pairs 2
+ROWS ?= 100000
+bench-speed: $(READY)  ## time and memory: pairs with the plain recipe, then scaling to ROWS=100000; a quarter of an hour
 	@mkdir -p $(SPEED)
-	$(BIN)/python benchmarks/speed.py --data $(DEMO)_train.csv --test $(DEMO)_test.csv \
-		--label intent --rows 600 --epochs 4 --pairs 2 --out $(SPEED)/pairs.json
-	$(BIN)/python benchmarks/scaling.py rows --sizes 1000 10000 100000 --out $(SPEED)/scaling.json
+	$(PAIRS) --variant reuse --out $(SPEED)/pairs-reuse.json
+	$(PAIRS) --variant "one pass" --out $(SPEED)/pairs-one-pass.json
+	$(BIN)/python benchmarks/scaling.py rows --sizes 1000 10000 $(ROWS) --out $(SPEED)/scaling.json
 	$(BIN)/python benchmarks/scaling.py processes --out $(SPEED)/scaling.json
 	$(BIN)/python benchmarks/scaling.py length --out $(SPEED)/scaling.json
 	$(BIN)/python benchmarks/scaling.py limit --out $(SPEED)/scaling.json

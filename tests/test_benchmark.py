@@ -20,10 +20,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import noiseproof
 from noiseproof import benchmark, cli
 from noiseproof.benchmark import Board, CellState, _Local, _Runner, run_cell, run_grid
 from noiseproof.errors import InputError
 from noiseproof.grid import Cell, parse_grid, read_grid
+from noiseproof.peers import run_peer
 from noiseproof.record import RunRecord
 from tiny import environment, python, table
 
@@ -543,6 +545,12 @@ def test_an_interrupted_grid_on_a_ray_cluster_goes_on(
     assert finished.returncode == 0, finished.stdout + finished.stderr
     run_grid(parse_grid(longer), tmp_path / "whole")
     assert_same_results(out, tmp_path / "whole")
+
+
+def test_grids_can_be_run_from_python_by_public_names() -> None:
+    """What the command line does had no names of its own."""
+    assert (noiseproof.read_grid, noiseproof.run_grid) == (read_grid, run_grid)
+    assert noiseproof.run_peer is run_peer
 
 
 def test_run_cell_skips_what_another_process_finished(

@@ -530,6 +530,21 @@ def test_corrupt_changes_labels_at_the_rate_and_keeps_the_right_ones(
     assert again.read_bytes() == out.read_bytes()
 
 
+def test_corrupt_reads_rows_as_it_is_told(clean_file: Path, place: Place, tmp_path: Path) -> None:
+    """What Python's corrupt takes could not be said on the command line."""
+    words = ["corrupt", clean_file, "--noise", "instance:0.4", "--model", place.model]
+    for length in (64, 3):
+        works(*words, "--max-length", length, "--out", tmp_path / f"{length}.csv")
+    whole, short = (read_table(tmp_path / f"{length}.csv") for length in (64, 3))
+    assert whole["label"].tolist() != short["label"].tolist()
+    by_python, _ = noiseproof.corrupt(
+        str(clean_file), "instance:0.4", model=str(place.model), max_length=3
+    )
+    assert short["label"].tolist() == by_python["label"].tolist()
+    line = complaint(*words, "--image-workers", -3, "--out", tmp_path / "no.csv")
+    assert "--image-workers must lie in [0, 64], got -3" in line
+
+
 def test_corrupted_labels_go_straight_into_fit(clean_file: Path, place: Place) -> None:
     noisy = place.folder / "noisy.parquet"
     works("corrupt", clean_file, "--noise", "pairflip:0.3", "--out", noisy)

@@ -7,7 +7,9 @@ import dataclasses
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +230,21 @@ def test_a_damaged_table_is_made_anew(cache: Path) -> None:
     np.save(path, np.zeros((2, 2), dtype=np.float32))
     assert torch.equal(kept("x", 3, made(table + 2)), table + 2)
     assert torch.equal(kept("x", 3, made(table)), table + 2)
+
+
+def test_runs_that_start_together_compute_one_table(cache: Path) -> None:
+    """Every worker of a grid used to encode the same rows at the same time."""
+    table, times = torch.arange(6.0).view(3, 2), []
+
+    def compute(allocate: Allocate) -> torch.Tensor:
+        times.append(time.monotonic())
+        time.sleep(0.3)  # the other comes meanwhile
+        return made(table)(allocate)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(kept, "x", 3, compute) for _ in range(2)]
+        assert all(torch.equal(one.result(timeout=60), table) for one in both)
+    assert len(times) == 1
 
 
 def test_batches_go_to_the_disk_as_they_come(cache: Path) -> None:

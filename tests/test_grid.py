@@ -235,6 +235,19 @@ def test_the_grids_of_this_project_are_valid() -> None:
         assert grid.title
 
 
+def test_the_smoke_grid_needs_nothing_but_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make bench` on a fresh clone ended with all cells failed; it has every part of a grid."""
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.chdir(root)
+    grid = read_grid(root / "benchmarks" / "smoke.toml")
+    assert not missing_files(grid)
+    assert set(grid.searches) == set(range(len(grid.cells)))
+    for cell in grid.cells:
+        assert Path(cell.job["data"]).resolve().is_relative_to(root)
+        assert cell.made()[0].validation_kind == "noisy"
+    assert {cell.made()[1] is None for cell in grid.cells} == {True, False}  # a peer is among them
+
+
 def test_missing_files_of_rows_are_named_once(tmp_path: Path) -> None:
     """A name on the hub and a share to split off are no files."""
     (tmp_path / "train.csv").write_text("text,label\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -241,3 +242,12 @@ def test_the_benchmark_itself_stays_small() -> None:
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_target_runs_both_forms_of_scoring_and_takes_the_number_of_rows() -> None:
+    """The page has a million rows and both forms; a target that cannot repeat it proves less."""
+    words = ["make", "-n", "bench-speed", "ROWS=1000000"]
+    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--sizes 1000 10000 1000000 " in told
+    assert all(f"--variant {form} --out" in told for form in ("reuse", '"one pass"'))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ def ids(encoded: EncodedTexts, row: int) -> list[int]:
 
 
 def files(cache: Path) -> list[Path]:
-    return sorted(path for path in cache.rglob("*") if path.is_file())
+    found = (path for path in cache.rglob("*") if path.is_file())
+    return sorted(path for path in found if path.suffix != ".lock")
 
 
 @pytest.mark.parametrize("pairs", [None, PAIRS])
@@ -156,6 +160,26 @@ def test_the_same_texts_are_tokenised_once(
     second = TextClassification(tokenizer).encode(TEXTS)
     assert files(cache) == [path] and path.stat().st_mtime_ns == stamp
     assert all(ids(first, row) == ids(second, row) for row in range(12))
+
+
+def test_runs_that_start_together_tokenise_once(
+    tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every worker of a grid used to tokenise the same texts at the same time."""
+    tokenise, calls = tasks._tokenise, []
+
+    def slow(path: Path, *given: Any) -> None:
+        calls.append(path)
+        time.sleep(0.3)  # the other comes meanwhile
+        tokenise(path, *given)
+
+    monkeypatch.setattr(tasks, "_tokenise", slow)
+    kinds = [TextClassification(copy.deepcopy(tokenizer)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(kind.encode, TEXTS) for kind in kinds]
+        one, other = (found.result(timeout=60) for found in both)
+    assert files(cache) == calls
+    assert all(ids(one, row) == ids(other, row) for row in range(12))
 
 
 def test_whatever_changes_the_tokens_changes_the_key(tokenizer: Any, cache: Path) -> None:

@@ -1,6 +1,7 @@
 """noiseproof: fine-tune pre-trained models on labels you cannot trust.
 
-Public names are listed here; importing the package imports neither torch nor transformers.
+Public names are listed here; importing the package imports neither torch nor transformers. Reports
+and studies are packages of their own: `noiseproof.report.report`, `noiseproof.study`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _PLACES = {
     "LossMixture": "mixture",
     "fit_loss_mixture": "mixture",
     "parse_noise": "noise",
+    "read_grid": "grid",
+    "run_grid": "benchmark",
+    "run_peer": "peers",
     "read_examples": "data",
     "CleaR": "methods",
     "TURN": "methods",
@@ -56,6 +60,7 @@ __all__ = ["__version__", *_PLACES]
 
 if TYPE_CHECKING:
     from noiseproof.auditing import Audit, audit
+    from noiseproof.benchmark import run_grid
     from noiseproof.checkpoint import Interrupted
     from noiseproof.corruption import corrupt
     from noiseproof.data import read_examples
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
     from noiseproof.errors import InputError
     from noiseproof.estimators import NMTuneClassifier, RobustProbeClassifier
     from noiseproof.finetune import FitResult, fit
+    from noiseproof.grid import read_grid
     from noiseproof.job import Job
     from noiseproof.method import Batch, Columns, Method, Run, Stage
     from noiseproof.methods import (
@@ -83,6 +89,7 @@ if TYPE_CHECKING:
     )
     from noiseproof.mixture import LossMixture, fit_loss_mixture
     from noiseproof.noise import parse_noise
+    from noiseproof.peers import run_peer
     from noiseproof.prediction import Predictor, load, predict
     from noiseproof.record import RunRecord
     from noiseproof.relabelling import relabel

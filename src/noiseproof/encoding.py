@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -122,6 +123,22 @@ class EncodedFeatures(Encoded):
     def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
         """The features of the rows (B, ...)."""
         return {"features": self.features[torch.from_numpy(np.asarray(rows))]}
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold the lock of a file in the cache while it is made: who waited finds it there.
+
+    Where there can be no lock, as in a folder that cannot be written, nobody waits.
+    """
+    from filelock import FileLock
+
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):
+            lock = cache_folder() / "locks" / f"{path.name}.lock"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock))
+        yield
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noiseproof.encoding import cache_folder
+from noiseproof.encoding import cache_folder, one_at_a_time
 from noiseproof.models import encoder_of, is_head
 
 Allocate = Callable[[tuple[int, ...]], Tensor]
@@ -59,7 +59,7 @@ def kept(key: str, rows: int, compute: Callable[[Allocate], Tensor]) -> Tensor:
 
     The rows are computed into the file, batch by batch, so that a table may be larger than the
     memory. A table that cannot be read is computed; one that cannot be written stays in memory, and
-    a warning says so.
+    a warning says so. Processes that ask for one table at a time compute it once.
 
     Args:
         key: Names what the table depends on.
@@ -69,6 +69,14 @@ def kept(key: str, rows: int, compute: Callable[[Allocate], Tensor]) -> Tensor:
     path = cache_folder() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     with suppress(OSError, ValueError, EOFError):
         return _mapped(path, rows)
+    with one_at_a_time(path):
+        with suppress(OSError, ValueError, EOFError):
+            return _mapped(path, rows)
+        return _computed(path, rows, compute)
+
+
+def _computed(path: Path, rows: int, compute: Callable[[Allocate], Tensor]) -> Tensor:
+    """A table that is not on the disk, see `kept`."""
     partial = path.with_suffix(f".{os.getpid()}.part")
     tables: list[FileTable] = []
 

@@ -298,6 +298,7 @@ def corrupt(words: list[str]) -> None:
     example: noiseproof corrupt tickets.csv --label intent --noise pairflip:0.4 --out noisy.csv
     """
     from noiseproof.noise import NOISE_MODELS, save_transition
+    from noiseproof.tasks import RowSettings
 
     specs = [f"- {kind.example}: {cleandoc(kind.__doc__ or '').splitlines()[0]}"
              for kind in NOISE_MODELS.values()]  # fmt: skip
@@ -319,6 +320,10 @@ def corrupt(words: list[str]) -> None:
                         help="Columns of features, for instance and openset noise.")  # fmt: skip
     parser.add_argument("--image", type=str, default="image",
                         help="Column of images, for instance and openset noise.")  # fmt: skip
+    for name, told in CORRUPTED.items():
+        setting = f"--{name.replace('_', '-')}"
+        kind, default = get_type_hints(RowSettings)[name], getattr(RowSettings, name)
+        parser.add_argument(setting, type=kind, default=default, help=told)
     parser.add_argument("--model", type=str | None,
                         help="Encoder for instance-dependent noise; minilm for texts.")  # fmt: skip
     parser.add_argument("--noise-pool", type=str | None, help="Foreign rows for open-set noise.")
@@ -333,8 +338,8 @@ def corrupt(words: list[str]) -> None:
     matrix_file = given.transition_out
     if matrix_file is not None:
         check_matrix_file(path_of(matrix_file), given.overwrite)
-    names = ("label", "seed", "task", "text", "features", "image", "clean_label", "model",
-             "noise_pool", "split", "out")  # fmt: skip
+    names = ("label", "seed", "task", "text", "features", "image", *CORRUPTED, "clean_label",
+             "model", "noise_pool", "split", "out")  # fmt: skip
     with as_typed(parser):
         table, corruption = corrupt_table(
             given.data, given.noise, **{name: getattr(given, name) for name in names}
@@ -351,6 +356,15 @@ def corrupt(words: list[str]) -> None:
         f"(realised rate {corruption.noise_rate:.4f}, "
         f"asked {corruption.spec}, seed {corruption.seed}): {given.out}"
     )
+
+
+CORRUPTED = {
+    "max_length": "Tokens of a text that instance noise looks at.",
+    "standardize": "Whether instance noise looks at features brought to one scale.",
+    "image_size": "Side of the square images that instance noise looks at.",
+    "image_workers": "Processes that decode images for instance noise.",
+}
+"""How `corrupt` reads rows beside their columns, in few words."""
 
 
 def relabel(words: list[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs, TextColumns, Texts
-from noiseproof.encoding import Encoded, cache_folder
+from noiseproof.encoding import Encoded, cache_folder, one_at_a_time
 from noiseproof.errors import InputError
 from noiseproof.models import load_text_classifier
 from noiseproof.saving import load_saved_model, save_model
@@ -167,7 +167,9 @@ class TextClassification(Task):
         key = _key(texts, pairs, self.tokenizer, limit)
         path = cache_folder() / "tokens" / f"{key}.arrow"
         if not path.exists():
-            _tokenise(path, texts, pairs, self.tokenizer, limit)
+            with one_at_a_time(path):
+                if not path.exists():
+                    _tokenise(path, texts, pairs, self.tokenizer, limit)
         padding = {
             "input_ids": int(self.tokenizer.pad_token_id or 0),
             "token_type_ids": int(self.tokenizer.pad_token_type_id),
