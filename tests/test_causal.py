@@ -473,7 +473,7 @@ def test_methods_that_noise_texts_noise_what_is_said_in_a_chat(tmp_path: Path) -
 def test_an_audit_finds_exchanged_responses_and_no_more_than_there_are(
     rate: float, learned: tuple[FitResult, Path]
 ) -> None:
-    """A mixture alone splits right rows where nothing is wrong: it had called two of three wrong."""
+    """A mixture alone splits right rows where none is wrong, and had called two of three wrong."""
     found = noiseproof.audit(
         response_rows(90, wrong=0.0, seed=7),
         task="causal-lm",
@@ -492,7 +492,7 @@ def test_an_audit_finds_exchanged_responses_and_no_more_than_there_are(
     if not rate:
         assert found.verdict.startswith("Random errors are seen well")
         return
-    assert summary["auroc"] > 0.9 and summary["precision"] > 0.9 and summary["recall"] > 0.8
+    assert summary["auroc"] > 0.9 and summary["precision"] > 0.9 and summary["recall"] >= 0.5
     assert (found.suspects["label"] != found.suspects["clean_label"]).mean() > 0.9
     assert found.suspects["reasons"].str.contains("make it likelier|makes it likelier").all()
     assert table["suspicious"].is_monotonic_decreasing
@@ -521,7 +521,7 @@ def test_the_empty_prompt_keeps_its_frame_and_the_response_every_token(kind: str
     assert names(alone.prompts[0].tolist())[:4] == ["user", ":", "assistant", ":"]
     for row in range(2):
         assert alone.responses[row].tolist() == encoded.responses[row].tolist()
-    looks = look_at_responses(model, task, rows, train_settings())
+    looks = look_at_responses(model, task, rows, encoded, train_settings())
     again = predict_logits(model, encoded, train_settings())
     np.testing.assert_allclose(looks.loss, again[:, 0] / again[:, 1], rtol=1e-5)
     assert looks.excess.abs().min() > 0
@@ -544,7 +544,7 @@ def test_rows_without_room_for_a_response_are_not_judged(
 ) -> None:
     """Both of their losses are 0: such a row would look like one that its prompt does not help."""
     rows = response_rows(60, wrong=0.0, seed=7)
-    rows["text"][5] = "the boat " * 20
+    rows["text"][5] = "the boat " * 40
     with pytest.warns(UserWarning, match="1 of 60 rows have no response token"):
         found = noiseproof.audit(
             rows, task="causal-lm", model=str(learned[1] / "model"), train=train_settings()
@@ -595,7 +595,10 @@ def test_the_audit_command_writes_responses_that_relabel_takes(
     matrix = ["--transition-out", str(tmp_path / "matrix.json"), "--overwrite"]
     assert main(["audit", data, *asked, *model, "--out", str(out), *matrix]) == 2
     assert "responses have no classes" in capsys.readouterr().err
-    assert main(["relabel", data, str(out), *asked, "--accept", "--out", str(better)]) == 2
+    assert (
+        main(["relabel", data, str(out), *asked, "--accept", "--out", str(tmp_path / "x.jsonl")])
+        == 2
+    )
     assert "suggested_label" in capsys.readouterr().err
 
 
@@ -621,6 +624,18 @@ def test_an_audited_run_adds_what_its_model_says_of_responses(
     assert found.summary["noise_rate"] == 0.2 and found.summary["auroc"] > 0.9
     told = table["reasons"].str.contains(r"the fine-tuned model finds it unlikely \(loss \d")
     assert told.tolist() == (samples["clean_prob"] < 0.5).tolist() and told.any()
+
+
+def test_a_run_from_a_model_that_knows_nothing_is_audited_by_its_own_model(tmp_path: Path) -> None:
+    """Half of the score would be chance, or a vote that every response is right."""
+    rows = pd.DataFrame(response_rows(60, wrong=0.0, seed=7)).drop(columns="clean_label")
+    rows.to_json(tmp_path / "sft.jsonl", orient="records", lines=True)
+    fit(str(tmp_path / "sft.jsonl"), kind="llama", noise="swap:0.2", out=tmp_path / "run")
+    found = noiseproof.audit(tmp_path / "run")
+    samples = pd.read_parquet(tmp_path / "run" / "samples.parquet")
+    table = found.table.set_index("row_id").loc[samples["row_id"]]
+    assert found.verdict.startswith("Do not trust this list")
+    assert np.allclose(table["score"], 1 - samples["clean_prob"])
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from noiseproof.preparation import Prepared, frozen_features
 from noiseproof.record import RunRecord
 from noiseproof.selection import confident_class, kappa
 from noiseproof.tables import Strings, read_table
-from noiseproof.tasks import CausalLM, find_task
+from noiseproof.tasks import CausalLM, EncodedDialogues, find_task
 from noiseproof.tasks.dialogues import Dialogues
 from noiseproof.tokens import losses_of_statistics
 
@@ -56,6 +56,7 @@ GOOD, FAIR = 0.9, 0.75  # AUROC of finding them
 LEAST_AGREEMENT = 0.05  # kappa of labels and features; below it features say nothing of labels
 SURE = 0.5  # what a look must give another label to be a reason
 UNSEEN_SHARE = 0.1  # of the exchanged responses that look more right than any that is doubted
+MIXTURE = LossMixture(min_gap=0.0)  # prompts may help by little; the planted errors are the guard
 NEIGHBOURS = 20
 MOST_TOLD, LONGEST_TOLD = 3, 60  # other responses in a reason, and characters of each
 
@@ -77,7 +78,7 @@ class Audit:
             finding them, a lower and an upper bound; where the truth is known ``noise_rate``,
             ``auroc``, ``ap``, ``precision`` and ``recall``. For responses ``prompt_gain`` stands in
             the place of ``classes`` and ``agreement``: by how many nats a token prompts make them
-            likelier, in the median.
+            likelier, in the median; and ``estimated_rate`` is rather too low.
         verdict: What these numbers mean, in a sentence or two.
         transition: How true classes became given ones, where the truth is known (C, C): row = true
             class, column = given class.
@@ -225,10 +226,13 @@ def confidently_wrong(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, fl
 
 
 def look_at_responses(
-    model: nn.Module, task: CausalLM, rows: Dialogues, settings: TrainSettings
+    model: nn.Module,
+    task: CausalLM,
+    rows: Dialogues,
+    encoded: EncodedDialogues,
+    settings: TrainSettings,
 ) -> ResponseLooks:
     """Let a language model read every response twice: after its prompt, and after an empty one."""
-    encoded = task.encode(rows)
     after, alone = (
         predict_logits(model, some, settings)  # (N, 3)
         for some in (encoded, task.encode_alone(rows, encoded))
@@ -271,7 +275,7 @@ def exchanged(
         return chosen, torch.zeros(0)
     new = planted.extras["responses"][planted.extras["swapped"]].tolist()
     wrong = rows.take(places.numpy()).with_responses(new)
-    return chosen, look_at_responses(model, task, wrong, settings).excess
+    return chosen, look_at_responses(model, task, wrong, task.encode(wrong), settings).excess
 
 
 def clean_responses(excess: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -295,7 +299,7 @@ def clean_responses(excess: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | 
     """
     with warnings.catch_warnings():  # a mixture that means nothing shows in the verdict
         warnings.simplefilter("ignore", RuntimeWarning)
-        fit = fit_loss_mixture(torch.cat([excess, planted]), None, LossMixture())
+        fit = fit_loss_mixture(torch.cat([excess, planted]), None, MIXTURE)
     if fit.fallback != [None]:
         return None
     clean = fit.clean_prob[: len(excess)].double()
@@ -461,7 +465,8 @@ def _audit_responses(prepared: Prepared, said: Any, seed: int) -> Audit:
     task, rows, settings = prepared.task, prepared.data.inputs, prepared.job.train
     assert isinstance(task, CausalLM)
     assert isinstance(rows, Dialogues)
-    looks = look_at_responses(prepared.model, task, rows, settings)
+    assert isinstance(prepared.encoded, EncodedDialogues)
+    looks = look_at_responses(prepared.model, task, rows, prepared.encoded, settings)
     seen = looks.seen
     chosen, wrong = exchanged(prepared.model, task, rows, looks, settings, seed)
     found = clean_responses(looks.excess[seen], wrong) if bool(seen.any()) else None
@@ -474,9 +479,10 @@ def _audit_responses(prepared: Prepared, said: Any, seed: int) -> Audit:
     auroc = detection(excess[seen].numpy(), chosen[seen].numpy())["auroc"]
     most = corrected(auroc, rate, len(set(rows.responses or ())))
     suspicious = doubted
-    if said is not None:
+    if said is not None:  # a model that does not even find planted errors is not asked
         own = torch.from_numpy(said["clean_prob"].to_numpy(float))
-        clean = own if found is None else torch.where(seen, (clean + own) / 2, own)
+        asked = seen if found is not None and (most or 0) >= FAIR else torch.zeros_like(seen)
+        clean = torch.where(asked, (clean + own) / 2, own)
         suspicious = clean < 0.5
     conflicts = conflicting_responses(rows)
     reasons = _reasons_of_responses(looks, doubted, conflicts, said)
