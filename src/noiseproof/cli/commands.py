@@ -265,10 +265,9 @@ def audit(words: list[str]) -> None:
         found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
     if matrix_file is not None:
         if found.transition is None:
-            raise InputError(
-                "--transition-out needs the true classes: give --clean-label; responses have no "
-                "classes"
-            )
+            if "classes" not in found.summary:
+                raise InputError("--transition-out: responses have no classes; leave it out")
+            raise InputError("--transition-out needs the true labels; give --clean-label")
         save_transition(path_of(matrix_file), found.transition)
     table = found.table if given.all else found.suspects
     write_table(table, given.out, overwrite=given.overwrite)
