@@ -14,6 +14,8 @@ import torch
 
 import noiseproof
 from language import CHAT, language_model, tokenizer
+from noiseproof.auditing import look_at_responses
+from noiseproof.cli import main
 from noiseproof.data import Examples
 from noiseproof.engine import Engine
 from noiseproof.errors import InputError
@@ -24,6 +26,7 @@ from noiseproof.loop import Progress
 from noiseproof.method import Method, Run
 from noiseproof.methods import METHODS, CleaR, CrossEntropy, LoPE, SmallLoss
 from noiseproof.mixture import LossMixture
+from noiseproof.prediction import predict_logits
 from noiseproof.report import report
 from noiseproof.tasks import CausalLM, EncodedDialogues, RowSettings
 from noiseproof.tasks.causal import find_answer, same_answer
@@ -463,6 +466,178 @@ def test_methods_that_noise_texts_noise_what_is_said_in_a_chat(tmp_path: Path) -
     assert found.findings["noise"]["corrupted_share"] > 0.2
 
 
+# --- audit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.3])
+def test_an_audit_finds_exchanged_responses_and_no_more_than_there_are(
+    rate: float, learned: tuple[FitResult, Path]
+) -> None:
+    """A mixture alone splits right rows where none is wrong, and had called two of three wrong."""
+    found = noiseproof.audit(
+        response_rows(90, wrong=0.0, seed=7),
+        task="causal-lm",
+        model=str(learned[1] / "model"),
+        noise=f"swap:{rate}",
+    )
+    summary, table = found.summary, found.table
+    assert abs(summary["estimated_rate"] - rate) < 0.05
+    assert abs(summary["suspicious"] - 90 * rate) < 5
+    assert summary["prompt_gain"] > 1 and summary["planted"] > 20
+    assert not {"classes", "agreement"} & {*summary} and found.transition is None
+    assert [*table.columns] == [
+        "row_id", "prompt", "label", "score", "suspicious", "reasons", "loss", "loss_alone",
+        "clean_label",
+    ]  # fmt: skip
+    if not rate:
+        assert found.verdict.startswith("Random errors are seen well")
+        return
+    assert summary["auroc"] > 0.9 and summary["precision"] > 0.9 and summary["recall"] >= 0.5
+    assert (found.suspects["label"] != found.suspects["clean_label"]).mean() > 0.9
+    assert found.suspects["reasons"].str.contains("make it likelier|makes it likelier").all()
+    assert table["suspicious"].is_monotonic_decreasing
+
+
+def test_an_audit_by_a_model_that_knows_nothing_says_so() -> None:
+    """A list of chance looks like any other."""
+    rows = response_rows(90, wrong=0.0, seed=7)
+    found = noiseproof.audit(
+        rows, task="causal-lm", model=language_model("llama"), noise="swap:0.2"
+    )
+    assert found.verdict.startswith("Do not trust this list: of 40 responses exchanged on purpose")
+    assert "The features" not in found.verdict
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_the_empty_prompt_keeps_its_frame_and_the_response_every_token(kind: str) -> None:
+    """Losses of different tokens, or of a model that sees no frame, cannot be compared."""
+    settings = RowSettings(template="user : {prompt} assistant : ", max_length=10)
+    model, made = load_language_model(language_model(kind))
+    task = CausalLM(made, settings, model.config.decoder_start_token_id if kind == "t5" else None)
+    rows = Dialogues(["the boat", "the old boat"], ["harbour and more and more", "garden"])
+    encoded = task.encode(rows)
+    alone = task.encode_alone(rows, encoded)
+    names = made.convert_ids_to_tokens
+    assert names(alone.prompts[0].tolist())[:4] == ["user", ":", "assistant", ":"]
+    for row in range(2):
+        assert alone.responses[row].tolist() == encoded.responses[row].tolist()
+    looks = look_at_responses(model, task, rows, encoded, train_settings())
+    again = predict_logits(model, encoded, train_settings())
+    np.testing.assert_allclose(looks.loss, again[:, 0] / again[:, 1], rtol=1e-5)
+    assert looks.excess.abs().min() > 0
+
+
+def test_the_empty_prompt_of_a_chat_keeps_its_turns() -> None:
+    """The roles belong to the frame, what is said in them to the prompt."""
+    turns = [{"role": "system", "content": "the oven"}, {"role": "user", "content": "the boat"}]
+    rows = Dialogues([json.dumps(turns)], ["harbour"], chat=True)
+    made = task(chat=True)
+    alone = made.encode_alone(rows, made.encode(rows))
+    assert words(alone, 0) == (
+        ["system", ":", "</s>", "user", ":", "</s>", "assistant", ":"],
+        ["harbour", "</s>"],
+    )  # fmt: skip
+
+
+def test_rows_without_room_for_a_response_are_not_judged(
+    learned: tuple[FitResult, Path],
+) -> None:
+    """Both of their losses are 0: such a row would look like one that its prompt does not help."""
+    rows = response_rows(60, wrong=0.0, seed=7)
+    rows["text"][5] = "the boat " * 40
+    with pytest.warns(UserWarning, match="1 of 60 rows have no response token"):
+        found = noiseproof.audit(
+            rows, task="causal-lm", model=str(learned[1] / "model"), train=train_settings()
+        )
+    row = found.table.set_index("row_id").loc["5"]
+    assert row["score"] == 0 and not row["suspicious"]
+    assert row["reasons"] == "not judged: its prompt leaves no room for the response"
+
+
+def test_prompts_that_stand_twice_with_two_responses_are_told(
+    learned: tuple[FitResult, Path],
+) -> None:
+    """One of them is wrong, whatever a model says."""
+    rows = response_rows(30, wrong=0.0, seed=7)
+    for name, more in (("text", rows["text"][0]), ("label", "kitchen"), ("clean_label", "")):
+        rows[name] = [*rows[name], more]
+    found = noiseproof.audit(rows, task="causal-lm", model=str(learned[1] / "model"))
+    assert found.summary["conflicts"] == 2
+    table = found.table.set_index("row_id")
+    assert f"its prompt stands here again with '{rows['label'][0]}'" in table.loc["30", "reasons"]
+    assert "its prompt stands here again with 'kitchen'" in table.loc["0", "reasons"]
+
+
+def test_the_audit_command_writes_responses_that_relabel_takes(
+    learned: tuple[FitResult, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a file to a better file, through the list."""
+    rows = pd.DataFrame(response_rows(60, wrong=0.1, seed=7)).rename(
+        columns={"label": "answer_text"}
+    )
+    rows.drop(columns="clean_label").to_json(tmp_path / "sft.jsonl", orient="records", lines=True)
+    data, out = str(tmp_path / "sft.jsonl"), tmp_path / "suspects.csv"
+    asked = ["--task", "causal-lm", "--label", "answer_text"]
+    model = ["--model", str(learned[1] / "model")]
+    assert main(["audit", data, *asked, *model, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "prompt_gain" in shown and "responses exchanged on purpose" in shown
+    listed = pd.read_csv(out)
+    wrong = rows["answer_text"] != rows["clean_label"]
+    assert sorted(listed["row_id"]) == np.flatnonzero(wrong).tolist()
+    listed["label"] = [*rows["clean_label"][listed["row_id"][:-1]], None]
+    listed.to_csv(out, index=False)
+    better = tmp_path / "better.jsonl"
+    assert main(["relabel", data, str(out), *asked, "--out", str(better)]) == 0
+    kept = pd.read_json(better, lines=True)
+    right = rows["clean_label"].drop(listed["row_id"].iloc[-1])
+    assert kept["answer_text"].tolist() == right.tolist()
+    matrix = ["--transition-out", str(tmp_path / "matrix.json"), "--overwrite"]
+    assert main(["audit", data, *asked, *model, "--out", str(out), *matrix]) == 2
+    assert "responses have no classes" in capsys.readouterr().err
+    assert (
+        main(["relabel", data, str(out), *asked, "--accept", "--out", str(tmp_path / "x.jsonl")])
+        == 2
+    )
+    assert "suggested_label" in capsys.readouterr().err
+
+
+def test_an_audited_run_adds_what_its_model_says_of_responses(
+    learned: tuple[FitResult, Path], tmp_path: Path
+) -> None:
+    """Its rows, its noise and its base model are taken again."""
+    rows = pd.DataFrame(response_rows(60, wrong=0.0, seed=7)).drop(columns="clean_label")
+    rows.to_json(tmp_path / "sft.jsonl", orient="records", lines=True)
+    data, model = str(tmp_path / "sft.jsonl"), str(learned[1] / "model")
+    settings: dict[str, Any] = {"task": "causal-lm", "model": model, "noise": "swap:0.2"}
+    train = train_settings(epochs=2)
+    run = tmp_path / "run"
+    noiseproof.fit(data, method=LORA, train=train, out=run, **settings)
+    found = noiseproof.audit(run)
+    samples = pd.read_parquet(run / "samples.parquet")
+    table = found.table.set_index("row_id").loc[samples["row_id"]]
+    assert table["label"].tolist() == samples["label"].tolist()
+    alone = noiseproof.audit(data, train=train, **settings).table.set_index("row_id")
+    first = alone.loc[samples["row_id"], "score"].to_numpy()
+    half = (first + 1 - samples["clean_prob"].to_numpy()) / 2
+    assert np.allclose(table["score"].to_numpy(), half)
+    assert found.summary["noise_rate"] == 0.2 and found.summary["auroc"] > 0.9
+    told = table["reasons"].str.contains(r"the fine-tuned model finds it unlikely \(loss \d")
+    assert told.tolist() == (samples["clean_prob"] < 0.5).tolist() and told.any()
+
+
+def test_a_run_from_a_model_that_knows_nothing_is_audited_by_its_own_model(tmp_path: Path) -> None:
+    """Half of the score would be chance, or a vote that every response is right."""
+    rows = pd.DataFrame(response_rows(60, wrong=0.0, seed=7)).drop(columns="clean_label")
+    rows.to_json(tmp_path / "sft.jsonl", orient="records", lines=True)
+    fit(str(tmp_path / "sft.jsonl"), kind="llama", noise="swap:0.2", out=tmp_path / "run")
+    found = noiseproof.audit(tmp_path / "run")
+    samples = pd.read_parquet(tmp_path / "run" / "samples.parquet")
+    table = found.table.set_index("row_id").loc[samples["row_id"]]
+    assert found.verdict.startswith("Do not trust this list")
+    assert np.allclose(table["score"], 1 - samples["clean_prob"])
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -608,10 +783,22 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         noiseproof.fit(response_rows(), task="causal-lm", model=str(tmp_path / "bare"), method=LORA)
 
 
-def test_an_audit_of_responses_points_to_the_run() -> None:
-    """It looks for neighbours of other classes, and there is one class."""
-    with pytest.raises(InputError, match=r"suspects\.csv"):
-        noiseproof.audit(response_rows(), task="causal-lm", model="gpt2")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"neighbours": 5}, "neighbours is for labels that are classes"),
+        ({"noise": "symmetric:0.2"}, "swap:RATE"),
+        ({"label": "none"}, "no column 'none'"),
+        ({"model": "minilm"}, "needs a language model"),
+    ],
+)
+def test_an_audit_of_responses_refuses_what_is_about_classes(
+    settings: dict[str, Any], said: str
+) -> None:
+    """What is ignored looks as if it had been done."""
+    given = {"model": language_model("gpt2")} | settings
+    with pytest.raises(InputError, match=said):
+        noiseproof.audit(response_rows(), task="causal-lm", **given)
 
 
 def test_a_report_shows_what_is_measured_of_responses(learned: tuple[FitResult, Path]) -> None:

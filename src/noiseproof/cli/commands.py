@@ -231,8 +231,9 @@ def predict(words: list[str]) -> None:
 def audit(words: list[str]) -> None:
     """List the rows whose label looks wrong, and say how far to trust the list.
 
-    Nothing is trained. Of a finished run it takes the rows and labels again, and what its model
-    says of them.
+    Nothing is trained. Labels are judged by the features of an encoder; responses by a language
+    model, with and without their prompts. Of a finished run it takes the rows and labels again, and
+    what its model says of them.
 
     example: noiseproof audit tickets.csv --label intent --out suspects.csv
     """
@@ -266,6 +267,8 @@ def audit(words: list[str]) -> None:
         found = audit_rows(given.source, neighbours=given.neighbours, seed=given.seed, **settings)
     if matrix_file is not None:
         if found.transition is None:
+            if "classes" not in found.summary:
+                raise InputError("--transition-out: responses have no classes; leave it out")
             raise InputError("--transition-out needs the true labels; give --clean-label")
         save_transition(path_of(matrix_file), found.transition)
     table = found.table if given.all else found.suspects
@@ -281,11 +284,13 @@ AUDITED = {
     "clean_label": "Column of the true labels, by which the audit itself is measured.",
     "row_id": "Column that names the rows.",
     "drop_label": "Leave rows with this label out.",
-    "task": "Kind of row: text, features or image. (default: text)",
+    "task": "Kind of row: text, features, image or causal-lm. (default: text)",
     "features": "Features: an array, or columns. (default: features)",
     "image": "Column of images. (default: image)",
     "on_bad_image": "What is done with images that cannot be read. (default: error)",
-    "model": "Encoder whose features are compared. (default for texts: minilm)",
+    "template": "Text around the {prompt} of a language model; chat has its own.",
+    "model": "Encoder whose features are compared, or language model that reads the responses. "
+    "(default for texts: minilm)",
     "noise": "Noise to inject first, such as symmetric:0.2, to measure the audit.",
     "split": "Split of a hub data set or of an archive.",
 }

@@ -248,6 +248,19 @@ class CausalLM(Task):
         encoded.counts = {"without_response": empty} if empty else {}
         return encoded
 
+    def encode_alone(self, inputs: Dialogues, encoded: EncodedDialogues) -> EncodedDialogues:
+        """The responses of `encode`, token by token, after prompts that say nothing.
+
+        What frames a prompt stays: the template, or the turns of a chat without their content.
+        """
+        texts = [(*("" for _ in said), response) for *said, response in inputs.as_texts()]
+        empty = inputs.with_texts(texts)
+        prompts = [
+            np.array(first[: max(1, len(prompt))], dtype=np.int64)
+            for (first, _), prompt in zip(self._ids(empty), encoded.prompts, strict=True)
+        ]
+        return EncodedDialogues(prompts, encoded.responses, self.start, self._pad)
+
     @property
     def _limit(self) -> int:
         """Tokens of a row, or of each side of an encoder-decoder."""
