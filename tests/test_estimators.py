@@ -379,6 +379,30 @@ def test_settings_are_checked_when_fitting(estimator: Any, message: str) -> None
         estimator.fit(*blobs(40))
 
 
+def test_rows_of_zeros_are_warned_of_and_left_out_of_the_distance(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """A service that failed on some texts may have sent zeros for them."""
+    rows, labels = blobs(30)
+    rows[[2, 5]] = 0.0
+    with pytest.warns(UserWarning, match="^2 of 30 rows have features that are zero") as told:
+        quick().fit(rows, labels)
+    assert len(told) == 1
+    quick(**NONE).fit(rows, labels)  # no distance, nothing to leave out
+    weight = np.ones(30)
+    weight[[2, 5]] = 0
+    quick().fit(rows, labels, sample_weight=weight)
+    assert not recwarn
+
+
+def test_a_loss_that_is_not_finite_names_the_rows() -> None:
+    """Numbers that are finite may be too large for the products of them."""
+    rows, labels = blobs(30)
+    rows[4] *= 1e20
+    with pytest.raises(FloatingPointError, match=r"30 rows between 0 and 29"):
+        quick(batch_size=30).fit(rows, labels)
+
+
 @pytest.mark.parametrize("kind", BOTH)
 def test_data_are_checked_when_fitting(kind: type[Any]) -> None:
     rows, labels = blobs(30)
@@ -386,8 +410,17 @@ def test_data_are_checked_when_fitting(kind: type[Any]) -> None:
         quick(kind).fit(rows, ["ash"] * 30)
     bad = rows.copy()
     bad[3, 2] = np.nan
-    with pytest.raises(ValueError, match="NaN"):
-        quick(kind).fit(bad, labels)
+    bad[7, 0] = np.inf
+    place = "must be finite, got NaN in row 3, column 2; .* there are 2"
+    fitted = quick(kind).fit(rows, labels)
+    for call in (lambda: quick(kind).fit(bad, labels), lambda: fitted.predict(bad.tolist())):
+        with pytest.raises(InputError, match=f"^X {place}"):
+            call()
+    if kind is NMTuneClassifier:
+        with pytest.raises(InputError, match=f"^X_view2 {place}"):
+            quick(kind).fit(rows, labels, X_view2=bad)
+    with pytest.raises(ValueError, match="y contains NaN"):
+        quick(kind).fit(rows, np.where(np.arange(30) == 3, np.nan, 0.0))
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         quick(kind).fit(rows, labels[:9])
     with pytest.raises(ValueError, match="8 features"):

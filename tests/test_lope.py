@@ -34,6 +34,7 @@ from noiseproof.loop import Outcome
 from noiseproof.method import Batch, Method, Run
 from noiseproof.methods import LoPE, lope
 from noiseproof.methods.lope import ADAPT, GROUPS, POISON, digest, group_of
+from noiseproof.noise import parse_noise
 from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import spec_id
 from noiseproof.report.experts import verdict
@@ -576,8 +577,6 @@ def test_what_is_measured_is_never_corrupted(
 
 def test_the_noise_of_the_method_is_not_the_noise_of_the_data() -> None:
     """Equal draws would corrupt the same rows twice, and leave the others alone twice."""
-    from noiseproof.noise import parse_noise
-
     noise = parse_noise("text:0.3")
     assert noise is not None
     texts = [("one two three four",)] * 400
@@ -1178,6 +1177,15 @@ def test_the_test_set_is_measured_once_more_with_corrupted_texts(
             {"test_noise": "text:0.3", "test_ood": {"corrupted": "test.csv"}},
             "test_noise makes a set named 'corrupted'; give the one in test_ood another name",
         ),
+        ({"test_noise": ["text:0.3", "symmetric:0.3"]}, "such as text:0.3, got 'symmetric:0.3'"),
+        ({"test_noise": []}, "such as text:0.3, got an empty list"),
+        (
+            {
+                "test_noise": ["text:0.3", "text:0.1"],
+                "test_ood": {"corrupted-text-0.1": "test.csv"},
+            },
+            "test_noise makes a set named 'corrupted-text-0.1'; give the one",
+        ),
     ],
     ids=str,
 )
@@ -1214,6 +1222,25 @@ def test_corrupted_test_texts_hang_on_the_seed_of_noise_alone(
     assert made("text:0.5", noise_seed=3, seed=1)[1] == made("text:0.5", noise_seed=3)[1] != bad
     _, more = made("text:0.5", noise="text:0.5")
     assert more == bad  # whatever falls on the training rows
+
+
+def test_several_noises_make_a_set_each_and_a_list_of_one_is_that_one(
+    folder: Path, tiny_model: Path
+) -> None:
+    """A name for two rates would mix them; another identifier would hide the runs from before."""
+
+    def made(test_noise: Any) -> Job:
+        return Job(**job(folder, tiny_model, test_noise=test_noise))
+
+    alone, both = made("text:0.5"), made(["text:0.05,unit=char", parse_noise("text:0.5")])
+    assert made(["text:0.5"]).spec() == made(("text:0.5", "text:0.5")).spec() == alone.spec()
+    assert both.spec()["test_noise"] == ["text:0.05,unit=char", "text:0.5"]
+    assert Job(**job(folder, tiny_model, test_noise=both.spec()["test_noise"])) == both
+    sets, single = Prepared(both).sets, Prepared(alone).sets
+    assert [*sets] == ["test", "ood_corrupted-text-0.05-unit-char", "ood_corrupted-text-0.5"]
+    texts = [tuple(map(tuple, rows.inputs.as_texts())) for rows in sets.values()]
+    assert len({*texts}) == 3
+    assert texts[2] == tuple(map(tuple, single[f"{OOD}{CORRUPTED}"].inputs.as_texts()))
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -282,6 +282,21 @@ def test_short_steps_are_counted(tiny_run: Tiny) -> None:
     assert all(math.isfinite(row[f"loss_{name}"]) for row in history for name in ("cov", "svd"))
 
 
+def test_short_steps_of_all_processes_count(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of one process alone would be half of it, or none."""
+
+    def merged(self: Engine, sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+        return {name: (2 * total, 2 * rows) for name, (total, rows) in sums.items()}
+
+    alone = tiny_run.fit(NMTune(), epochs=1).history[0]
+    monkeypatch.setattr(Engine, "merge_sums", merged)  # another process with the same rows
+    both = tiny_run.fit(NMTune(), epochs=1).history[0]
+    assert (alone["short_batches"], both["short_batches"]) == (1, 2)
+    assert both["loss_ce"] == alone["loss_ce"]
+
+
 @pytest.mark.parametrize("micro", [None, 4])
 @pytest.mark.parametrize("seed", [2, 4])  # the short step comes late, and first
 def test_the_parts_in_the_history_are_means_over_rows(
@@ -353,8 +368,26 @@ def test_a_part_that_is_not_finite_is_named() -> None:
     rows = draw(8, 6)
     labels = torch.arange(8) % 3
     large = 1e12 * rows
-    with pytest.raises(FloatingPointError, match="the cov part of the loss is inf"):
+    with pytest.raises(FloatingPointError, match="the cov part of the loss is inf; root"):
         NMTune().objective(draw(8, 3), large, rows, labels)
+    numbers = torch.arange(20, 28)
+    with pytest.raises(FloatingPointError, match="is inf in a step of 8 rows between 20 and 27; r"):
+        NMTune().objective(draw(8, 3), large, rows, labels, rows=numbers)
+    broken = rows.clone()
+    broken[5, 1] = math.nan
+    with pytest.raises(FloatingPointError, match="20 and 27, of which row 25 has features that"):
+        NMTune().objective(draw(8, 3), broken, rows, labels, rows=numbers)
+
+
+def test_a_step_of_the_method_that_is_not_finite_names_its_rows(
+    tiny_run: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the rows nobody finds the text whose features overflow."""
+    monkeypatch.setattr("noiseproof.methods.nmtune.covariance_penalty",
+                        lambda features, route: features.sum() * math.inf)  # fmt: skip
+    for tune in ("head", "full"):
+        with pytest.raises(FloatingPointError, match=r"the cov part .* in a step of 8 rows betw"):
+            tiny_run.fit(NMTune(tune=tune), epochs=1)
 
 
 # --- the scale of features -----------------------------------------------------------------------
@@ -383,6 +416,23 @@ def test_small_features_are_warned_of() -> None:
     assert "root mean square 0.02" in run.warned[0] and run.logged["feature_rms"] < 0.1
     run.warned = []
     NMTune(lambda_cov=0.0).on_epoch_start(run)
+    assert not run.warned
+
+
+@pytest.mark.parametrize("tune", ["head", "lora"])
+def test_rows_of_zeros_are_warned_of_once(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left out of the distance, and were perhaps never computed."""
+    features = draw(4, 6)
+    features[1] = 0.0
+    run = Run(nn.Identity(), torch.zeros(4), 2, lambda _=None: draw(4, 2), torch.Generator())
+    run.features = lambda: features[..., None].expand(4, 6, 2)
+    monkeypatch.setattr("noiseproof.methods.nmtune.head_inputs", lambda run: features)
+    NMTune(tune=tune, lambda_mse=1.0).on_epoch_start(run)
+    run.epoch = 1
+    NMTune(tune=tune, lambda_mse=1.0).on_epoch_start(run)
+    assert [line[:41] for line in run.warned] == ["1 of 4 rows have features that are zero t"]
+    run.epoch, run.warned = 0, []
+    NMTune(tune=tune, lambda_mse=0.0).on_epoch_start(run)
     assert not run.warned
 
 

@@ -152,6 +152,51 @@ def test_the_command_line_takes_any_number_of_sets(
         assert message in error and error.count("\n") == 1
 
 
+def test_the_command_line_takes_noise_on_test_texts_as_often_as_wanted(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a run can be repeated from its record, with other noise if that is typed."""
+    for name, seed in (("train", 0), ("test", 1)):
+        table(12, seed=seed).to_csv(tmp_path / f"{name}.csv", index=False)
+    quick = ["--model", str(tiny_model), "--method", "CrossEntropy", "--train.epochs", "1",
+             "--train.device", "cpu", "--test", str(tmp_path / "test.csv")]  # fmt: skip
+    run, again = str(tmp_path / "run"), str(tmp_path / "again")
+    fit = ["fit", str(tmp_path / "train.csv"), *quick]
+    noises = ["--test-noise", "text:0.1", "--test-noise=text:0.9"]
+    assert main([*fit, *noises, "--out", run]) == 0
+    record = RunRecord.read(tmp_path / "run")
+    assert list(record.ood) == ["corrupted-text-0.1", "corrupted-text-0.9"]
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert {f"ood_{name}_accuracy" for name in record.ood} <= {*history.columns}
+    config = ["fit", "--config", f"{run}/record.json", "--out", again]
+    assert main(config) == 0
+    assert RunRecord.read(tmp_path / "again").id == record.id
+    assert main([*config, "--test-noise", "text:0.9", "--overwrite"]) == 0
+    typed = RunRecord.read(tmp_path / "again")
+    assert typed.spec["test_noise"] == "text:0.9"
+    assert typed.ood == {"corrupted": record.ood["corrupted-text-0.9"]}
+    capsys.readouterr()
+    assert main([*fit, *noises, "--test-noise", "pairflip:0.1", "--out", again]) == 2
+    error = capsys.readouterr().err
+    assert "--test-noise must be text noise" in error and error.count("\n") == 1
+
+
+def test_a_grid_takes_noise_on_test_texts_as_a_list() -> None:
+    """One noise or several; a cell with one has the identifier that it always had."""
+
+    def cell(noise: Any) -> Any:
+        values = {
+            "data": {"a": {"data": "a.csv", "test": "t.csv"}},
+            "methods": {"CE": {"name": "CrossEntropy"}},
+            "job": {"test_noise": noise},
+        }
+        return parse_grid(values).cells[0]
+
+    both = cell(["text:0.05", "text:0.3"])
+    assert both.made()[0].test_noise == ("text:0.05", "text:0.3")
+    assert both.id() != cell("text:0.3").id() == cell(["text:0.3"]).id()
+
+
 def test_a_grid_sets_them_and_its_search_does_not_know_them() -> None:
     """Settings that were chosen by a test set are no result on it."""
     grid = parse_grid({
@@ -211,6 +256,7 @@ def test_the_report_on_several_runs_compares_on_each_set(tmp_path: Path) -> None
         ({"test_noise": "text:0.3"}, True),
         ({"test_ood": {"far": "other.csv"}}, False),
         ({"test_noise": "text:0.1"}, False),
+        ({"test_noise": ["text:0.1", "text:0.3"]}, True),
     ],
     ids=str,
 )

@@ -268,6 +268,13 @@ def test_numbers_that_are_not_finite_are_passed_on(value: float) -> None:
     assert not math.isfinite(covariance_penalty(rows).item())
 
 
+def test_products_that_overflow_are_passed_on() -> None:
+    """The rows themselves are finite, and the decomposition would raise on their products."""
+    rows = 1e20 * draw(4, 3).float()
+    assert math.isnan(singular_value_penalty(rows, 1).item())
+    assert math.isfinite(singular_value_penalty(rows, 1, route="svdvals").item())
+
+
 def test_low_precision_is_computed_in_fp32() -> None:
     rows = draw(8, 16).bfloat16()
     for term, loss in every_term(rows).items():

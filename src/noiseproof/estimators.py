@@ -38,8 +38,10 @@ from noiseproof.methods.nmtune import (
     Reshaping,
     scale_of,
     small_scale,
+    zero_rows,
 )
 from noiseproof.precision import choose_precision
+from noiseproof.regularizers import SHORTEST
 
 KEPT_TYPES = (np.float64, np.float32, np.float16)  # others are converted, as a whole, to float64
 PASS_ROWS = 256  # rows of a pass without gradient, always as many: a row's answer has no neighbours
@@ -56,11 +58,13 @@ class Batch:
         features: (n, D); two views of B rows are n = 2 B, the first view first.
         labels: Class numbers (B,).
         weight: Weight of each row (B,), or None.
+        rows: Numbers of the rows (B,), on the CPU.
     """
 
     features: Tensor
     labels: Tensor
     weight: Tensor | None
+    rows: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Rows:
             torch.cat(tables).to(self.device),
             torch.from_numpy(self.labels[rows]).to(self.device),
             weight,
+            torch.from_numpy(rows),
         )
 
 
@@ -121,12 +126,12 @@ class _FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _read(self, table: Any, labels: Any, second: Any, weight: Any) -> Rows:
         """Check the training data and number the classes."""
-        table, labels = validate_data(self, table, labels, dtype=KEPT_TYPES)
+        table, labels = _validated(self, "X", table, labels)
         check_classification_targets(labels)
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         views: tuple[np.ndarray, ...] = (table,)
         if second is not None:
-            second = validate_data(self, second, dtype=KEPT_TYPES, reset=False)
+            second = _validated(self, "X_view2", second, reset=False)
             if second.shape != table.shape:
                 raise InputError(
                     f"X_view2 must hold the rows of X in another view, {table.shape}; "
@@ -198,7 +203,7 @@ class _FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         would depend on its neighbours.
         """
         check_is_fitted(self)
-        table = validate_data(self, table, dtype=KEPT_TYPES, reset=False)
+        table = _validated(self, "X", table, reset=False)
         found = []
         with torch.no_grad():
             for start in range(0, len(table), PASS_ROWS):
@@ -379,7 +384,9 @@ class NMTuneClassifier(
             f"batch_size={settings.batch_size} is too small for svd_k={method.svd_k}: every step "
             "would skip the terms",
         )
-        rms = _root_mean_square(rows.views[0], rows.used)
+        rms, zeros = _scale_and_zeros(rows.views[0], rows.used)
+        if zeros and method.weights["mse"]:
+            warnings.warn(zero_rows(zeros, len(rows.used)), UserWarning, stacklevel=2)
         self.feature_scale_ = scale_of(rms) if method.feature_scale == "rms" else 1.0
         if method.feature_scale == "none" and method.lambda_cov and 0 < rms < SMALLEST_RMS:
             warnings.warn(small_scale(rms), UserWarning, stacklevel=2)
@@ -405,6 +412,7 @@ class NMTuneClassifier(
                 batch.labels,
                 views=views,
                 row_weight=batch.weight,
+                rows=batch.rows,
             )
             dropped = "short" in parts and method.small_batch == "drop"
             return value.detach() if dropped else value, parts
@@ -559,13 +567,34 @@ def _train_settings(estimator: Any) -> TrainSettings:
     )
 
 
-def _root_mean_square(table: np.ndarray, used: np.ndarray) -> float:
-    """Of the rows that are trained on, read in blocks."""
-    total = 0.0
-    for start in range(0, len(used), 4096):
-        block = table[used[start : start + 4096]]
-        total += float(np.square(block, dtype=np.float64).sum())
-    return float(np.sqrt(total / (len(used) * table.shape[1])))
+def _validated(estimator: Any, name: str, table: Any, *labels: Any, reset: bool = True) -> Any:
+    """Features (N, D) and labels as scikit-learn checks them, and the place of a NaN or inf."""
+    try:
+        return validate_data(estimator, table, *labels, dtype=KEPT_TYPES, reset=reset)
+    except ValueError as error:
+        if not any(word in str(error) for word in ("NaN", "infinity")):
+            raise
+        values = np.asarray(table)
+        values = values if values.dtype.kind == "f" else values.astype(float)
+        bad = ~np.isfinite(values)  # (N, D)
+        if not bad.any():  # the labels are meant
+            raise
+        row, column = np.argwhere(bad)[0]
+        told = "NaN" if np.isnan(values[row, column]) else values[row, column]
+        raise InputError(
+            f"{name} must be finite, got {told} in row {row}, column {column}; fill or leave out "
+            f"such rows, of which there are {int(bad.any(axis=1).sum())}"
+        ) from error
+
+
+def _scale_and_zeros(table: np.ndarray, used: np.ndarray) -> tuple[float, int]:
+    """Root mean square of the rows that are trained on, and how many of them have no direction."""
+    total, zeros = 0.0, 0
+    for start in range(0, len(used), 4096):  # a memory map may be larger than memory
+        squares = np.square(table[used[start : start + 4096]], dtype=np.float64)
+        total += float(squares.sum())
+        zeros += int((squares.sum(axis=1) < SHORTEST**2).sum())
+    return float(np.sqrt(total / (len(used) * table.shape[1]))), zeros
 
 
 def _tensor(block: np.ndarray) -> Tensor:

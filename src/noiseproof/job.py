@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,7 +20,7 @@ from noiseproof.tasks import RowSettings, find_task
 from noiseproof.tuning import PROMPTS
 
 NO_MODEL = "minilm"  # what stands where no model was named; each task has its own default
-CORRUPTED = "corrupted"  # name of the test set that test_noise makes
+CORRUPTED = "corrupted"  # name of the test set that test_noise makes, or the start of several
 OOD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MERGEABLE = ("full", "head", "lora", "bitfit")
 VALIDATION_KINDS = ("clean", "noisy")
@@ -49,7 +49,8 @@ class Job:
         test_ood: More test sets from elsewhere, read like test and each measured on its own:
             NAME=FILE, as often as wanted; from Python a mapping of names to rows.
         test_noise: Text noise such as text:0.3: the test rows are also measured with texts that it
-            corrupted, as the set "corrupted" among those from elsewhere.
+            corrupted, as the set "corrupted" among those from elsewhere. May be given several
+            times (a list in Python and in grids): one set each, named like "corrupted-text-0.3".
         validation: Validation rows: a file, or a share such as 0.1 that is split off the training
             rows (its labels are then as noisy as those).
         validation_labels: clean or noisy; must be said of a validation file, goes into the record.
@@ -98,7 +99,7 @@ class Job:
     label: str = "label"
     test: Any = None
     test_ood: Any = None
-    test_noise: str | None = None
+    test_noise: str | tuple[str, ...] | None = None
     validation: Any = None
     validation_labels: str | None = None
     clean_label: str | None = None
@@ -133,11 +134,8 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the data."""
-        for name in ("noise", "test_noise"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                model = parse_noise(value)  # which refuses what is no model
-                object.__setattr__(self, name, model and model.spec)
+        object.__setattr__(self, "noise", _noise_spec(self.noise))
+        object.__setattr__(self, "test_noise", _test_noise(self.test_noise))
         check_types(self, "")
         task, _ = find_task(self.task), self.rows  # which checks itself
         others = [name for name, method in METHODS.items() if self.task in method.tasks]
@@ -244,16 +242,19 @@ class Job:
     def _check_test_noise(self) -> None:
         if self.test_noise is None:
             return
-        noise = parse_noise(self.test_noise)
-        require(
-            noise is not None and noise.needs_texts and not noise.on_labels,
-            f"test_noise must be text noise such as text:0.3, got {self.test_noise!r}",
-        )
+        sets = self.corrupted_sets
+        require(bool(sets), "test_noise must be text noise such as text:0.3, got an empty list")
+        for name, spec in sets.items():
+            noise = parse_noise(spec)
+            require(
+                noise is not None and noise.needs_texts and not noise.on_labels,
+                f"test_noise must be text noise such as text:0.3, got {spec!r}",
+            )
+            require(
+                name not in (self.test_ood or {}),
+                f"test_noise makes a set named {name!r}; give the one in test_ood another name",
+            )
         require(self.test is not None, "test_noise corrupts the test rows; give test")
-        require(
-            CORRUPTED not in (self.test_ood or {}),
-            f"test_noise makes a set named {CORRUPTED!r}; give the one in test_ood another name",
-        )
 
     def _check_distortion(self, tune: str) -> None:
         if not self.measure_distortion:
@@ -271,6 +272,13 @@ class Job:
             f"measure_distortion cannot see {tune}, which stands outside the encoder; use full, "
             "head, lora, adapter or bitfit",
         )
+
+    @property
+    def corrupted_sets(self) -> dict[str, str]:
+        """The test sets that ``test_noise`` makes: name -> noise. One alone has the short name."""
+        if isinstance(self.test_noise, tuple):
+            return {f"{CORRUPTED}-{_in_name(spec)}": spec for spec in self.test_noise}
+        return {} if self.test_noise is None else {CORRUPTED: self.test_noise}
 
     @property
     def rows(self) -> RowSettings:
@@ -314,6 +322,8 @@ class Job:
                 value = value.to_dict()
             elif isinstance(value, TrainSettings):
                 value = dataclasses.asdict(value)
+            elif item.name == "test_noise" and isinstance(value, tuple):
+                value = list(value)
             elif item.name == "test_ood":
                 value = {name: _plain(source) for name, source in value.items()}
             else:
@@ -329,7 +339,7 @@ class JobSettings(TypedDict, total=False):
     label: str
     test: Any
     test_ood: Any
-    test_noise: str | NoiseModel | None
+    test_noise: str | NoiseModel | Sequence[str | NoiseModel] | None
     validation: Any
     validation_labels: str | None
     clean_label: str | None
@@ -390,6 +400,31 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool | None):
         return value
     return f"<{type(value).__name__}>"
+
+
+def _noise_spec(value: Any) -> Any:
+    """What a noise model is written as; a text and None stay, anything else is refused."""
+    if value is None or isinstance(value, str):
+        return value
+    model = parse_noise(value)
+    return model and model.spec
+
+
+def _test_noise(value: Any) -> Any:
+    """One text, or several in a tuple: a list of one is that one, of two alike one counts."""
+    if not isinstance(value, list | tuple):
+        return _noise_spec(value)
+    specs = tuple(dict.fromkeys(map(_noise_spec, value)))
+    return specs[0] if len(specs) == 1 else specs
+
+
+def _in_name(spec: str) -> str:
+    """A specification of noise as part of the name of a set.
+
+    >>> _in_name("text:0.3,unit=char")
+    'text-0.3-unit-char'
+    """
+    return re.sub(r"[^\w.]+", "-", spec).strip("-")
 
 
 def _check_ood(sets: Any) -> None:

@@ -397,7 +397,7 @@ class _Loop:
             "loss": state.loss_sum / rows,
             "learning_rate": rate,
             **run.logged,
-            **{name: total / count for name, (total, count) in run.sums.items()},
+            **{name: total / (count or 1) for name, (total, count) in run.sums.items()},
         }
         if run.warned:
             row["warning"] = "; ".join(run.warned)

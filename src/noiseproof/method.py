@@ -160,7 +160,8 @@ class Run:
         left_out: Rows of this step that the method left out; a step of none but such is not done.
         pass_rows: Most rows that one call of the model takes in this stage, all views counted.
         logged: Numbers that the hooks reported for the history row of this epoch.
-        sums: Name -> sum over rows and number of rows, of what `average` was given in this epoch.
+        sums: Name -> sum over rows and number of rows, of what `average` was given in this epoch;
+            of what `count` was given the sum, and 0.
         warned: What the hooks warned of in this epoch, for the user and the history row.
     """
 
@@ -202,6 +203,11 @@ class Run:
         for name, value in numbers.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + rows * float(value), count + rows)
+
+    def count(self, **numbers: float) -> None:
+        """Add to numbers of the history row that are sums over the epoch and all processes."""
+        for name, value in numbers.items():
+            self.sums[name] = (self.sums.get(name, (0.0, 0))[0] + float(value), 0)
 
     def warn(self, message: str) -> None:
         """Tell the user, in one line, why the result may be worse than hoped for.

@@ -24,7 +24,7 @@ from noiseproof.distortion import encoder_features
 from noiseproof.encoding import Encoded
 from noiseproof.engine import TrainSettings, derive_seed
 from noiseproof.errors import InputError
-from noiseproof.job import CORRUPTED, Job
+from noiseproof.job import Job
 from noiseproof.models import count_parameters
 from noiseproof.noise import Corruption, parse_noise
 from noiseproof.record import RunRecord, versions
@@ -84,8 +84,8 @@ class Prepared:
             self.sets[f"{OOD}{name}"] = self._read_other(
                 source, "test", data.label_names, f"{OOD}{name}"
             )
-        if job.test_noise is not None:
-            self.sets[f"{OOD}{CORRUPTED}"] = self._corrupted(self.sets["test"])
+        for name, spec in job.corrupted_sets.items():
+            self.sets[f"{OOD}{name}"] = self._corrupted(self.sets["test"], spec)
         if job.validation_share is not None:
             rest, split = stratified_split(
                 data.labels, job.validation_share, derive_seed(train.seed, "validation")
@@ -218,9 +218,9 @@ class Prepared:
             self.dropped[name or role] = read.dropped
         return self._ready(name or role, read)
 
-    def _corrupted(self, test: Examples) -> Examples:
+    def _corrupted(self, test: Examples, spec: str) -> Examples:
         """The test rows with texts that text noise corrupted; what is to be said stays right."""
-        noise = parse_noise(self.job.test_noise or "")
+        noise = parse_noise(spec)
         assert noise is not None  # the job has checked it
         given = test.inputs.as_texts()
         seed = derive_seed(self.seeds["noise"], "test texts")

@@ -50,6 +50,15 @@ def feature_consistency(
     return distance
 
 
+def without_direction(features: Tensor) -> int:
+    """How many rows of features (n, D) are too short to have a direction.
+
+    >>> without_direction(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    1
+    """
+    return int((_wide(features).norm(dim=1) < SHORTEST).sum())
+
+
 def covariance_penalty(features: Tensor, route: str = "auto") -> Tensor:
     """Sum of the squared covariances between different dimensions, over D.  (n, D) -> scalar.
 
@@ -120,7 +129,7 @@ def singular_value_penalty(
         return rows.sum() * float("nan")
     values = _gram_values(rows, eps) if route == "gram" else torch.linalg.svdvals(rows)
     total = values.sum()
-    if not bool(total.detach() >= eps):
+    if bool(total.detach() < eps):
         return rows.sum() * 0.0
     return -values[:k].sum() / total / k
 
@@ -128,6 +137,8 @@ def singular_value_penalty(
 def _gram_values(rows: Tensor, eps: float) -> Tensor:
     """Singular values by the smaller Gram matrix, largest first.  (n, D) -> (min(n, D),)."""
     gram = _product(rows, rows.T) if len(rows) <= rows.shape[1] else _product(rows.T, rows)
+    if not bool(torch.isfinite(gram.detach()).all()):  # the products of finite rows overflow
+        return gram.sum(dim=0) * float("nan")
     eigenvalues = torch.linalg.eigvalsh(gram).flip(0)
     largest = float(eigenvalues[0].detach())
     kept = eigenvalues.detach() > max(eps, 4 * torch.finfo(rows.dtype).eps * largest)

@@ -33,6 +33,7 @@ from noiseproof.cli.words import (
     parse,
     settings_of,
     take_configs,
+    test_noise_words,
 )
 from noiseproof.errors import InputError, path_of, unknown_name
 
@@ -120,6 +121,7 @@ def fit(words: list[str]) -> None:
     configs = [(word, path) for word, path in configs if not word.startswith(start)]
     words, preset = method_words([word for word, _ in configs] + words)
     words, ood = ood_words(words)
+    words, test_noise = test_noise_words(words)
     parser = new_parser("fit", "DATA --out RUN [options]", fit.__doc__)
     meanings, hints = field_meanings(Job), get_type_hints(Job)
     parser.add_argument(
@@ -129,10 +131,10 @@ def fit(words: list[str]) -> None:
     for title, names in FIT_GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
-            hint = str | None if hints[name] is Any else hints[name]
+            hint = str | None if hints[name] is Any or name in REPEATED else hints[name]
             flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
-            if name == "test_ood":
-                flag["metavar"] = "NAME=FILE"
+            if name in REPEATED:
+                flag["metavar"] = REPEATED[name]
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 type=hint,
@@ -162,7 +164,8 @@ def fit(words: list[str]) -> None:
             data=given.data,
             method=settings_of(preset, given.method),
             train=settings_of(TrainSettings(), given.train),
-            **{name: getattr(given, name) for name in flat} | {"test_ood": ood},
+            **{name: getattr(given, name) for name in flat}
+            | {"test_ood": ood, "test_noise": test_noise},
         )
         if given.resume and not (path_of(given.out) / "record.json").exists():
             complain(f"{given.out} holds no run to resume; a new one starts there", 0)
@@ -175,6 +178,8 @@ def fit(words: list[str]) -> None:
 
 
 NOT_FLAT = ("data", "method", "train")
+REPEATED = {"test_ood": "NAME=FILE", "test_noise": "SPEC"}
+"""Options that may be given several times; they are taken out before the others are parsed."""
 FIT_GROUPS = {
     "data": (
         *("text", "label", "test", "validation", "validation_labels", "clean_label", "row_id"),

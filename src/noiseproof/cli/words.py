@@ -26,7 +26,7 @@ METAVARS = {
     **dict.fromkeys(_COLUMNS, "COLUMN"),
     **dict.fromkeys(("test", "validation"), "FILE|SHARE"),
     **dict.fromkeys(("label_names", "noise_pool", "config", "transition_out"), "FILE"),
-    **dict.fromkeys(("noise", "test_noise"), "SPEC"),
+    "noise": "SPEC",
     "features": "COLUMNS",
     "answer_pattern": "REGEX",
     "validation_labels": "{clean,noisy}",
@@ -371,6 +371,8 @@ def _option_words(values: dict[Any, Any], prefix: str = "") -> list[str]:
             words.insert(0, f"--method={value}")
         elif name == "test_ood" and isinstance(value, dict) and not prefix:
             words += [f"--test-ood={key}={file}" for key, file in value.items()]
+        elif name == "test_noise" and isinstance(value, list) and not prefix:
+            words += [f"--test-noise={spec}" for spec in value]
         elif isinstance(value, dict):
             words += _option_words(value, f"{prefix}{name}.")
         elif name in ("resume", "overwrite") and not prefix:
@@ -408,6 +410,12 @@ def ood_words(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
             raise InputError(f"--test-ood: expected NAME=FILE, got {word!r}")
         files[name] = file
     return rest, files or None
+
+
+def test_noise_words(words: list[str]) -> tuple[list[str], tuple[str, ...] | None]:
+    """Take every ``--test-noise SPEC`` out of the words; the rest, and the noise of each."""
+    rest, given = _take(words, "--test-noise", "SPEC, text noise such as text:0.3")
+    return rest, tuple(given) or None
 
 
 def _take(words: list[str], option: str, what: str) -> tuple[list[str], list[str]]:

@@ -25,7 +25,9 @@ step of a single row, where BatchNorm has no statistics, is normalised by the ru
 classifier starts from 0 in all presets, not at random (head_init=kaiming): at this rate some
 hundred steps do not undo a bad draw. Not offered: a head from zero-shot text weights, a weak beside
 a strong view, h beside adapters. A run does not measure its spectra; `noiseproof study spectrum`
-does, of any run.
+does, of any run. The estimator takes a preset by ``NMTuneClassifier.from_preset(NAME)``, not by an
+argument, as scikit-learn keeps settings as they are given; its controls are the presets lp and mlp,
+without classes of their own.
 Settings: weights 1.0, 0.04 and 0.001, svd_k = 5, the mean over elements, h, rate 1e-3, rank = alpha
 = 8 (released code); weights 0.01, svd_k = 1, a sum over rows (preset paper, by others' readings);
 rates 2e-4 for adapters and 2e-5 for full (ours). Published runs: 30 epochs of 64 rows, cosine
@@ -75,6 +77,7 @@ from noiseproof.regularizers import (
     feature_consistency,
     require_choice,
     singular_value_penalty,
+    without_direction,
 )
 from noiseproof.tuning import tune_model
 
@@ -383,12 +386,17 @@ class NMTune(Tuned):
         if run.epoch > 0:
             return {}
         if not self.reshapes:
-            return {"initial_features": head_inputs(run)} if self.weights["mse"] else {}
+            if not self.weights["mse"]:
+                return {}
+            initial = head_inputs(run)  # (N, D)
+            self._doubt_zeros(run, initial)
+            return {"initial_features": initial}
         features = run.features()  # (N, D, 2)
         if features is None and self.feature_scale == "rms" and run.encode is not None:
             features = run.encode("mean")
         if features is None:
             return {}
+        self._doubt_zeros(run, features[..., 0])
         rms = root_mean_square(features[..., 0])
         run.log(feature_rms=rms)
         if self.feature_scale == "rms":
@@ -408,6 +416,7 @@ class NMTune(Tuned):
                 answer.features,
                 batch.labels,
                 views=len(answer.logits) // len(batch.labels),
+                rows=batch.rows,
             )
             run.average(len(batch.rows), **self._reshaping(run, answer))
         elif not any(self.weights.values()):
@@ -417,12 +426,18 @@ class NMTune(Tuned):
                 logits = model(**batch.inputs).logits
             features = one_per_row(read[-1], batch.inputs)  # (B, D)
             original = batch.columns.get("initial_features")
-            loss, parts = self.objective(logits, features, original, batch.labels)
+            loss, parts = self.objective(logits, features, original, batch.labels, rows=batch.rows)
         if parts.pop("short", 0.0):
-            run.log(short_batches=run.logged.get("short_batches", 0.0) + 1)
+            run.count(short_batches=1)
             run.left_out += len(batch.rows) if self.small_batch == "drop" else 0
         run.average(len(batch.rows), **{f"loss_{name}": value for name, value in parts.items()})
         return loss
+
+    def _doubt_zeros(self, run: Run, features: Tensor) -> None:
+        """Warn of rows of the first features (N, D) that the distance leaves out."""
+        count = without_direction(features) if self.weights["mse"] else 0
+        if count:
+            run.warn(zero_rows(count, len(features)))
 
     @staticmethod
     def _reshaping(run: Run, answer: Reshaped) -> dict[str, float]:
@@ -460,6 +475,7 @@ class NMTune(Tuned):
         *,
         views: int = 1,
         row_weight: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of one batch and its parts: ce, and each term without its weight.
 
@@ -474,10 +490,11 @@ class NMTune(Tuned):
             labels: (B,).
             views: 1 or 2.
             row_weight: Factor of each row's cross-entropy (B,), for weighted samples.
+            rows: Numbers of the rows (B,), for messages.
 
         Raises:
             InputError: Too few rows, with small_batch=error.
-            FloatingPointError: A part is not finite; names it.
+            FloatingPointError: A part is not finite; names it and the rows.
         """
         loss = cross_entropy(logits, labels.repeat(views))  # (n,)
         if row_weight is not None:
@@ -487,9 +504,9 @@ class NMTune(Tuned):
         weights = self.weights
         if weights["mse"]:
             assert original is not None
-            rows = len(transformed) // views
+            count = len(transformed) // views
             terms["mse"] = feature_consistency(
-                transformed[-rows:], original[:rows], self.mse_reduction
+                transformed[-count:], original[:count], self.mse_reduction
             )
         short = len(transformed) < max(2, self.svd_k + 1) and (weights["cov"] or weights["svd"])
         if short and self.small_batch == "error":
@@ -508,8 +525,9 @@ class NMTune(Tuned):
         wrong = [name for name, term in terms.items() if not bool(torch.isfinite(term.detach()))]
         if wrong:
             raise FloatingPointError(
-                f"NMTune: the {wrong[0]} part of the loss is {parts[wrong[0]]}; root mean square "
-                f"of the reshaped features: {root_mean_square(transformed.detach()):.3g}"
+                f"NMTune: the {wrong[0]} part of the loss is {parts[wrong[0]]}"
+                f"{_in_rows(rows, transformed.detach())}; root mean square of the reshaped "
+                f"features: {root_mean_square(transformed.detach()):.3g}"
             )
         for name, term in terms.items():
             if name != "ce":
@@ -519,6 +537,29 @@ class NMTune(Tuned):
             if self.small_batch == "drop":
                 total = total * 0.0
         return total, parts
+
+
+def _in_rows(rows: Tensor | None, transformed: Tensor) -> str:
+    """Where a loss is not finite: rows (B,) of the step, and one whose features (n, D) are not.
+
+    >>> _in_rows(torch.tensor([3, 8, 5]), torch.tensor([[1.0], [float("nan")], [1.0]]))
+    ' in a step of 3 rows between 3 and 8, of which row 8 has features that are not finite'
+    """
+    if rows is None:
+        return ""
+    told = f" in a step of {len(rows)} rows between {int(rows.min())} and {int(rows.max())}"
+    finite = torch.isfinite(transformed).all(dim=1).reshape(-1, len(rows)).all(dim=0).cpu()  # (B,)
+    if bool(finite.all()):
+        return told
+    return f"{told}, of which row {int(rows.cpu()[~finite].min())} has features that are not finite"
+
+
+def zero_rows(count: int, rows: int) -> str:
+    """A line on rows that have no direction."""
+    return (
+        f"{count} of {rows} rows have features that are zero throughout: the distance of reshaped "
+        "and original features leaves them out; see whether they were computed at all"
+    )
 
 
 def root_mean_square(values: Tensor) -> float:

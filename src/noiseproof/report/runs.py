@@ -382,7 +382,7 @@ def _ambiguous(specs: Sequence[Mapping[str, Any]]) -> list[str]:
     sources: dict[str, set[str]] = defaultdict(set)
     for spec in specs:
         for name, value in spec.items():
-            if _is_other_set(name):
+            if _is_other_set(name) and not isinstance(value, list):  # whose names tell the noise
                 sources[name].add(str(value))
     return [name for name, found in sources.items() if len(found) > 1]
 
