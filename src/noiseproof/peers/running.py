@@ -177,6 +177,7 @@ def _conclude(
         "class": fitted.kind,
         "parameters": prepared.parameters,
         "trained_parameters": fitted.trained,
+        "trained_head_parameters": None,  # a peer does not say
         "precision": fitted.precision,
         "device": str(next(prepared.model.parameters()).device),
         "processes": 1,
