@@ -736,6 +736,19 @@ def test_the_program_runs_as_a_process_and_says_a_mistake_in_one_line(tmp_path: 
 
 # --- mistakes ------------------------------------------------------------------------------------
 
+
+def test_what_is_refused_leaves_no_folder_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the run was removed, those that were made around it were not."""
+    monkeypatch.chdir(tmp_path)
+    Path("gap.csv").write_text("text,label\na,x\nb,\nc,y\n")
+    Path("kept").mkdir()
+    for out in ("new/deep/run", "kept/run"):
+        assert main(["fit", "gap.csv", f"--out={out}"]) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["gap.csv", "kept"]
+
+
 FILES: dict[str, str | bytes] = {
     "taken.csv": "mine\n1\n",
     "empty.csv": "",

@@ -41,7 +41,7 @@ from noiseproof.methods.nmtune import (
     zero_rows,
 )
 from noiseproof.precision import choose_precision
-from noiseproof.regularizers import SHORTEST
+from noiseproof.regularizers import without_direction
 
 KEPT_TYPES = (np.float64, np.float32, np.float16)  # others are converted, as a whole, to float64
 PASS_ROWS = 256  # rows of a pass without gradient, always as many: a row's answer has no neighbours
@@ -591,9 +591,9 @@ def _scale_and_zeros(table: np.ndarray, used: np.ndarray) -> tuple[float, int]:
     """Root mean square of the rows that are trained on, and how many of them have no direction."""
     total, zeros = 0.0, 0
     for start in range(0, len(used), 4096):  # a memory map may be larger than memory
-        squares = np.square(table[used[start : start + 4096]], dtype=np.float64)
-        total += float(squares.sum())
-        zeros += int((squares.sum(axis=1) < SHORTEST**2).sum())
+        block = table[used[start : start + 4096]]
+        total += float(np.square(block, dtype=np.float64).sum())
+        zeros += without_direction(torch.from_numpy(block))
     return float(np.sqrt(total / (len(used) * table.shape[1]))), zeros
 
 

@@ -34,7 +34,8 @@ from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
     RunRecord,
     clear_run,
-    empty_folder_removed,
+    empty_folders_removed,
+    missing_folders,
     peak_memory_mb,
     prepare_folder,
     same_data,
@@ -183,12 +184,12 @@ def run_job(
     folder = path_of(out) if out is not None else None
     record = RunRecord(job.spec(), labels=dict(labels or {}), search=dict(search or {}))
     main = state.is_main_process
-    earlier, new = None, None
+    earlier, new = None, list[Path]()
     if folder is not None and main:
-        new = None if folder.exists() else folder
+        new = missing_folders(folder)
         earlier = prepare_folder(folder, record, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
-    with empty_folder_removed(new):
+    with empty_folders_removed(new):
         prepared = Prepared(job)
         prepared.describe(record)
         if earlier is not None:

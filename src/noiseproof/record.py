@@ -188,15 +188,20 @@ def make_writable(folder: Path) -> None:
 
 
 @contextmanager
-def empty_folder_removed(folder: Path | None) -> Iterator[None]:
-    """What is refused leaves no empty folder behind."""
+def empty_folders_removed(folders: Sequence[Path]) -> Iterator[None]:
+    """What is refused leaves none of these folders behind empty, the innermost first."""
     try:
         yield
     except BaseException:
-        if folder is not None:
-            with suppress(OSError):  # something is in it
+        with suppress(OSError):  # something is in it, or in those around it
+            for folder in folders:
                 folder.rmdir()
         raise
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those around it that do not exist yet, the innermost first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def same_data(earlier: RunRecord, record: RunRecord, folder: Path | None) -> None:

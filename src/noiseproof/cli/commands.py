@@ -330,7 +330,7 @@ def corrupt(words: list[str]) -> None:
                         help="Columns of features, for instance and openset noise.")  # fmt: skip
     parser.add_argument("--image", type=str, default="image",
                         help="Column of images, for instance and openset noise.")  # fmt: skip
-    for name, told in CORRUPTED.items():
+    for name, told in CORRUPT_ROWS.items():
         setting = f"--{name.replace('_', '-')}"
         kind, default = get_type_hints(RowSettings)[name], getattr(RowSettings, name)
         parser.add_argument(setting, type=kind, default=default, help=told)
@@ -348,7 +348,7 @@ def corrupt(words: list[str]) -> None:
     matrix_file = given.transition_out
     if matrix_file is not None:
         check_matrix_file(path_of(matrix_file), given.overwrite)
-    names = ("label", "seed", "task", "text", "features", "image", *CORRUPTED, "clean_label",
+    names = ("label", "seed", "task", "text", "features", "image", *CORRUPT_ROWS, "clean_label",
              "model", "noise_pool", "split", "out")  # fmt: skip
     with as_typed(parser):
         table, corruption = corrupt_table(
@@ -368,7 +368,7 @@ def corrupt(words: list[str]) -> None:
     )
 
 
-CORRUPTED = {
+CORRUPT_ROWS = {
     "max_length": "Tokens of a text that instance noise looks at.",
     "standardize": "Whether instance noise looks at features brought to one scale.",
     "image_size": "Side of the square images that instance noise looks at.",

@@ -117,7 +117,7 @@ class CleaR(Method):
         cap_doubt: A mixture splits the losses of right labels as well. Where it doubts more rows
             than the model contradicts, gates are closed, at random too, and rows held to former
             answers only as far as the two numbers agree: hardly at all where labels are right.
-            Nothing to routing=random.
+            Without effect on routing=random.
         max_clean_loss: Routing waits while the rows that look clean have a mean loss above this
             share of a blind guess's, log(C): a model that has learned nothing tells no labels
             apart. None begins after the warm-up in any case, as published; preset gentle has 0.75.

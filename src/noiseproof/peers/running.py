@@ -25,7 +25,8 @@ from noiseproof.preparation import OOD, Prepared
 from noiseproof.record import (
     RunRecord,
     clear_run,
-    empty_folder_removed,
+    empty_folders_removed,
+    missing_folders,
     peak_memory_mb,
     prepare_folder,
 )
@@ -95,9 +96,9 @@ def run_peer(
         labels=dict(labels or {}),
         search=dict(search or {}),
     )
-    new = None if folder.exists() else folder
+    new = missing_folders(folder)
     prepare_folder(folder, record, resume=False, overwrite=overwrite)
-    with empty_folder_removed(new):
+    with empty_folders_removed(new):
         prepared = Prepared(job)
     prepared.describe(record)
     for package in peer.needs:
