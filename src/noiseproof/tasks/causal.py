@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from noiseproof.data import Examples, Inputs
@@ -315,6 +314,8 @@ class CausalLM(Task):
                 "the rows are chat messages, and the tokenizer of this model has no chat template; "
                 "use an instruction-tuned model, or give prompt and response columns"
             )
+        from jinja2 import TemplateError
+
         try:
             return str(
                 self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
@@ -423,36 +424,36 @@ class CausalLM(Task):
         Choices are never cut: for all those of a row the prompt loses as much of its beginning as
         the longest of them needs. None for a row with a choice that has no room, or no token.
         """
-        owners = np.repeat(np.arange(len(choices)), [len(some) for some in choices])
+        counts = np.array([len(some) for some in choices])
+        owners, starts = np.repeat(np.arange(len(choices)), counts), np.cumsum(counts) - counts
         flat = [choice for some in choices for choice in some]
         asked = replace(inputs.take(owners), responses=flat, truth=None, choices=None, answers=None)
         ids = self._ids(asked)
         lengths = np.array([len(second) for _, second in ids])
-        longest, shortest = (
-            np.array([reduce(lengths[owners == row]) for row in range(len(choices))])
-            for reduce in (np.max, np.min)
-        )
-        room = self._limit - longest if self.start is None else self._limit + 0 * longest
-        fits = (shortest > 0) & (longest <= self._limit) & (room > 0)
+        longest = np.maximum.reduceat(lengths, starts)
+        fits = (np.minimum.reduceat(lengths, starts) > 0) & (longest <= self._limit)
+        if self.start is None:
+            fits &= longest < self._limit
         kept = np.flatnonzero(fits[owners])
+        prompts, responses = [], []
+        for place in kept:
+            first, second = ids[place]
+            if self.start is None:
+                first = first[longest[owners[place]] - self._limit :]
+            prompts.append(np.array(self._shortened(first, self._limit), dtype=np.int64))
+            responses.append(np.array(second, dtype=np.int64))
+        found: list[np.ndarray | None] = [None] * len(choices)
         if not len(kept):
-            return [None] * len(choices)
-        prompts = [
-            np.array(
-                ids[place][0][-room[owners[place]] :]
-                if self.start is None
-                else self._shortened(ids[place][0], self._limit),
-                dtype=np.int64,
-            )
-            for place in kept
-        ]
-        responses = [np.array(ids[place][1], dtype=np.int64) for place in kept]
+            return found
         encoded = EncodedDialogues(prompts, responses, self.start, self._pad)
         outputs = outputs_of(encoded).numpy()  # (choices that fit, 3)
         scores = -outputs[:, 0]
         if self.settings.choice_score == "mean":
             scores = scores / outputs[:, 1]
-        return [scores[owners[kept] == row] if fits[row] else None for row in range(len(choices))]
+        rows = np.flatnonzero(fits)
+        for row, own in zip(rows, np.split(scores, np.cumsum(counts[rows])[:-1]), strict=True):
+            found[row] = own
+        return found
 
 
 def find_answer(pattern: str, text: str) -> str | None:
